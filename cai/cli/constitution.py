@@ -1,0 +1,46 @@
+"""`cai constitution list | show | validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at constitutions and check them.")
+
+
+@app.command("list", epilog="Example: cai constitution list")
+def list_() -> None:
+    """List the built-in constitutions."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cai.constitution import built_in_names, load_constitution
+
+    table = Table("name", "principles", "exemplars", "what it is for", box=None, header_style="bold", pad_edge=False)
+    for name in built_in_names():
+        one = load_constitution(name)
+        table.add_row(name, str(len(one.principles)), str(len(one.exemplars)), escape(one.description))
+    Console().print(table)
+
+
+@app.command(epilog="Example: cai constitution show harmless")
+def show(name: Annotated[str, typer.Argument(help="A built-in name or a path.")]) -> None:
+    """Print a constitution as models see it, with all that it extends merged in, as YAML."""
+    from cai.constitution import load_constitution, to_yaml
+
+    print(to_yaml(load_constitution(name)), end="")
+
+
+@app.command(epilog="Example: cai constitution validate my.yaml")
+def validate(path: Annotated[str, typer.Argument(help="A path or a built-in name.")]) -> None:
+    """Check a constitution; errors name file, line, key and the fix. Exit code 2 where it is not valid."""
+    from cai.constitution import load_constitution
+
+    one = load_constitution(path)
+    print(
+        f"{path}: valid. {one.name} {one.version}, hash {one.hash}: {len(one.principles)} principles "
+        f"({len(one.critiquing)} for critique and revision, {len(one.comparing)} for comparison), "
+        f"{len(one.exemplars)} exemplars"
+    )

@@ -1,0 +1,103 @@
+"""`cai`: argv becomes a recipe becomes one call. No logic here, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cai.cli import constitution, doctor
+from cai.errors import CaiError, ConfigError, Interrupted
+
+app = typer.Typer(
+    name="cai",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a language model from a written constitution instead of from human labels.",
+)
+app.add_typer(constitution.app, name="constitution")
+app.command("doctor")(doctor.doctor)
+
+_EXAMPLE = """
+    cai generate                                                          built-in prompts, a small real model
+
+    cai generate prompts.jsonl -c my.yaml -m Qwen/Qwen3-4B -o runs/mine    your own
+
+    cai generate --recipe pipelines/demo.yaml --set judge.principles=all   a recipe, with one key changed
+"""
+
+
+@app.command(epilog=f"Examples:\n{_EXAMPLE}")
+def generate(
+    prompts: Annotated[
+        str | None,
+        typer.Argument(help="A file, a `datasets` folder, a Hub id, - (stdin), or a built-in set: red-team, benign."),
+    ] = None,
+    constitution: Annotated[str | None, typer.Option("-c", "--constitution", help="Built-in name or path.")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="The policy: alias, folder, Hub id, scripted:…")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge; by default the policy's model.")] = None,
+    limit: Annotated[int | None, typer.Option("-n", help="Use the first N prompts.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The run folder; default runs/CONSTITUTION.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML); flags win over it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Recipe changed: keep finished calls, redo the rest.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; asks if finished calls would be lost.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe, calls and tokens; call nothing.")] = False,
+) -> None:
+    """Make a preference dataset from a constitution and prompts.
+
+    The same command again continues a run that was stopped; no finished model call is made twice.
+    """
+    from cai.cli import generate as command
+    from cai.config import load_recipe, parse_set
+
+    flags = {
+        "prompts.source": ("PROMPTS", prompts),
+        "constitution": ("-c", constitution),
+        "policy.model": ("-m", model),
+        "judge.model": ("--judge-model", judge_model),
+        "prompts.limit": ("-n", limit),
+        "seed": ("--seed", seed),
+    }
+    overrides = [parse_set(one) for one in set_ or ()]
+    overrides += [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        command.show_dry_run(resolved)
+        return
+    if update and fresh:
+        raise ConfigError("--update keeps what --fresh deletes: give one of them")
+    folder = out or Path("runs") / Path(resolved.constitution).stem
+    if fresh and not yes:
+        command.confirm_loss(folder)
+    command.run(resolved, folder, "fresh" if fresh else "update" if update else "continue")
+
+
+def main() -> None:
+    """The `cai` command. Exit codes: 0 done, 1 the run could not do its job, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except Interrupted as exc:
+        _fail(str(exc), 130)
+    except ConfigError as exc:
+        _fail(str(exc), 2)
+    except CaiError as exc:
+        _fail(str(exc), 1)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int) -> None:
+    from cai.cli.terminal import printable
+
+    print(f"cai: {printable(message)}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,117 @@
+"""What a constitution is: principles that serve critique, revision and comparison alike, and few-shot exemplars."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Example(_Part):
+    """A pair that shows what a principle prefers."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+class Principle(_Part):
+    """One rule. It has a critique and a revision request, or a preference question, or all three."""
+
+    id: Name
+    """Lower-case, unique in the constitution."""
+    critique: Text | None = None
+    """Asks the model to find what is wrong with its last completion."""
+    revision: Text | None = None
+    """Asks the model to rewrite its last completion."""
+    preference: Text | None = None
+    """Asks a judge which of two completions is better."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share in a verdict, and how often it is drawn for a critique, relative to the others."""
+    tags: tuple[Name, ...] = ()
+    examples: tuple[Example, ...] = ()
+    note: Text | None = None
+    """Why it is there, for people; no model sees it."""
+
+    @model_validator(mode="after")
+    def _has_parts(self) -> Principle:
+        if (self.critique is None) != (self.revision is None):
+            missing = "revision" if self.revision is None else "critique"
+            raise ValueError(f"principle '{self.id}' has no '{missing}': critique and revision go together")
+        if self.critique is None and self.preference is None:
+            raise ValueError(f"principle '{self.id}' needs a critique and a revision, or a preference, or all three")
+        return self
+
+
+class Exemplar(_Part):
+    """A critique-revision dialogue shown before the real one; `principle` is the id whose requests it answers."""
+
+    prompt: Text
+    completion: Text
+    principle: Name
+    critique: Text
+    revision: Text
+
+
+class Constitution(_Part):
+    """A constitution as written, or (with `extends` empty) resolved."""
+
+    name: Name
+    version: str = "1.0"
+    description: Text
+    license: str
+    extends: tuple[str, ...] = ()
+    """Other constitutions, by name or path, whose principles and exemplars come first; a same id overrides."""
+    principles: tuple[Principle, ...] = ()
+    exemplars: tuple[Exemplar, ...] = ()
+
+    @field_validator("extends", "principles", "exemplars", mode="before")
+    @classmethod
+    def _empty_list(cls, value: Any) -> Any:
+        return () if value is None else value
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> Constitution:
+        seen: set[str] = set()
+        for principle in self.principles:
+            if principle.id in seen:
+                raise ValueError(f"principle id '{principle.id}' is used twice; give one of them another id")
+            seen.add(principle.id)
+        return self
+
+    @property
+    def critiquing(self) -> tuple[Principle, ...]:
+        """The principles with a critique and a revision request."""
+        return tuple(principle for principle in self.principles if principle.critique)
+
+    @property
+    def comparing(self) -> tuple[Principle, ...]:
+        """The principles with a preference question."""
+        return tuple(principle for principle in self.principles if principle.preference)
+
+    def principle(self, principle_id: str) -> Principle:
+        """The principle of that id; raises KeyError."""
+        for principle in self.principles:
+            if principle.id == principle_id:
+                return principle
+        raise KeyError(principle_id)
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over everything that a model can see; a note or a description does not change it."""
+        seen = self.model_dump(include={"principles", "exemplars"}, mode="json")
+        for principle in seen["principles"]:
+            del principle["note"]
+        return hashlib.sha256(msgspec.json.encode(seen, order="deterministic")).hexdigest()[:16]
+
+

@@ -1,0 +1,126 @@
+"""Datasets as pure functions of records: sft, preference, unpaired, trace. Changing one makes no model call.
+
+A preference row, abridged:
+
+    {"prompt": [{"role": "user", "content": "Write a mean joke about ..."}],
+     "chosen": [{"role": "assistant", "content": "How about ..."}],
+     "rejected": [{"role": "assistant", "content": "Why did ..."}],
+     "chosen_probability": 0.77, "source": "revision", "principle_ids": ["no-harassment", ...],
+     "pair_id": "red-team-insults-001/candidate-0/revision-1", "prompt_id": "red-team-insults-001"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from cai.config import DatasetConfig
+from cai.types import Messages, PreferencePair, Record, Verdict
+
+Row = dict[str, Any]
+
+
+class Dropped(NamedTuple):
+    """Something that became no row of a view, and why; counted in the manifest."""
+
+    reason: str
+
+
+def split_of(record: Record, test_fraction: float) -> str:
+    """`train` or `test`, by a hash of the prompt's letters and digits, so that near-equal prompts stay together."""
+    text = " ".join(re.findall(r"\w+", " ".join(turn.content for turn in record.prompt.messages).casefold()))
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    return "test" if share < test_fraction else "train"
+
+
+def sft(record: Record) -> Iterator[Row | Dropped]:
+    """The prompt with its final revision, as the supervised phase of Bai et al. 2022 trains on."""
+    final = record.final_revision
+    if final:
+        yield {"messages": _dialogue(record.prompt.messages, final.text), "prompt_id": record.prompt.id}
+    elif record.revisions:
+        yield Dropped("no usable revision")
+
+
+def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dropped]:
+    """The judged pairs that carry a preference."""
+    for verdict in record.verdicts:
+        pair = _preferred(record, verdict)
+        if pair.chosen_probability == 0.5:
+            yield Dropped("tie")
+        elif pair.chosen_probability <= config.min_probability:
+            yield Dropped("less sure than dataset.min_probability")
+        elif record.truncated(pair.verdict.first):
+            yield Dropped("chosen is cut off by the token limit")
+        else:
+            yield pair
+
+
+def _preferred(record: Record, verdict: Verdict) -> PreferencePair:
+    """The pair with its verdict turned so that the first completion is the chosen one."""
+    turned = verdict if verdict.probability >= 0.5 else verdict.swap()
+    return PreferencePair(record.text(turned.first), record.text(turned.second), turned.probability, turned)
+
+
+def preference(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]:
+    """Chosen and rejected, with the judge's probability as a soft label."""
+    for pair in pairs(record, config):
+        if isinstance(pair, Dropped):
+            yield pair
+            continue
+        names = sorted((pair.verdict.first, pair.verdict.second))
+        yield {
+            "prompt": _plain(record.prompt.messages),
+            "chosen": _answer(pair.chosen),
+            "rejected": _answer(pair.rejected),
+            "chosen_probability": pair.chosen_probability,
+            "pair_id": "/".join((record.prompt.id, *names)),
+            "prompt_id": record.prompt.id,
+            "source": pair.verdict.source,
+            "principle_ids": [verdict.principle_id for verdict in pair.verdict.principles],
+        }
+
+
+def unpaired(record: Record, config: DatasetConfig) -> Iterator[Row]:
+    """Each completion of a pair by itself, labelled; one that is chosen here and rejected there is left out."""
+    labels: dict[str, set[bool]] = {}
+    for pair in pairs(record, config):
+        if not isinstance(pair, Dropped):
+            labels.setdefault(pair.chosen, set()).add(True)
+            labels.setdefault(pair.rejected, set()).add(False)
+    for text, seen in labels.items():
+        if len(seen) == 1:
+            yield {
+                "prompt": _plain(record.prompt.messages),
+                "completion": _answer(text),
+                "label": True in seen,
+                "prompt_id": record.prompt.id,
+            }
+
+
+def trace(record: Record) -> Row:
+    """Everything in a record, flat enough to read with pandas: lists of structs, one row a prompt."""
+    return {
+        "prompt_id": record.prompt.id,
+        "category": record.prompt.category,
+        "prompt": _plain(record.prompt.messages),
+        "candidates": msgspec.to_builtins(record.candidates),
+        "revisions": msgspec.to_builtins(record.revisions),
+        "verdicts": [msgspec.to_builtins(verdict) for verdict in record.verdicts],
+    }
+
+
+def _plain(messages: Messages) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _dialogue(messages: Messages, answer: str) -> list[dict[str, str]]:
+    return _plain(messages) + _answer(answer)

@@ -1,0 +1,72 @@
+"""Engines behind one small Protocol; `build_engine` chooses by the model's name."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from cai.config import ModelConfig
+from cai.engines.base import (
+    Capability,
+    ChoiceLogprobs,
+    ChoiceRequest,
+    Engine,
+    GenerateRequest,
+    Loglikelihood,
+    LoglikelihoodRequest,
+)
+from cai.engines.scripted import ScriptedEngine, load_scripted
+from cai.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cai.engines.transformers import TransformersEngine
+
+__all__ = [
+    "Capability",
+    "ChoiceLogprobs",
+    "ChoiceRequest",
+    "Engine",
+    "GenerateRequest",
+    "Loglikelihood",
+    "LoglikelihoodRequest",
+    "ScriptedEngine",
+    "build_engine",
+    "describe_devices",
+]
+
+
+def build_engine(config: ModelConfig) -> Engine:
+    """The engine for a model; weights are loaded with the first request, but what is missing is said now.
+
+    Raises `ConfigError` for a model that cannot be, or one whose extra is not installed.
+    """
+    scheme, colon, rest = config.model.partition(":")
+    match scheme if colon else "":
+        case "scripted":
+            return load_scripted(rest)
+        case "":
+            return _transformers(config)
+        case _:
+            raise ConfigError(
+                f"model '{config.model}': unknown scheme '{scheme}:'; expected an alias (smollm2-135m), a folder, "
+                "a Hub id, or scripted:FILE.py:FUNCTION"
+            )
+
+
+def _transformers(config: ModelConfig) -> TransformersEngine:
+    missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"model '{config.model}' runs on transformers, but {' and '.join(missing)} is not installed: "
+            "pip install 'cai-toolkit[local]'"
+        )
+    from cai.engines.transformers import TransformersEngine
+
+    return TransformersEngine(config)
+
+
+def describe_devices() -> list[str]:
+    """The devices that torch sees, and the dtype that `auto` means there. Needs torch."""
+    from cai.engines.local_model import describe_devices as describe
+
+    return describe()

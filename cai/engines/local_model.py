@@ -1,0 +1,305 @@
+"""A transformers model that generates a batch and scores continuations, and computes a shared beginning once.
+
+Everything here is synchronous and runs on the engine's one worker thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from cai.config import ModelConfig
+from cai.engines.base import GenerateRequest
+from cai.models import ModelPlace, cache_folder, locate
+
+_MIN_SHARED = 32
+"""Below this many shared tokens, a prefix pass costs more than it saves."""
+_KEPT_PREFIXES = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Tail(NamedTuple):
+    """Tokens to run, and how many at the end are to be scored: `scored` tokens are predicted, not run."""
+
+    tokens: list[int]
+    targets: list[list[int]]
+    """One or more continuations of the same length, scored at the end of `tokens` after all but its own last token."""
+
+
+class LocalModel:
+    """Weights, device and dtype; `stop()` ends a running generation at its next token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Load the weights; a GGUF file is first converted to safetensors, once, in the cache folder."""
+        self.device = torch.device(config.device or best_device())
+        self.dtype = resolve_dtype(config)
+        source, revision = _as_pretrained(locate(config.model, config.revision))
+        loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
+        self.model: Any = loaded.to(self.device).eval()
+        self._share = not config.exact
+        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._stopping = False
+        eos = self.model.generation_config.eos_token_id
+        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    def stop(self) -> None:
+        """End a running generation at its next token, from any thread."""
+        self._stopping = True
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], requests: Sequence[GenerateRequest]) -> list[list[int]]:
+        """The new tokens of each prompt, up to its own end-of-sequence token or `max_tokens`.
+
+        All requests have the same `max_tokens`. Each row draws from the generator of its own seed.
+        """
+        max_tokens = requests[0].max_tokens
+        width = max(map(len, prompts))
+        shared = self._shared_length(prompts, width)
+        ids, mask = self._pad(prompts, shared, width)
+        sampler = _Sampler(requests, width, self.device)
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=self._static_cache(prompts, shared, width + max_tokens),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=sorted(self.eos_ids) or None,
+                pad_token_id=min(self.eos_ids, default=0),
+                disable_compile=True,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([_Stop(self)]),
+        )
+        return [self._until_end(row) for row in output[:, width:].tolist()]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = next((index for index, token in enumerate(tokens) if token in self.eos_ids), len(tokens) - 1)
+        return tokens[: end + 1]
+
+    @torch.inference_mode()
+    def score(self, tails: Sequence[Tail]) -> tuple[list[list[float]], int]:
+        """For each tail, the summed natural log-probability of each of its targets; and the tokens computed."""
+        rows = [[*tail.tokens, *target[:-1]] for tail in tails for target in _distinct_stems(tail)]
+        shared = self._shared_length(rows, min(len(tail.tokens) for tail in tails))
+        reach = max(len(target) for tail in tails for target in tail.targets)
+        width = max(map(len, rows))
+        ids, mask = self._pad(rows, shared, width)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        logits = self.model(
+            ids[:, shared:],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._expanded(rows[0][:shared], len(rows)) if shared else None,
+            use_cache=bool(shared),
+            logits_to_keep=min(reach, width - shared),
+        ).logits
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        return _read_scores(tails, logprobs), shared + sum(len(row) - shared for row in rows)
+
+    def _shared_length(self, rows: Sequence[list[int]], within: int) -> int:
+        """How many first tokens all rows share, short of `within` and of each row's last; 0 where it is not worth it."""
+        if not self._share or len(rows) < 2:
+            return 0
+        low, high = min(rows), max(rows)  # what the first and the last in order share, all between them share
+        limit = min(within, *map(len, rows)) - 1
+        length = next((index for index, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), limit)
+        length = min(length, limit)
+        return length if length >= _MIN_SHARED and self._cache_is_plain else 0
+
+    @functools.cached_property
+    def _cache_is_plain(self) -> bool:
+        """Whether every layer keeps every position (no sliding window, no recurrent state)."""
+        layers = StaticCache(config=self.model.config, max_cache_len=8).layers
+        return all(type(layer) is StaticLayer for layer in layers)
+
+    def _pad(self, rows: Sequence[list[int]], shared: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, (rows, width): the shared beginning, then padding, then each row's own tokens."""
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, :shared] = torch.tensor(row[:shared])
+            ids[index, width - len(row) + shared :] = torch.tensor(row[shared:])
+            mask[index, :shared] = 1
+            mask[index, width - len(row) + shared :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _prefix(self, tokens: list[int]) -> Any:
+        """Keys and values of a beginning, batch 1, layer by layer; the last few are kept."""
+        key = tuple(tokens)
+        if key not in self._prefixes:
+            cache = DynamicCache(config=self.model.config)
+            self.model(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._prefixes[key] = [(layer.keys, layer.values) for layer in cache.layers]
+            if len(self._prefixes) > _KEPT_PREFIXES:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(key)
+        return self._prefixes[key]
+
+    def _static_cache(self, prompts: Sequence[list[int]], shared: int, length: int) -> StaticCache | None:
+        """A preallocated cache that begins with the shared tokens: nothing is copied as the sequences grow."""
+        if not self._cache_is_plain:
+            return None
+        cache = StaticCache(config=self.model.config, max_cache_len=length)
+        if shared:
+            for layer, (keys, values) in zip(cache.layers, self._prefix(prompts[0][:shared]), strict=True):
+                size = (len(prompts), -1, -1, -1)
+                layer.lazy_initialization(keys.expand(*size), values.expand(*size))
+                layer.keys[:, :, :shared] = keys
+                layer.values[:, :, :shared] = values
+                layer.cumulative_length.fill_(shared)
+        return cache
+
+    def _expanded(self, prefix: list[int], rows: int) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in zip(cache.layers, self._prefix(prefix), strict=True):
+            assert isinstance(layer, DynamicLayer)
+            layer.lazy_initialization(keys, values)
+            layer.keys = keys.expand(rows, -1, -1, -1)
+            layer.values = values.expand(rows, -1, -1, -1)
+        return cache
+
+
+def _distinct_stems(tail: Tail) -> list[list[int]]:
+    """Targets of one token are all read off one row; longer ones need a row each."""
+    return tail.targets[:1] if all(len(target) == 1 for target in tail.targets) else tail.targets
+
+
+def _read_scores(tails: Sequence[Tail], logprobs: torch.Tensor) -> list[list[float]]:
+    """`logprobs` is (rows, kept, vocabulary): the last position predicts the last token of the row's target."""
+    scores, row = [], 0
+    for tail in tails:
+        if all(len(target) == 1 for target in tail.targets):
+            scores.append([float(logprobs[row, -1, target[0]]) for target in tail.targets])
+            row += 1
+            continue
+        sums = []
+        for target in tail.targets:
+            steps = logprobs[row, -len(target) :].gather(-1, torch.tensor(target, device=logprobs.device)[:, None])
+            sums.append(float(steps.double().sum()))
+            row += 1
+        scores.append(sums)
+    return scores
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each row's next token with that row's own random numbers, and leaves only it possible.
+
+    One uniform number a step picks from the cumulative distribution, so a draw depends on its row's logits alone.
+    """
+
+    def __init__(self, requests: Sequence[GenerateRequest], width: int, device: torch.device) -> None:
+        self._width = width
+        self._uniform = torch.stack([_uniform(request) for request in requests]).to(device)
+        temperature = torch.tensor([request.temperature for request in requests], device=device)
+        self._greedy = temperature == 0
+        self._scale = torch.where(self._greedy, 1.0, temperature)[:, None]
+        self._top_p = torch.tensor([request.top_p for request in requests], device=device)[:, None]
+        self._needs_top_p = bool((self._top_p < 1).any())
+        self._all_greedy = bool(self._greedy.all())
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self._all_greedy:
+            return scores
+        probabilities = torch.softmax(scores / self._scale, dim=-1)
+        if self._needs_top_p:
+            probabilities = _nucleus(probabilities, self._top_p)
+        cumulative = probabilities.cumsum(dim=-1)
+        threshold = self._uniform[:, input_ids.shape[1] - self._width, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
+        chosen = torch.where(self._greedy[:, None], scores.argmax(dim=-1, keepdim=True), drawn)
+        only = torch.full_like(scores, float("-inf"))
+        return only.scatter_(1, chosen, 0.0)  # type: ignore[return-value]
+
+
+def _uniform(request: GenerateRequest) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(request.seed)
+    return torch.rand(request.max_tokens, generator=generator)
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero all but the smallest set of tokens whose probability reaches `top_p` (rows, 1)."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return probabilities.scatter(1, order, ordered.masked_fill(outside, 0.0))
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, owner: LocalModel) -> None:
+        self._owner = owner
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self._owner._stopping, device=input_ids.device)  # type: ignore[return-value]
+
+
+def best_device() -> str:
+    """`cuda`, `mps` or `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype asked for; `auto` is bfloat16 where the device computes in it, and float32 in exact mode."""
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    if config.exact:
+        return torch.float32
+    device = config.device or best_device()
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has_bf16 = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_device_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def describe_devices() -> list[str]:
+    """The devices that torch sees, and the dtype that `auto` means on the best of them."""
+    names = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    dtype = str(resolve_dtype(ModelConfig())).removeprefix("torch.")
+    return [*names, f"cpu, {torch.get_num_threads()} threads", f"dtype auto on {best_device()}: {dtype}"]
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer."""
+    source, revision = _as_pretrained(locate(config.model, config.revision))
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _as_pretrained(place: ModelPlace) -> tuple[str, str | None]:
+    return (str(_converted(place)), None) if place.is_gguf else (place.source, place.revision)
+
+
+def _converted(place: ModelPlace) -> Path:
+    """A GGUF file's folder in the cache, dequantised to float32 safetensors with its tokenizer; made on first use."""
+    gguf = Path(place.source)
+    target = cache_folder() / "models" / f"{gguf.stem}-{place.version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder, file = str(gguf.parent), gguf.name
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    for holder in (model, model.config):
+        for name in ("hf_quantizer", "quantization_config", "quantization_method", "is_quantized", "_is_quantized"):
+            vars(holder).pop(name, None)
+    part = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(part)
+        part.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster, and its copy is as good
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target

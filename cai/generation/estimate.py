@@ -1,0 +1,59 @@
+"""What a run would cost, told before it makes a call: the number of calls exactly (at most), the tokens roughly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cai.config import Recipe
+from cai.constitution import Constitution
+from cai.generation.dialogues import few_shot
+from cai.generation.record import calls_per_prompt
+from cai.prompts import Row
+
+_CHARACTERS = 4
+"""Characters of English that make one token, roughly, for today's tokenizers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Calls by step, and tokens by role: at most so many calls, about so many tokens if every text were full length."""
+
+    prompts: int
+    bad_rows: int
+    calls: dict[str, int]
+    policy_prompt_tokens: int
+    policy_completion_tokens: int
+    judge_prompt_tokens: int
+
+
+def estimate(recipe: Recipe, constitution: Constitution, rows: Iterable[Row]) -> Estimate:
+    """Reads every row once and keeps none; shared beginnings are counted as often as they are sent."""
+    prompts = bad = characters = 0
+    for row in rows:
+        if row.prompt is None:
+            bad += 1
+            continue
+        prompts += 1
+        characters += sum(len(turn.content) for turn in row.prompt.messages)
+    each = calls_per_prompt(recipe, constitution)
+    calls = {step: count * prompts for step, count in each.items()}
+    most = recipe.generation.max_tokens
+    asked = characters // _CHARACTERS
+    shots = few_shot(constitution, constitution.exemplars[: recipe.generation.exemplars])
+    shot = sum(len(turn.content) for turn in shots) // _CHARACTERS
+    critiques = each["critique"] * asked + calls["critique"] * (shot + most + _mean(constitution, "critique"))
+    revisions = each["revision"] * asked + calls["revision"] * (shot + 2 * most + 2 * _mean(constitution, "critique"))
+    return Estimate(
+        prompts,
+        bad,
+        calls,
+        policy_prompt_tokens=each["answer"] * asked + critiques + revisions,
+        policy_completion_tokens=(calls["answer"] + calls["critique"] + calls["revision"]) * most,
+        judge_prompt_tokens=each["judge"] * asked + calls["judge"] * (2 * most + _mean(constitution, "preference")),
+    )
+
+
+def _mean(constitution: Constitution, part: str) -> int:
+    texts = [principle.model_dump()[part] or "" for principle in constitution.principles]
+    return sum(map(len, texts)) // max(1, len(texts)) // _CHARACTERS

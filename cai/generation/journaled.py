@@ -1,0 +1,135 @@
+"""An engine whose every finished call is in the journal: asked again, it answers from there and pays nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from cai.engines import (
+    Capability,
+    ChoiceLogprobs,
+    ChoiceRequest,
+    Engine,
+    GenerateRequest,
+    Loglikelihood,
+    LoglikelihoodRequest,
+)
+from cai.errors import Interrupted, RequestError, VerdictError
+from cai.generation.tally import Tally
+from cai.store import Call, Database
+from cai.types import Completion, Messages
+
+Result = TypeVar("Result")
+_encoder = msgspec.json.Encoder()
+
+
+class JournaledEngine:
+    """Wraps an engine; the key of a call is a hash of the engine's fingerprint and the whole request.
+
+    Once `tally.stopping` is set, calls that are not in the journal raise `Interrupted`; those in flight finish.
+    """
+
+    def __init__(self, engine: Engine, database: Database, role: str, tally: Tally) -> None:
+        """`role` is `policy` or `judge`: whose cost it is."""
+        self._engine, self._database, self._role, self._tally = engine, database, role, tally
+        self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """The wrapped engine's."""
+        return self._engine.capabilities
+
+    @property
+    def fingerprint(self) -> str:
+        """The wrapped engine's."""
+        return self._engine.fingerprint
+
+    def _key(self, request: msgspec.Struct) -> bytes:
+        digest = self._digest.copy()
+        digest.update(type(request).__name__.encode())
+        digest.update(_encoder.encode(request))
+        return digest.digest()
+
+    async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        if self._tally.stopping:
+            raise Interrupted("stopping")
+        self._tally.in_flight += 1
+        try:
+            return await call()
+        finally:
+            self._tally.in_flight -= 1
+
+    def _keep(self, calls: list[Call]) -> None:
+        self._database.add_calls(calls)
+        self._tally.calls_made += len(calls)
+        self._tally.prompt_tokens += sum(call.prompt_tokens for call in calls)
+        self._tally.completion_tokens += sum(call.completion_tokens for call in calls)
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """The journal's completion, or the engine's, journaled."""
+        key = self._key(request)
+        if found := self._database.call_results([key]):
+            self._tally.calls_replayed += 1
+            return msgspec.json.decode(found[key], type=Completion)
+        completion = clean(await self._call(lambda: self._engine.generate(request)))
+        usage = (completion.prompt_tokens, completion.completion_tokens)
+        self._keep([Call(key, self._role, *usage, _encoder.encode(completion))])
+        return completion
+
+    async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
+        """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself."""
+        keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
+        found = {key: _choice(value) for key, value in self._database.call_results(keys).items()}
+        self._tally.calls_replayed += len(found)
+        missing = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in found]
+        if missing:
+            asked = [prompt for _, prompt in missing]
+            answers = await self._call(lambda: self._engine.choice_logprobs(asked, choices))
+            for answer in answers:
+                _check_logprobs(answer.logprobs, len(choices))
+            new = {key: answer for (key, _), answer in zip(missing, answers, strict=True)}
+            self._keep(
+                [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in new.items()]
+            )
+            found |= new
+        return [found[key] for key in keys]
+
+    async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
+        """The journal's, or the engine's, journaled."""
+        key = self._key(request)
+        if found := self._database.call_results([key]):
+            self._tally.calls_replayed += 1
+            return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int]))
+        result = await self._call(lambda: self._engine.loglikelihood(request))
+        _check_logprobs((result.logprob,), 1)
+        self._keep([Call(key, self._role, result.tokens, 0, _encoder.encode(result))])
+        return result
+
+    async def close(self) -> None:
+        """Close the wrapped engine."""
+        await self._engine.close()
+
+
+def _choice(value: bytes) -> ChoiceLogprobs:
+    return ChoiceLogprobs(msgspec.json.decode(value, type=tuple[float, ...]), 0)
+
+
+def _check_logprobs(logprobs: Sequence[Any], expected: int) -> None:
+    if len(logprobs) != expected or not all(math.isfinite(value) for value in logprobs):
+        raise VerdictError(f"expected {expected} finite log-probabilities, got {list(logprobs)}")
+
+
+def clean(completion: Completion) -> Completion:
+    """Lone surrogates, which no file can hold, become U+FFFD."""
+    try:
+        completion.text.encode()
+    except UnicodeEncodeError:
+        text = completion.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return msgspec.structs.replace(completion, text=text)
+    except AttributeError as exc:
+        raise RequestError(f"expected a completion with a text, got {completion!r:.60}") from exc
+    return completion

@@ -1,0 +1,76 @@
+"""Multiple choice by log-probability, in both orders (Bai et al. 2022, section 4.1; Lee et al. 2023, section 2.1).
+
+The judge is shown the conversation, two completions as A and B, and last a principle's question; the probability of the
+letter A against B is read off, nothing is generated. The completions change places and the two readings are averaged, so
+a judge that always prefers the first one says 0.5. With the question last, all principles share one long beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from cai.constitution import Principle
+from cai.engines import ChoiceLogprobs, Engine
+from cai.types import Message, Messages, PrincipleVerdict, Source, Verdict
+
+_FOLDER = Path(__file__).parent
+_TEMPLATE = Template(_FOLDER.joinpath("choice.txt").read_text(encoding="utf-8"))
+_PREFILL = _FOLDER.joinpath("choice_prefill.txt").read_text(encoding="utf-8")
+_LETTERS = ("A", "B")
+_DELIMITER = re.compile(r"<(?=\s*/?\s*(?:conversation|completion|system|user|assistant)\b)", re.IGNORECASE)
+
+
+class ChoiceJudge:
+    """Compares two completions under each of some principles."""
+
+    def __init__(self, engine: Engine) -> None:
+        """The engine must be able to give `choice_logprobs`."""
+        self._engine = engine
+
+    async def compare(
+        self, prompt: Messages, completions: tuple[tuple[str, str], tuple[str, str]], principles: Sequence[Principle], source: Source
+    ) -> Verdict:
+        """The verdict on two completions, each a (name, text). Raises `VerdictError` for what is no number."""
+        (first, first_text), (second, second_text) = completions
+        shown, turned = await asyncio.gather(
+            self._ask(prompt, first_text, second_text, principles), self._ask(prompt, second_text, first_text, principles)
+        )
+        verdicts = tuple(map(principle_verdict, principles, shown, turned))
+        total = sum(verdict.weight for verdict in verdicts)
+        probability = sum(verdict.weight * verdict.probability for verdict in verdicts) / total
+        return Verdict(first, second, source, probability, verdicts)
+
+    async def _ask(self, prompt: Messages, first: str, second: str, principles: Sequence[Principle]) -> list[ChoiceLogprobs]:
+        questions = [question(prompt, first, second, principle) for principle in principles]
+        return await self._engine.choice_logprobs(questions, _LETTERS)
+
+
+def principle_verdict(principle: Principle, shown: ChoiceLogprobs, turned: ChoiceLogprobs) -> PrincipleVerdict:
+    """One principle's verdict from its two readings; `turned` showed the second completion as A."""
+    logprobs = ((shown.logprobs[0], shown.logprobs[1]), (turned.logprobs[1], turned.logprobs[0]))
+    probability = sum(preference(first - second) for first, second in logprobs) / 2
+    return PrincipleVerdict(principle.id, principle.weight, logprobs, probability)
+
+
+def preference(difference: float) -> float:
+    """The logistic function, written so that `preference(-x) = 1 - preference(x)` to the last digit and none overflows."""
+    return 0.5 + 0.5 * math.tanh(difference / 2)
+
+
+def question(prompt: Messages, first: str, second: str, principle: Principle) -> Messages:
+    """The dialogue that asks the judge; it ends in the middle of the judge's answer, before the letter."""
+    turns = "\n".join(f"<{turn.role}>\n{neutral(turn.content)}\n</{turn.role}>" for turn in prompt)
+    text = _TEMPLATE.substitute(
+        conversation=turns, first=neutral(first), second=neutral(second), question=principle.preference or ""
+    )
+    return Message("user", text.strip()), Message("assistant", _PREFILL)
+
+
+def neutral(text: str) -> str:
+    """A text that cannot open or close one of the template's delimiters."""
+    return _DELIMITER.sub("< ", text)

@@ -1,0 +1,212 @@
+"""From a recipe to a run folder: checks everything first, generates the records, writes the dataset."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cai.config import Recipe
+from cai.constitution import Constitution, load_constitution, to_yaml
+from cai.engines import Capability, Engine, build_engine
+from cai.errors import CaiError, CapabilityError, ConfigError, Interrupted, PromptSourceError
+from cai.generation import Generator, JournaledEngine, Runner, Tally
+from cai.generation.estimate import Estimate, estimate
+from cai.judging import ChoiceJudge
+from cai.prompts import count_prompts, read_prompts
+from cai.store import Mode, RunFolder
+
+Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
+"""Shows a pass while it runs: gets its counters and how many rows there are, where that is known."""
+_NEEDS: dict[str, Capability] = {"choice": "choice_logprobs"}
+_VERSIONS = ("cai-toolkit", "torch", "transformers", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that was checked, with its constitution and the engines that it names."""
+
+    recipe: Recipe
+    constitution: Constitution
+    policy: Engine
+    judge: Engine
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the records of a run. Two runs that agree in it can share a folder."""
+        prompts = self.recipe.prompts.model_dump(exclude={"limit"})
+        generation = self.recipe.generation.model_dump(exclude={"concurrency"})
+        return {
+            "constitution": f"{self.constitution.name}@{self.constitution.hash}",
+            "seed": self.recipe.seed,
+            "policy": self.policy.fingerprint,
+            "judge": self.judge.fingerprint,
+            "judge.method": self.recipe.judge.method,
+            "judge.principles": self.recipe.judge.principles,
+            **{f"prompts.{key}": value for key, value in prompts.items()},
+            **{f"generation.{key}": value for key, value in generation.items()},
+        }
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Find and check all that a recipe names, before anything is written or paid for. Raises `ConfigError`."""
+    constitution = load_constitution(recipe.constitution)
+    generation = recipe.generation
+    if generation.rounds > len(constitution.critiquing):
+        raise ConfigError(
+            f"generation.rounds: {generation.rounds} rounds draw a principle each without repeating, but constitution "
+            f"'{constitution.name}' has {len(constitution.critiquing)} with critique and revision; lower it"
+        )
+    if not constitution.comparing:
+        raise ConfigError(f"constitution '{constitution.name}' has no principle with a 'preference' for the judge; add one")
+    policy = build_engine(recipe.policy)
+    judge = policy if recipe.judge_model == recipe.policy else build_engine(recipe.judge_model)
+    needed = _NEEDS[recipe.judge.method]
+    if needed not in judge.capabilities:
+        raise CapabilityError(
+            f"judge.method: {recipe.judge.method} needs {needed}, which {recipe.judge_model.model} does not offer"
+        )
+    return Plan(recipe, constitution, policy, judge)
+
+
+def dry_run(recipe: Recipe) -> tuple[Plan, Estimate]:
+    """What a run would do; reads the prompts and makes no call."""
+    checked = plan(recipe)
+    return checked, estimate(recipe, checked.constitution, read_prompts(recipe.prompts))
+
+
+def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
+    """Run a recipe into the folder `out` and return its manifest; a run that was begun there is continued.
+
+    Raises `ConfigError` before anything is written, `Interrupted` after a Ctrl-C, other `CaiError`s where the run
+    cannot go on. Whatever was finished is kept, and the same call continues.
+    """
+    checked = plan(recipe)
+    rows = read_prompts(recipe.prompts)
+    with RunFolder(out) as folder:
+        folder.prepare(checked.identity, mode)
+        saved = recipe.model_copy(update={"constitution": "constitution.yaml"})
+        folder.write_text("constitution.yaml", to_yaml(checked.constitution))
+        folder.write_text("recipe.yaml", saved.to_yaml())
+        tally = Tally()
+        manifest = _Manifest(checked, folder, tally)
+        try:
+            if watch:
+                with watch(tally, count_prompts(recipe.prompts)):
+                    _run(checked, folder, tally, rows)
+            else:
+                _run(checked, folder, tally, rows)
+            _check_result(recipe, tally)
+            return _write_dataset(checked, folder, manifest)
+        except CaiError as exc:
+            manifest.write("interrupted" if isinstance(exc, Interrupted) else "failed", {"error": str(exc)})
+            raise
+
+
+def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Any) -> None:
+    policy = JournaledEngine(checked.policy, folder.database, "policy", tally)
+    judge = ChoiceJudge(JournaledEngine(checked.judge, folder.database, "judge", tally))
+    generator = Generator(checked.recipe, checked.constitution, policy, judge)
+
+    async def run() -> None:
+        try:
+            await Runner(generator, folder.database, tally).run(rows)
+        finally:
+            await checked.policy.close()
+            await checked.judge.close()
+
+    asyncio.run(run())
+
+
+def _check_result(recipe: Recipe, tally: Tally) -> None:
+    if tally.read == 0:
+        raise PromptSourceError(f"prompts '{recipe.prompts.source}': there are none in it")
+    if not tally.records_made and not tally.records_kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in tally.quarantined.most_common())
+        raise PromptSourceError(f"none of {tally.read} rows became a record: {reasons}; see run/quarantine.jsonl")
+
+
+def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dict[str, Any]:
+    from cai.dataset import render_card, write_dataset
+
+    with folder.new_data() as data:
+        statistics = write_dataset(folder.database.records(), data, checked.recipe.dataset)
+    written = manifest.write("done", {"dataset": statistics.to_json(), "files": _hashes(folder.path / "data")})
+    example = next(folder.database.records())
+    folder.write_text("README.md", render_card(written, checked.recipe, checked.constitution, example))
+    return written
+
+
+def _hashes(data: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path below `data`."""
+    hashes = {}
+    for file in sorted(data.rglob("*.parquet")):
+        with file.open("rb") as handle:
+            hashes[str(file.relative_to(data))] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return hashes
+
+
+class _Manifest:
+    """What `manifest.json` says of a run; each time the run is started adds a session."""
+
+    def __init__(self, checked: Plan, folder: RunFolder, tally: Tally) -> None:
+        self._plan, self._folder, self._tally = checked, folder, tally
+        self._began = time.time()
+        before = folder.read_json("manifest.json") or {}
+        self._sessions: list[dict[str, Any]] = before.get("sessions", [])
+
+    def write(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest with the quarantine's list, and return it."""
+        tally, checked = self._tally, self._plan
+        manifest = {
+            "status": status,
+            "constitution": {
+                **checked.constitution.model_dump(include={"name", "version", "license"}),
+                "hash": checked.constitution.hash,
+            },
+            "policy": checked.policy.fingerprint,
+            "judge": checked.judge.fingerprint,
+            "judge_is_policy": checked.judge is checked.policy,
+            "prompts": {
+                "source": checked.recipe.prompts.source,
+                "read": tally.read,
+                "duplicates": tally.duplicates,
+                "quarantined": self._folder.write_quarantine(),
+            },
+            **extra,
+            "usage": {role: usage._asdict() for role, usage in self._folder.database.usage().items()},
+            "sessions": [*self._sessions, self._session()],
+            "versions": {"python": platform.python_version(), **_installed()},
+        }
+        self._folder.write_json("manifest.json", manifest)
+        return manifest
+
+    def _session(self) -> dict[str, Any]:
+        tally = self._tally
+        return {
+            "started": datetime.datetime.fromtimestamp(self._began, datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._began, 1),
+            "records_made": tally.records_made,
+            "calls_made": tally.calls_made,
+            "calls_replayed": tally.calls_replayed,
+            "prompt_tokens": tally.prompt_tokens,
+            "completion_tokens": tally.completion_tokens,
+        }
+
+
+def _installed() -> dict[str, str]:
+    versions = {}
+    for package in _VERSIONS:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
