@@ -1,12 +1,12 @@
 """The recipe: everything that a run is told, as frozen data that can be printed, saved and read back.
 
-    constitution: harmless
-    seed: 0
-    prompts: {source: red-team, limit: 24}
-    policy: {model: smollm2-135m}
-    judge: {model: null, method: choice, principles: 4}
-    generation: {candidates: 1, rounds: 2, max_tokens: 256}
-    dataset: {test_fraction: 0.1}
+constitution: harmless
+seed: 0
+prompts: {source: red-team, limit: 24}
+policy: {model: smollm2-135m}
+judge: {model: null, method: choice, principles: 4}
+generation: {candidates: 1, rounds: 2, max_tokens: 256}
+dataset: {test_fraction: 0.1}
 """
 
 from __future__ import annotations

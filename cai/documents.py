@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import inspect
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,8 +115,8 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside `Model`, `Model | None`, `tuple[Model, ...]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
     return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
 
 
@@ -131,5 +131,3 @@ def parse_scalar(text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-
-

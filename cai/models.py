@@ -75,8 +75,7 @@ def _on_hub(hub_id: str, revision: str | None) -> ModelPlace:
         config = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
     except LocalEntryNotFoundError as exc:
         raise ConfigError(
-            f"model '{hub_id}': not in the local Hub cache, and the Hub cannot be reached; check the network, "
-            "or give a folder"
+            f"model '{hub_id}': not in the local Hub cache, and the Hub cannot be reached; check the network, or give a folder"
         ) from exc
     except (HfHubHTTPError, HFValidationError, OSError) as exc:
         raise ConfigError(f"model '{hub_id}': the Hub has no such model that you may read: {exc}") from exc

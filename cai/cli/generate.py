@@ -91,7 +91,9 @@ def _show_labels(means: dict[str, Any]) -> None:
     }
     for name, share in facts.items():
         if share is not None:
-            _console.print(f"  {share:>6.0%}  {name}  [cyan]{'━' * round(share * 24)}[/][dim]{'━' * (24 - round(share * 24))}[/]")
+            _console.print(
+                f"  {share:>6.0%}  {name}  [cyan]{'━' * round(share * 24)}[/][dim]{'━' * (24 - round(share * 24))}[/]"
+            )
     _console.print(
         f"  {means['chosen_probability']:>6.2f}  mean probability of the chosen one\n"
         f"  {means['chosen_length']:>6.0f}  characters in chosen, {means['rejected_length']:.0f} in rejected (mean)"

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
@@ -113,5 +112,3 @@ class Constitution(_Part):
         for principle in seen["principles"]:
             del principle["note"]
         return hashlib.sha256(msgspec.json.encode(seen, order="deterministic")).hexdigest()[:16]
-
-

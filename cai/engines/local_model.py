@@ -45,7 +45,7 @@ class LocalModel:
         self.dtype = resolve_dtype(config)
         source, revision = _as_pretrained(locate(config.model, config.revision))
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
-        self.model: Any = loaded.to(self.device).eval()
+        self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         self._share = not config.exact
         self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._stopping = False
@@ -56,7 +56,6 @@ class LocalModel:
         """End a running generation at its next token, from any thread."""
         self._stopping = True
 
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], requests: Sequence[GenerateRequest]) -> list[list[int]]:
         """The new tokens of each prompt, up to its own end-of-sequence token or `max_tokens`.
 
@@ -87,7 +86,6 @@ class LocalModel:
         end = next((index for index, token in enumerate(tokens) if token in self.eos_ids), len(tokens) - 1)
         return tokens[: end + 1]
 
-    @torch.inference_mode()
     def score(self, tails: Sequence[Tail]) -> tuple[list[list[float]], int]:
         """For each tail, the summed natural log-probability of each of its targets; and the tokens computed."""
         rows = [[*tail.tokens, *target[:-1]] for tail in tails for target in _distinct_stems(tail)]
@@ -219,7 +217,7 @@ class _Sampler(LogitsProcessor):
         drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
         chosen = torch.where(self._greedy[:, None], scores.argmax(dim=-1, keepdim=True), drawn)
         only = torch.full_like(scores, float("-inf"))
-        return only.scatter_(1, chosen, 0.0)  # type: ignore[return-value]
+        return only.scatter_(1, chosen, 0.0)
 
 
 def _uniform(request: GenerateRequest) -> torch.Tensor:
@@ -239,7 +237,7 @@ class _Stop(StoppingCriteria):
         self._owner = owner
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self._owner._stopping, device=input_ids.device)  # type: ignore[return-value]
+        return torch.full((len(input_ids),), self._owner._stopping, device=input_ids.device)
 
 
 def best_device() -> str:
@@ -258,7 +256,8 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     device = config.device or best_device()
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    has_bf16 = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_device_supported()
+    abilities = torch.cpu.get_capabilities()
+    has_bf16 = device == "cpu" and any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if has_bf16 else torch.float32
 
 

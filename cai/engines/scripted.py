@@ -1,11 +1,11 @@
 """An engine driven by a function, for tests of the project and of its users. No model is involved.
 
-    def respond(request):
-        if isinstance(request, GenerateRequest):
-            return "a completion"                       # or a Completion
-        if isinstance(request, ChoiceRequest):
-            return [-0.1, -2.3]                         # a log-probability for each of request.choices
-        return -12.5                                    # a LoglikelihoodRequest: the log-probability
+def respond(request):
+    if isinstance(request, GenerateRequest):
+        return "a completion"                       # or a Completion
+    if isinstance(request, ChoiceRequest):
+        return [-0.1, -2.3]                         # a log-probability for each of request.choices
+    return -12.5                                    # a LoglikelihoodRequest: the log-probability
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class ScriptedEngine:
         """The function's number; tokens are counted as words."""
         answer = await self._ask(request)
         if not isinstance(answer, int | float) or math.isnan(answer):
-            raise RequestError(
-                f"the scripted function returned {answer!r:.60} to a LoglikelihoodRequest; expected a number"
-            )
+            raise RequestError(f"the scripted function returned {answer!r:.60} to a LoglikelihoodRequest; expected a number")
         return Loglikelihood(float(answer), request.continuation.count(" ") + 1)
 
     async def close(self) -> None:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-
 from cai.config import ModelConfig
 from cai.engines.base import (
     Capability,
@@ -150,8 +149,7 @@ class TransformersEngine:
         text = self._tokenizer.decode(output, skip_special_tokens=True)
         found = [text.index(stop) for stop in one.request.stop if stop in text]
         text = text[: min(found)] if found else text
-        reason = "stop" if ended or found else "length"
-        return Completion(text.strip(), reason, len(one.tokens), len(output), one.request.seed)
+        return Completion(text.strip(), "stop" if ended or found else "length", len(one.tokens), len(output), one.request.seed)
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Log-probabilities of the choices after each prompt; what the prompts share is computed once."""

@@ -94,9 +94,7 @@ def pairs(record: Record, recipe: Recipe) -> list[tuple[str, str, Source]]:
     if recipe.generation.pairs != "revision":
         names = [f"candidate-{index}" for index, candidate in enumerate(record.candidates) if candidate.text]
         chosen += [
-            (first, second, "samples")
-            for first, second in combinations(names, 2)
-            if record.text(first) != record.text(second)
+            (first, second, "samples") for first, second in combinations(names, 2) if record.text(first) != record.text(second)
         ]
     return chosen
 

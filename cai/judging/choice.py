@@ -18,6 +18,8 @@ from cai.constitution import Principle
 from cai.engines import ChoiceLogprobs, Engine
 from cai.types import Message, Messages, PrincipleVerdict, Source, Verdict
 
+Named = tuple[str, str]
+"""A completion's name in its record, and its text."""
 _FOLDER = Path(__file__).parent
 _TEMPLATE = Template(_FOLDER.joinpath("choice.txt").read_text(encoding="utf-8"))
 _PREFILL = _FOLDER.joinpath("choice_prefill.txt").read_text(encoding="utf-8")
@@ -33,10 +35,14 @@ class ChoiceJudge:
         self._engine = engine
 
     async def compare(
-        self, prompt: Messages, completions: tuple[tuple[str, str], tuple[str, str]], principles: Sequence[Principle], source: Source
+        self,
+        prompt: Messages,
+        pair: tuple[Named, Named],
+        principles: Sequence[Principle],
+        source: Source,
     ) -> Verdict:
         """The verdict on two completions, each a (name, text). Raises `VerdictError` for what is no number."""
-        (first, first_text), (second, second_text) = completions
+        (first, first_text), (second, second_text) = pair
         shown, turned = await asyncio.gather(
             self._ask(prompt, first_text, second_text, principles), self._ask(prompt, second_text, first_text, principles)
         )

@@ -132,9 +132,7 @@ class Database:
     def claim(self, position: int, prompt_id: str, digest: bytes) -> bytes | None:
         """Note a prompt of this pass; the digest of the one that has this id already, else None."""
         with self._guard():
-            if self._db.execute(
-                "INSERT OR IGNORE INTO prompts VALUES (?,?,?)", (position, prompt_id, digest)
-            ).rowcount:
+            if self._db.execute("INSERT OR IGNORE INTO prompts VALUES (?,?,?)", (position, prompt_id, digest)).rowcount:
                 return None
             found = self._db.execute("SELECT digest FROM prompts WHERE prompt_id=?", (prompt_id,)).fetchone()
             return bytes(found[0])
@@ -147,9 +145,7 @@ class Database:
     def add_record(self, record: Record) -> None:
         """Keep a finished record."""
         with self._guard():
-            self._db.execute(
-                "INSERT OR REPLACE INTO records VALUES (?,?)", (record.prompt.id, self._encoder.encode(record))
-            )
+            self._db.execute("INSERT OR REPLACE INTO records VALUES (?,?)", (record.prompt.id, self._encoder.encode(record)))
 
     def records(self) -> Iterator[Record]:
         """The records of this pass's prompts, in the order of the prompts, one at a time."""

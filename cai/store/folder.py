@@ -1,8 +1,8 @@
 """The run folder `-o OUT`: who may write it, which run it holds, and what is left in it.
 
-    OUT/run/journal.sqlite    calls, records, quarantined rows        OUT/recipe.yaml         the resolved recipe
-    OUT/run/quarantine.jsonl  the quarantined rows, to read           OUT/constitution.yaml   the resolved constitution
-    OUT/run/lock              held while a process writes             OUT/manifest.json       counts, drops, cost, hashes
+OUT/run/journal.sqlite    calls, records, quarantined rows        OUT/recipe.yaml         the resolved recipe
+OUT/run/quarantine.jsonl  the quarantined rows, to read           OUT/constitution.yaml   the resolved constitution
+OUT/run/lock              held while a process writes             OUT/manifest.json       counts, drops, cost, hashes
 """
 
 from __future__ import annotations
@@ -120,7 +120,11 @@ class RunFolder:
             for row in self.database.quarantined():
                 counts[row.reason] = counts.get(row.reason, 0) + 1
                 file.write(msgspec.json.encode(row) + b"\n")
-        part.replace(target) if counts else (part.unlink(), target.unlink(missing_ok=True))
+        if counts:
+            part.replace(target)
+        else:
+            part.unlink()
+            target.unlink(missing_ok=True)
         return counts
 
     @contextmanager
