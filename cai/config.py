@@ -11,44 +11,42 @@ dataset: {test_fraction: 0.1}
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from cai.documents import Document, dump, parse_scalar
+from cai.documents import Document, Part, dump, parse_scalar
 from cai.errors import ConfigError
 
-
-class Config(BaseModel):
-    """Frozen; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+Text = Annotated[str, StringConstraints(min_length=1)]
 
 
-class PromptsConfig(Config):
+class PromptsConfig(Part):
     """Where prompts come from."""
 
-    source: str = "red-team"
+    source: Text = "red-team"
     """A built-in set (`red-team`, `benign`), a file, a `datasets` folder, a Hub dataset id, or `-` for standard input."""
     limit: PositiveInt | None = None
     """Use only the first so many prompts."""
-    column: str | None = None
+    column: Text | None = None
     """The column that holds the prompt; by default the first of the usual names that is there."""
-    split: str = "train"
+    split: Text = "train"
     """The split of a Hub dataset or a `datasets` folder."""
-    subset: str | None = None
+    subset: Text | None = None
     """The configuration of a Hub dataset."""
 
 
-class ModelConfig(Config):
+class ModelConfig(Part):
     """A model and how to run it."""
 
-    model: str = "smollm2-135m"
+    model: Text = "smollm2-135m"
     """An alias (`smollm2-135m`), a folder, a Hub id, or `scripted:FILE.py:FUNCTION`."""
-    revision: str | None = None
+    revision: Text | None = None
     """The Hub revision (branch, tag or commit)."""
-    device: str | None = None
+    device: Text | None = None
     """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes in it, else float32."""
@@ -60,20 +58,26 @@ class ModelConfig(Config):
     """Compute each request alone in float32: results do not depend on what else runs, and come slower."""
 
 
-class JudgeConfig(Config):
+class JudgeConfig(Part):
     """Who compares completions, and how."""
 
-    model: str | None = None
+    model: Text | None = None
     """The judge's model; null: the policy's own."""
-    revision: str | None = None
+    revision: Text | None = None
     """The Hub revision of the judge's model."""
     method: Literal["choice"] = "choice"
     """`choice`: multiple choice by log-probability, in both orders."""
     principles: PositiveInt | Literal["all"] = 4
     """How many principles judge each pair, drawn anew for every pair; `all`: every one with a preference question."""
 
+    @model_validator(mode="after")
+    def _revision_of_a_model(self) -> JudgeConfig:
+        if self.revision is not None and self.model is None:
+            raise _wrong("revision", "names the revision of judge.model, which is not set; set it, or policy.revision")
+        return self
 
-class GenerationConfig(Config):
+
+class GenerationConfig(Part):
     """Answers, critiques and revisions."""
 
     candidates: PositiveInt = 1
@@ -86,7 +90,7 @@ class GenerationConfig(Config):
     """How many of the constitution's few-shot dialogues stand before each critique; null: all of them, 0: none."""
     max_tokens: PositiveInt = 256
     """The most tokens of one completion, critique or revision."""
-    temperature: float = Field(default=1.0, ge=0, le=5)
+    temperature: float = Field(default=0.7, ge=0, le=5)
     """Of sampling answers, critiques and revisions; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling: the smallest set of tokens with this much probability."""
@@ -96,13 +100,13 @@ class GenerationConfig(Config):
     @model_validator(mode="after")
     def _pairs_can_be_made(self) -> GenerationConfig:
         if self.pairs != "revision" and self.candidates < 2:
-            raise ValueError(f"pairs: {self.pairs} compares candidates; set generation.candidates to 2 or more")
+            raise _wrong("pairs", f"{self.pairs} compares candidates; set generation.candidates to 2 or more")
         if self.pairs != "samples" and self.rounds < 1:
-            raise ValueError(f"pairs: {self.pairs} compares revisions; set generation.rounds to 1 or more")
+            raise _wrong("pairs", f"{self.pairs} compares revisions; set generation.rounds to 1 or more")
         return self
 
 
-class DatasetConfig(Config):
+class DatasetConfig(Part):
     """The views of the records that are written. Changing these makes no model call."""
 
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -111,22 +115,27 @@ class DatasetConfig(Config):
     """Drop pairs whose `chosen_probability` is not above this; 0.5 drops only ties."""
     shard_rows: PositiveInt = 100_000
     """Rows in one Parquet file."""
-    license: str | None = None
+    license: Text | None = None
     """The licence that the card names, as the Hub spells it (`cc-by-4.0`)."""
 
 
-class Recipe(Config):
+class Recipe(Part):
     """All of it."""
 
-    constitution: str = "harmless"
+    constitution: Text = "harmless"
     """A built-in constitution's name or a path."""
     seed: int = 0
     """The run's seed; every draw is a hash of it, the prompt's id and the step."""
     policy: ModelConfig = ModelConfig()
+    """The model that answers, criticises and revises."""
     judge: JudgeConfig = JudgeConfig()
+    """The model that compares."""
     prompts: PromptsConfig = PromptsConfig()
+    """What is answered."""
     generation: GenerationConfig = GenerationConfig()
+    """How it is answered and revised."""
     dataset: DatasetConfig = DatasetConfig()
+    """What is written of it."""
 
     @field_validator("policy", "judge", "prompts", "generation", "dataset", mode="before")
     @classmethod
@@ -145,11 +154,16 @@ class Recipe(Config):
         return dump(self.model_dump(mode="json"))
 
 
+def _wrong(key: str, problem: str) -> PydanticCustomError:
+    """What is wrong with one key of a section, seen only beside the others."""
+    return PydanticCustomError("value_error", "{problem}", {"problem": problem, "at": (key,)})
+
+
 def load_recipe(path: Path | None, overrides: list[tuple[str, object, str]]) -> Recipe:
     """A recipe from a file (or the defaults) with flags on top.
 
     `overrides` are (dotted key, value, the flag they came from). Raises `ConfigError` naming file, line, key and fix.
-    A constitution or a prompt file that the recipe names is looked for beside the recipe first.
+    A constitution or prompts that the recipe names by a path are looked for beside the recipe first.
     """
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
@@ -166,13 +180,18 @@ def _beside(document: Document, folder: Path, dotted: str) -> None:
     for section in sections:
         target = target.get(section) if isinstance(target, dict) else None
     value = target.get(key) if isinstance(target, dict) else None
-    if isinstance(value, str) and value != "-" and (folder / value).is_file():
+    if isinstance(value, str) and value != "-" and _is_meant(folder / value, value):
         target[key] = str(folder / value)
+
+
+def _is_meant(path: Path, value: str) -> bool:
+    """Whether a path is what the recipe names: a plain word is no folder (`benign`, beside a run in `benign/`)."""
+    return os.path.isfile(path) or ("/" in value and os.path.isdir(path))
 
 
 def parse_set(assignment: str) -> tuple[str, object, str]:
     """`judge.principles=all` as an override."""
     key, equals, value = assignment.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {assignment}: expected key=value, for example --set judge.principles=all")
     return key.strip(), parse_scalar(value), f"--set {assignment}"

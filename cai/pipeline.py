@@ -7,8 +7,8 @@ import datetime
 import hashlib
 import platform
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 from cai.config import Recipe
 from cai.constitution import Constitution, load_constitution, to_yaml
 from cai.engines import Capability, Engine, build_engine
-from cai.errors import CaiError, CapabilityError, ConfigError, Interrupted, PromptSourceError
+from cai.errors import CaiError, CapabilityError, ConfigError, Interrupted, PromptSourceError, StoreError
 from cai.generation import Generator, JournaledEngine, Runner, Tally
 from cai.generation.estimate import Estimate, estimate
 from cai.judging import ChoiceJudge
-from cai.prompts import count_prompts, read_prompts
+from cai.prompts import Row, count_prompts, read_prompts
 from cai.store import Mode, RunFolder
 
 Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
@@ -91,27 +91,26 @@ def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | 
     """
     checked = plan(recipe)
     rows = read_prompts(recipe.prompts)
-    with RunFolder(out) as folder:
-        folder.prepare(checked.identity, mode)
-        saved = recipe.model_copy(update={"constitution": "constitution.yaml"})
-        folder.write_text("constitution.yaml", to_yaml(checked.constitution))
-        folder.write_text("recipe.yaml", saved.to_yaml())
-        tally = Tally()
-        manifest = _Manifest(checked, folder, tally)
+    with RunFolder(out, checked.identity, mode) as folder:
+        manifest = _Manifest(checked, folder, Tally())
         try:
-            if watch:
-                with watch(tally, count_prompts(recipe.prompts)):
-                    _run(checked, folder, tally, rows)
-            else:
-                _run(checked, folder, tally, rows)
-            _check_result(recipe, tally)
+            saved = recipe.model_copy(update={"constitution": "constitution.yaml"})
+            folder.write_text("constitution.yaml", to_yaml(checked.constitution))
+            folder.write_text("recipe.yaml", saved.to_yaml())
+            with watch(manifest.tally, count_prompts(recipe.prompts)) if watch else nullcontext():
+                _run(checked, folder, manifest.tally, rows)
+            _check_result(recipe, manifest.tally)
             return _write_dataset(checked, folder, manifest)
         except CaiError as exc:
-            manifest.write("interrupted" if isinstance(exc, Interrupted) else "failed", {"error": str(exc)})
+            manifest.write_failure(exc)
             raise
+        except KeyboardInterrupt:
+            stopped = Interrupted("stopped; the same command continues")
+            manifest.write_failure(stopped)
+            raise stopped from None
 
 
-def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Any) -> None:
+def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
     policy = JournaledEngine(checked.policy, folder.database, "policy", tally)
     judge = ChoiceJudge(JournaledEngine(checked.judge, folder.database, "judge", tally))
     generator = Generator(checked.recipe, checked.constitution, policy, judge)
@@ -120,8 +119,9 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Any) -> None:
         try:
             await Runner(generator, folder.database, tally).run(rows)
         finally:
-            await checked.policy.close()
-            await checked.judge.close()
+            if not tally.aborted:  # an engine that is loading its weights would make us wait
+                await checked.policy.close()
+                await checked.judge.close()
 
     asyncio.run(run())
 
@@ -139,10 +139,11 @@ def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dic
 
     with folder.new_data() as data:
         statistics = write_dataset(folder.database.records(), data, checked.recipe.dataset)
-    written = manifest.write("done", {"dataset": statistics.to_json(), "files": _hashes(folder.path / "data")})
+    done = manifest.tell("done", {"dataset": statistics.to_json(), "files": _hashes(folder.path / "data")})
     example = next(folder.database.records())
-    folder.write_text("README.md", render_card(written, checked.recipe, checked.constitution, example))
-    return written
+    folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
+    folder.write_json("manifest.json", done)
+    return done
 
 
 def _hashes(data: Path) -> dict[str, str]:
@@ -158,15 +159,20 @@ class _Manifest:
     """What `manifest.json` says of a run; each time the run is started adds a session."""
 
     def __init__(self, checked: Plan, folder: RunFolder, tally: Tally) -> None:
-        self._plan, self._folder, self._tally = checked, folder, tally
+        self._plan, self._folder, self.tally = checked, folder, tally
         self._began = time.time()
-        before = folder.read_json("manifest.json") or {}
-        self._sessions: list[dict[str, Any]] = before.get("sessions", [])
+        self._sessions = _sessions(folder)
 
-    def write(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest with the quarantine's list, and return it."""
-        tally, checked = self._tally, self._plan
-        manifest = {
+    def write_failure(self, failure: CaiError) -> None:
+        """Write what there is to tell of a run that did not end well."""
+        status = "interrupted" if isinstance(failure, Interrupted) else "failed"
+        with suppress(StoreError):  # where the disk is full, the failure says so already
+            self._folder.write_json("manifest.json", self.tell(status, {"error": str(failure)}))
+
+    def tell(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """The manifest; writes the quarantine's list."""
+        tally, checked = self.tally, self._plan
+        return {
             "status": status,
             "constitution": {
                 **checked.constitution.model_dump(include={"name", "version", "license"}),
@@ -186,11 +192,9 @@ class _Manifest:
             "sessions": [*self._sessions, self._session()],
             "versions": {"python": platform.python_version(), **_installed()},
         }
-        self._folder.write_json("manifest.json", manifest)
-        return manifest
 
     def _session(self) -> dict[str, Any]:
-        tally = self._tally
+        tally = self.tally
         return {
             "started": datetime.datetime.fromtimestamp(self._began, datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._began, 1),
@@ -200,6 +204,16 @@ class _Manifest:
             "prompt_tokens": tally.prompt_tokens,
             "completion_tokens": tally.completion_tokens,
         }
+
+
+def _sessions(folder: RunFolder) -> list[Any]:
+    """The earlier sessions of this run; a damaged manifest is written anew without them, since it decides nothing."""
+    try:
+        before = folder.read_json("manifest.json") or {}
+    except StoreError:
+        return []
+    sessions = before.get("sessions")
+    return sessions if isinstance(sessions, list) else []
 
 
 def _installed() -> dict[str, str]:

@@ -90,7 +90,7 @@ class PrincipleVerdict(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """A judge's comparison of two completions of one prompt; `probability` is that the first is preferred."""
+    """A judge's comparison of two completions of one prompt; `probability` is that the first is preferred, 0.5 a tie."""
 
     first: str
     second: str
@@ -113,9 +113,10 @@ class Record(Struct, frozen=True):
     verdicts: tuple[Verdict, ...]
 
     def text(self, name: str) -> str:
-        """The completion called `candidate-K` (from 0) or `revision-R` (R is the round, from 1)."""
+        """The completion called `candidate-K` (from 0) or `revision-R` (R is the round, from 1), without space around it."""
         kind, _, number = name.partition("-")
-        return self.candidates[int(number)].text if kind == "candidate" else self.revisions[int(number) - 1].text
+        text = self.candidates[int(number)].text if kind == "candidate" else self.revisions[int(number) - 1].text
+        return text.strip()
 
     def truncated(self, name: str) -> bool:
         """Whether the completion of that name was cut off by the token limit."""

@@ -18,7 +18,10 @@ def list_() -> None:
 
     from cai.constitution import built_in_names, load_constitution
 
-    table = Table("name", "principles", "exemplars", "what it is for", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("name", "principles", "exemplars"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is for")
     for name in built_in_names():
         one = load_constitution(name)
         table.add_row(name, str(len(one.principles)), str(len(one.exemplars)), escape(one.description))
@@ -36,11 +39,12 @@ def show(name: Annotated[str, typer.Argument(help="A built-in name or a path.")]
 @app.command(epilog="Example: cai constitution validate my.yaml")
 def validate(path: Annotated[str, typer.Argument(help="A path or a built-in name.")]) -> None:
     """Check a constitution; errors name file, line, key and the fix. Exit code 2 where it is not valid."""
+    from cai.cli.terminal import printable
     from cai.constitution import load_constitution
 
     one = load_constitution(path)
     print(
-        f"{path}: valid. {one.name} {one.version}, hash {one.hash}: {len(one.principles)} principles "
+        f"{printable(path)}: valid. {one.name} {printable(one.version)}, hash {one.hash}: {len(one.principles)} principles "
         f"({len(one.critiquing)} for critique and revision, {len(one.comparing)} for comparison), "
         f"{len(one.exemplars)} exemplars"
     )

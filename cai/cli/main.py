@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -82,22 +83,34 @@ def generate(
 
 def main() -> None:
     """The `cai` command. Exit codes: 0 done, 1 the run could not do its job, 2 wrong usage, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, a file name with odd bytes
     try:
         app()
     except Interrupted as exc:
-        _fail(str(exc), 130)
+        _fail(str(exc))
+        _flush()
+        os._exit(130)  # a thread that still loads a model or waits for standard input would hold up the exit
     except ConfigError as exc:
-        _fail(str(exc), 2)
+        sys.exit(_fail(str(exc), 2))
     except CaiError as exc:
-        _fail(str(exc), 1)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_fail(str(exc), 1))
+    finally:
+        _flush()
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int = 1) -> int:
     from cai.cli.terminal import printable
 
     print(f"cai: {printable(message)}", file=sys.stderr)
-    sys.exit(code)
+    return code
+
+
+def _flush() -> None:
+    """Write out what was printed, unless the reader is gone (`cai ... | head`)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

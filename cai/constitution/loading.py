@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cai.constitution.schema import Constitution, Exemplar, Principle
-from cai.documents import Document, dump
+from cai.documents import Document, Loc, dump, show
 from cai.errors import ConstitutionError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -21,13 +22,12 @@ def built_in_names() -> list[str]:
 
 def find(name: str, beside: Path | None = None) -> Path:
     """The file of a constitution given by built-in name or by path (relative to `beside`, then to here)."""
-    path = Path(name).expanduser()
-    places = [path] if beside is None else [beside / path, path]
-    found = next((place for place in places if place.is_file()), None)
-    if found:
-        return found
     if name in built_in_names():
         return BUILT_IN / f"{name}.yaml"
+    path = Path(os.path.expanduser(name))
+    for place in [path] if beside is None else [beside / path, path]:
+        if os.path.isfile(place):
+            return place
     names = built_in_names()
     raise ConstitutionError(
         f"no constitution '{name}': neither a file nor a built-in name{nearest(name, names)}; built in: {', '.join(names)}"
@@ -56,7 +56,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Constitution:
         except ConstitutionError as exc:
             raise ConstitutionError(f"{document.where(('extends', index))}: extends[{index}]: {exc}") from exc
     resolved = _merge(written, bases)
-    _check_whole(resolved, document)
+    _check_whole(resolved, written, document)
     return resolved
 
 
@@ -70,20 +70,29 @@ def _merge(written: Constitution, bases: list[Constitution]) -> Constitution:
     return written.model_copy(update=merged)
 
 
-def _check_whole(resolved: Constitution, document: Document) -> None:
+def _check_whole(resolved: Constitution, written: Constitution, document: Document) -> None:
     if not resolved.principles:
-        raise ConstitutionError(f"{document.name}: principles: expected at least one principle")
+        raise ConstitutionError(f"{document.where(('principles',))}: principles: expected at least one principle")
     able = [principle.id for principle in resolved.critiquing]
-    own = [exemplar.get("principle") for exemplar in document.data.get("exemplars") or ()]
     for exemplar in resolved.exemplars:
         if exemplar.principle not in able:
-            at = document.where(("exemplars", own.index(exemplar.principle), "principle") if exemplar.principle in own else ())
-            hint = nearest(exemplar.principle, able) or f"; there are: {', '.join(able)}"
-            raise ConstitutionError(
-                f"{at}: exemplars: no principle '{exemplar.principle}' with a critique and a revision{hint}"
-            )
+            loc, problem = _orphaned(exemplar, written, able)
+            raise ConstitutionError(f"{document.where(loc)}: {show(loc)}: {problem}")
+
+
+def _orphaned(exemplar: Exemplar, written: Constitution, able: list[str]) -> tuple[Loc, str]:
+    """Where it was written that an exemplar answers a principle without critique and revision, and how that came about."""
+    name = exemplar.principle
+    if exemplar in written.exemplars:
+        hint = nearest(name, able) or f"; those that have both: {', '.join(able) or 'none'}"
+        loc: Loc = ("exemplars", written.exemplars.index(exemplar), "principle")
+        return loc, f"there is no principle '{name}' with a critique and a revision{hint}"
+    own = [principle.id for principle in written.principles]
+    loc = ("principles", own.index(name)) if name in own else ("extends",)
+    return loc, f"an inherited exemplar answers '{name}', which must keep a critique and a revision"
 
 
 def to_yaml(constitution: Constitution) -> str:
     """A constitution as YAML that `load_constitution` reads back."""
-    return dump(constitution.model_dump(mode="json", exclude_defaults=True))
+    head = {"name": constitution.name, "version": constitution.version}
+    return dump(head | constitution.model_dump(mode="json", exclude_defaults=True))

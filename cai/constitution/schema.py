@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from cai.documents import Part
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value):
+        raise ValueError(f"expected a name of a-z, 0-9, '.', '_' and '-', found {value!r:.80}")
+    return value
+
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+Name = Annotated[str, AfterValidator(_name)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Example(_Part):
+class Example(Part):
     """A pair that shows what a principle prefers."""
 
     prompt: Text
@@ -24,7 +31,7 @@ class Example(_Part):
     rejected: Text
 
 
-class Principle(_Part):
+class Principle(Part):
     """One rule. It has a critique and a revision request, or a preference question, or all three."""
 
     id: Name
@@ -35,12 +42,19 @@ class Principle(_Part):
     """Asks the model to rewrite its last completion."""
     preference: Text | None = None
     """Asks a judge which of two completions is better."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Its share in a verdict, and how often it is drawn for a critique, relative to the others."""
     tags: tuple[Name, ...] = ()
+    """What it is about, for people; no model sees them."""
     examples: tuple[Example, ...] = ()
+    """Pairs that show what it prefers."""
     note: Text | None = None
     """Why it is there, for people; no model sees it."""
+
+    @field_validator("tags", "examples", mode="before")
+    @classmethod
+    def _empty_list(cls, value: Any) -> Any:
+        return () if value is None else value
 
     @model_validator(mode="after")
     def _has_parts(self) -> Principle:
@@ -52,7 +66,7 @@ class Principle(_Part):
         return self
 
 
-class Exemplar(_Part):
+class Exemplar(Part):
     """A critique-revision dialogue shown before the real one; `principle` is the id whose requests it answers."""
 
     prompt: Text
@@ -62,15 +76,15 @@ class Exemplar(_Part):
     revision: Text
 
 
-class Constitution(_Part):
+class Constitution(Part):
     """A constitution as written, or (with `extends` empty) resolved."""
 
     name: Name
-    version: str = "1.0"
+    version: Text = "1.0"
     description: Text
-    license: str
+    license: Text
     extends: tuple[str, ...] = ()
-    """Other constitutions, by name or path, whose principles and exemplars come first; a same id overrides."""
+    """Other constitutions, by name or path, whose principles and exemplars come first; what comes later overrides a same id."""
     principles: tuple[Principle, ...] = ()
     exemplars: tuple[Exemplar, ...] = ()
 
@@ -82,9 +96,11 @@ class Constitution(_Part):
     @model_validator(mode="after")
     def _unique_ids(self) -> Constitution:
         seen: set[str] = set()
-        for principle in self.principles:
+        for index, principle in enumerate(self.principles):
             if principle.id in seen:
-                raise ValueError(f"principle id '{principle.id}' is used twice; give one of them another id")
+                problem = f"principle id '{principle.id}' is used twice; give one of them another id"
+                at = ("principles", index, "id")
+                raise PydanticCustomError("value_error", "{problem}", {"problem": problem, "at": at})
             seen.add(principle.id)
         return self
 
@@ -107,8 +123,8 @@ class Constitution(_Part):
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that a model can see; a note or a description does not change it."""
+        """16 hex digits over everything that a model can see; a note, a tag or a description does not change it."""
         seen = self.model_dump(include={"principles", "exemplars"}, mode="json")
         for principle in seen["principles"]:
-            del principle["note"]
+            del principle["note"], principle["tags"]
         return hashlib.sha256(msgspec.json.encode(seen, order="deterministic")).hexdigest()[:16]

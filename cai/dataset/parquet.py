@@ -95,7 +95,7 @@ class _Shards:
         self._buffer: list[dict[str, Any]] = []
         self._files: list[Path] = []
         self.rows = 0
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: dict[str, Any]) -> None:
         if self.rows % self._shard_rows == 0 and self.rows:
@@ -109,7 +109,8 @@ class _Shards:
         if self._writer is None:
             self._files.append(self._folder / f"{self._split}.part{len(self._files)}")
             self._writer = pq.ParquetWriter(self._files[-1], self._schema)
-        self._writer.write_table(pa.Table.from_pylist(self._buffer, schema=self._schema))
+        if self._buffer:  # an empty row group would break `load_dataset`; a file without any does not
+            self._writer.write_table(pa.Table.from_pylist(self._buffer, schema=self._schema))
         self._buffer = []
 
     def _end_file(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 from cai.config import DatasetConfig
@@ -32,7 +31,7 @@ class Mean:
 
 @dataclass
 class Statistics:
-    """Counts and means over the records of a dataset; lengths are in characters."""
+    """Counts and means over the records of a dataset; lengths are in characters, a tie is half of a preference."""
 
     records: int = 0
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -52,7 +51,9 @@ class Statistics:
         self.records += 1
         for candidate in record.candidates:
             self.candidates_truncated.add(candidate.finish_reason == "length")
-            self.dropped["candidates: empty"] += not candidate.text
+        texts = [text for candidate in record.candidates if (text := candidate.text.strip())]
+        self.dropped["candidates: empty"] += len(record.candidates) - len(texts)
+        self.dropped["candidates: the same as an earlier one"] += len(texts) - len(set(texts))
         for revision in record.revisions:
             self.revisions += 1
             self.cleaned.update(revision.cleaned)
@@ -68,11 +69,13 @@ class Statistics:
     def _add_verdicts(self, record: Record) -> None:
         for verdict in record.verdicts:
             if verdict.source == "revision":
-                self.revision_preferred.add(verdict.probability < 0.5)
+                self.revision_preferred.add(_above(0.5, verdict.probability))
             for one in verdict.principles:
                 self.order_flips.add(one.flipped)
                 (first, second), *turned = one.logprobs
-                self.first_shown.add(fmean([first > second, *(b > a for a, b in turned)]))
+                self.first_shown.add(_above(first, second))
+                for first, second in turned:
+                    self.first_shown.add(_above(second, first))
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest holds it; zero counts are left out."""
@@ -95,6 +98,10 @@ class Statistics:
                 )
             },
         }
+
+
+def _above(one: float, other: float) -> float:
+    return 0.5 if one == other else float(one > other)
 
 
 def _rounded(value: float | None) -> float | None:

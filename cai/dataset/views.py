@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Dropped(NamedTuple):
 
 def split_of(record: Record, test_fraction: float) -> str:
     """`train` or `test`, by a hash of the prompt's letters and digits, so that near-equal prompts stay together."""
-    text = " ".join(re.findall(r"\w+", " ".join(turn.content for turn in record.prompt.messages).casefold()))
+    whole = unicodedata.normalize("NFKC", " ".join(turn.content for turn in record.prompt.messages))
+    text = " ".join(re.findall(r"\w+", whole.casefold()))
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
     return "test" if share < test_fraction else "train"
 
@@ -48,6 +50,8 @@ def sft(record: Record) -> Iterator[Row | Dropped]:
 
 def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dropped]:
     """The judged pairs that carry a preference."""
+    if not record.verdicts:
+        yield Dropped("nothing to compare")
     for verdict in record.verdicts:
         pair = _preferred(record, verdict)
         if pair.chosen_probability == 0.5:
@@ -85,7 +89,7 @@ def preference(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]
         }
 
 
-def unpaired(record: Record, config: DatasetConfig) -> Iterator[Row]:
+def unpaired(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]:
     """Each completion of a pair by itself, labelled; one that is chosen here and rejected there is left out."""
     labels: dict[str, set[bool]] = {}
     for pair in pairs(record, config):
@@ -93,13 +97,15 @@ def unpaired(record: Record, config: DatasetConfig) -> Iterator[Row]:
             labels.setdefault(pair.chosen, set()).add(True)
             labels.setdefault(pair.rejected, set()).add(False)
     for text, seen in labels.items():
-        if len(seen) == 1:
-            yield {
-                "prompt": _plain(record.prompt.messages),
-                "completion": _answer(text),
-                "label": True in seen,
-                "prompt_id": record.prompt.id,
-            }
+        if len(seen) == 2:
+            yield Dropped("chosen in one pair, rejected in another")
+            continue
+        yield {
+            "prompt": _plain(record.prompt.messages),
+            "completion": _answer(text),
+            "label": True in seen,
+            "prompt_id": record.prompt.id,
+        }
 
 
 def trace(record: Record) -> Row:

@@ -53,19 +53,23 @@ class ScriptedEngine:
             return answer
         if not isinstance(answer, str):
             raise RequestError(f"the scripted function returned {answer!r:.60} to a GenerateRequest; expected a str")
-        words = sum(message.content.count(" ") + 1 for message in request.messages)
-        return Completion(answer, "stop", words, answer.count(" ") + 1, request.seed)
+        words = sum(_words(message.content) for message in request.messages)
+        return Completion(answer, "stop", words, _words(answer), request.seed)
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """The function's log-probabilities, asked for one prompt at a time."""
         results = []
         for messages in prompts:
             answer = await self._ask(ChoiceRequest(messages, tuple(choices)))
-            if not isinstance(answer, Sequence) or len(answer) != len(choices):
+            try:
+                logprobs = tuple(float(number) for number in answer)
+            except (TypeError, ValueError):
+                logprobs = ()
+            if len(logprobs) != len(choices) or isinstance(answer, str):
                 raise RequestError(
                     f"the scripted function returned {answer!r:.60} to a ChoiceRequest; expected {len(choices)} numbers"
                 )
-            results.append(ChoiceLogprobs(tuple(map(float, answer)), 0))
+            results.append(ChoiceLogprobs(logprobs, 0))
         return results
 
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
@@ -73,10 +77,14 @@ class ScriptedEngine:
         answer = await self._ask(request)
         if not isinstance(answer, int | float) or math.isnan(answer):
             raise RequestError(f"the scripted function returned {answer!r:.60} to a LoglikelihoodRequest; expected a number")
-        return Loglikelihood(float(answer), request.continuation.count(" ") + 1)
+        return Loglikelihood(float(answer), _words(request.continuation))
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+def _words(text: str) -> int:
+    return len(text.split())
 
 
 def load_scripted(target: str) -> ScriptedEngine:
@@ -89,7 +97,7 @@ def load_scripted(target: str) -> ScriptedEngine:
         raise ConfigError(f"scripted:{target}: there is no file {path}")
     try:
         namespace = runpy.run_path(str(path))
-    except Exception as exc:  # the user's own code may raise anything at import
+    except (Exception, SystemExit) as exc:  # the user's own code may raise anything at import
         raise ConfigError(f"scripted:{target}: {path} failed to run: {type(exc).__name__}: {exc}") from exc
     function = namespace.get(name)
     if not callable(function):

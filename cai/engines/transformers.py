@@ -83,6 +83,7 @@ class TransformersEngine:
 
     def _load(self) -> None:
         import transformers
+        from safetensors import SafetensorError
 
         from cai.engines.local_model import LocalModel, load_tokenizer
 
@@ -91,7 +92,7 @@ class TransformersEngine:
         try:
             self._tokenizer = load_tokenizer(self._config)
             self._model = LocalModel(self._config)
-        except (OSError, ValueError, RuntimeError) as exc:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
             raise EngineError(f"model '{self._config.model}' could not be loaded: {exc}") from exc
         if not self._tokenizer.chat_template:
             raise ConfigError(
@@ -135,14 +136,18 @@ class TransformersEngine:
     async def _generate_batch(self, model: LocalModel, batch: list[_Waiting]) -> None:
         try:
             outputs = await self._run(model.generate, [one.tokens for one in batch], [one.request for one in batch])
+            completions = [self._completion(model, *pair) for pair in zip(batch, outputs, strict=True)]
         except Exception as exc:  # whatever it is, it belongs to those who wait for this batch
             for one in batch:
                 if not one.answer.done():
                     one.answer.set_exception(exc)
-            return
-        for one, output in zip(batch, outputs, strict=True):
-            if not one.answer.done():
-                one.answer.set_result(self._completion(model, one, output))
+        else:
+            for one, completion in zip(batch, completions, strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(completion)
+        finally:
+            for one in batch:  # those still without an answer: the engine was closed
+                one.answer.cancel()
 
     def _completion(self, model: LocalModel, one: _Waiting, output: list[int]) -> Completion:
         ended = bool(output) and output[-1] in model.eos_ids

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cai.config import Recipe
 from cai.constitution import Constitution
-from cai.generation.dialogues import few_shot
+from cai.generation.dialogues import critique_request, few_shot, revision_request
 from cai.generation.record import calls_per_prompt
+from cai.judging.choice import question
 from cai.prompts import Row
+from cai.types import Messages
 
 _CHARACTERS = 4
 """Characters of English that make one token, roughly, for today's tokenizers."""
@@ -40,20 +42,22 @@ def estimate(recipe: Recipe, constitution: Constitution, rows: Iterable[Row]) ->
     calls = {step: count * prompts for step, count in each.items()}
     most = recipe.generation.max_tokens
     asked = characters // _CHARACTERS
-    shots = few_shot(constitution, constitution.exemplars[: recipe.generation.exemplars])
-    shot = sum(len(turn.content) for turn in shots) // _CHARACTERS
-    critiques = each["critique"] * asked + calls["critique"] * (shot + most + _mean(constitution, "critique"))
-    revisions = each["revision"] * asked + calls["revision"] * (shot + 2 * most + 2 * _mean(constitution, "critique"))
+    shots = _mean_tokens([few_shot(constitution, constitution.exemplars[: recipe.generation.exemplars])])
+    criticise = _mean_tokens([critique_request((), "", principle) for principle in constitution.critiquing])
+    revise = _mean_tokens([revision_request("", principle) for principle in constitution.critiquing])
+    compare = _mean_tokens([question((), "", "", principle) for principle in constitution.comparing])
+    critiques = each["critique"] * asked + calls["critique"] * (shots + most + criticise)
+    revisions = each["revision"] * asked + calls["revision"] * (shots + 2 * most + criticise + revise)
     return Estimate(
         prompts,
         bad,
         calls,
         policy_prompt_tokens=each["answer"] * asked + critiques + revisions,
         policy_completion_tokens=(calls["answer"] + calls["critique"] + calls["revision"]) * most,
-        judge_prompt_tokens=each["judge"] * asked + calls["judge"] * (2 * most + _mean(constitution, "preference")),
+        judge_prompt_tokens=each["judge"] * asked + calls["judge"] * (2 * most + compare),
     )
 
 
-def _mean(constitution: Constitution, part: str) -> int:
-    texts = [principle.model_dump()[part] or "" for principle in constitution.principles]
-    return sum(map(len, texts)) // max(1, len(texts)) // _CHARACTERS
+def _mean_tokens(dialogues: Sequence[Messages]) -> int:
+    characters = sum(len(turn.content) for dialogue in dialogues for turn in dialogue)
+    return characters // max(1, len(dialogues)) // _CHARACTERS

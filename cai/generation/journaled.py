@@ -74,10 +74,10 @@ class JournaledEngine:
         key = self._key(request)
         if found := self._database.call_results([key]):
             self._tally.calls_replayed += 1
-            return msgspec.json.decode(found[key], type=Completion)
-        completion = clean(await self._call(lambda: self._engine.generate(request)))
-        usage = (completion.prompt_tokens, completion.completion_tokens)
-        self._keep([Call(key, self._role, *usage, _encoder.encode(completion))])
+            return _decode_completion(found[key])
+        answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
+        completion = _decode_completion(answer)
+        self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
         return completion
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
@@ -89,12 +89,14 @@ class JournaledEngine:
         if missing:
             asked = [prompt for _, prompt in missing]
             answers = await self._call(lambda: self._engine.choice_logprobs(asked, choices))
-            for answer in answers:
-                _check_logprobs(answer.logprobs, len(choices))
             new = {key: answer for (key, _), answer in zip(missing, answers, strict=True)}
+            problems = {key: _problem(answer.logprobs, len(choices)) for key, answer in new.items()}
+            good = {key: answer for key, answer in new.items() if not problems[key]}
             self._keep(
-                [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in new.items()]
+                [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()]
             )
+            for problem in filter(None, problems.values()):
+                raise VerdictError(problem)
             found |= new
         return [found[key] for key in keys]
 
@@ -105,7 +107,8 @@ class JournaledEngine:
             self._tally.calls_replayed += 1
             return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int]))
         result = await self._call(lambda: self._engine.loglikelihood(request))
-        _check_logprobs((result.logprob,), 1)
+        if problem := _problem((result.logprob,), 1):
+            raise VerdictError(problem)
         self._keep([Call(key, self._role, result.tokens, 0, _encoder.encode(result))])
         return result
 
@@ -118,18 +121,30 @@ def _choice(value: bytes) -> ChoiceLogprobs:
     return ChoiceLogprobs(msgspec.json.decode(value, type=tuple[float, ...]), 0)
 
 
-def _check_logprobs(logprobs: Sequence[Any], expected: int) -> None:
-    if len(logprobs) != expected or not all(math.isfinite(value) for value in logprobs):
-        raise VerdictError(f"expected {expected} finite log-probabilities, got {list(logprobs)}")
-
-
-def clean(completion: Completion) -> Completion:
-    """Lone surrogates, which no file can hold, become U+FFFD."""
+def _encode_completion(completion: Completion) -> bytes:
+    """As JSON; lone surrogates in the text, which no file can hold, become U+FFFD."""
+    if not isinstance(getattr(completion, "text", None), str):
+        raise RequestError(f"expected a completion with a text, got {completion!r:.60}")
     try:
-        completion.text.encode()
+        return _encoder.encode(completion)
     except UnicodeEncodeError:
         text = completion.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return msgspec.structs.replace(completion, text=text)
-    except AttributeError as exc:
-        raise RequestError(f"expected a completion with a text, got {completion!r:.60}") from exc
+        return _encoder.encode(msgspec.structs.replace(completion, text=text))
+
+
+def _decode_completion(answer: bytes) -> Completion:
+    """The same after an engine's answer as on a replay, so what could not be read back is refused before it is kept."""
+    try:
+        completion = msgspec.json.decode(answer, type=Completion)
+    except msgspec.ValidationError as exc:
+        raise RequestError(f"not a completion: {exc}: {answer[:200]!r}") from exc
+    numbers = (completion.prompt_tokens, completion.completion_tokens, completion.seed or 0)
+    if not all(0 <= number < 1 << 63 for number in numbers):
+        raise RequestError(f"not a completion: token counts and seed lie below 2**63 and are not negative: {answer[:200]!r}")
     return completion
+
+
+def _problem(logprobs: Sequence[Any], expected: int) -> str | None:
+    if len(logprobs) == expected and all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+        return None
+    return f"expected {expected} finite log-probabilities, got {list(logprobs)!r:.200}"

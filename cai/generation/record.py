@@ -44,12 +44,12 @@ class Generator:
         return tuple(await asyncio.gather(*asked))
 
     async def _revise(self, prompt: Prompt, original: Completion) -> tuple[Revision, ...]:
-        rounds = self.recipe.generation.rounds if original.text else 0
+        text, revisions = original.text.strip(), []
+        rounds = self.recipe.generation.rounds if text else 0
         seed = derive_seed(self.recipe.seed, prompt.id, "critique principles")
         drawn = draw_weighted(self.constitution.critiquing, rounds, seed)
         exemplars = few_shot(self.constitution, self.constitution.exemplars[: self.recipe.generation.exemplars])
         shown = with_few_shot(exemplars, prompt.messages)
-        text, revisions = original.text, []
         for number, principle in enumerate(drawn, 1):
             revision = await self._one_round(prompt, shown, text, (number, principle))
             revisions.append(revision)
@@ -92,10 +92,9 @@ def pairs(record: Record, recipe: Recipe) -> list[tuple[str, str, Source]]:
     if recipe.generation.pairs != "samples" and final and final.text != record.text("candidate-0"):
         chosen.append(("candidate-0", f"revision-{final.round}", "revision"))
     if recipe.generation.pairs != "revision":
-        names = [f"candidate-{index}" for index, candidate in enumerate(record.candidates) if candidate.text]
-        chosen += [
-            (first, second, "samples") for first, second in combinations(names, 2) if record.text(first) != record.text(second)
-        ]
+        names = [f"candidate-{index}" for index in range(len(record.candidates))]
+        texts = {name: record.text(name) for name in names if record.text(name)}
+        chosen += [(one, other, "samples") for one, other in combinations(texts, 2) if texts[one] != texts[other]]
     return chosen
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -20,17 +20,18 @@ from cai.prompts import Row
 from cai.store import Database, Quarantined
 from cai.types import Prompt
 
-_REFILL = 1000
-"""Finished prompts that are passed over before the event loop gets a turn."""
+_AHEAD = 1000
+"""Rows that are read before a worker asks for them."""
+_DETAIL = 2000
+"""Characters that the quarantine keeps of an error's message."""
 
 
 class Runner:
     """One pass over the rows of a source."""
 
     def __init__(self, generator: Generator, database: Database, tally: Tally) -> None:
-        """`tally.stopping` may be set from anywhere; then the calls in flight finish and no further one is made."""
+        """The tally is where the pass says how far it is."""
         self._generator, self._database, self._tally = generator, database, tally
-        self._source_error: PromptSourceError | None = None
 
     async def run(self, rows: Iterator[Row]) -> None:
         """Make a record of every row that has none yet.
@@ -39,52 +40,56 @@ class Runner:
         whatever was finished by then is stored.
         """
         self._database.begin_pass()
-        numbered = enumerate(self._readable(rows))
+        feed = _Feed(rows)
         workers = self._generator.recipe.generation.concurrency
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._work(numbered)) for _ in range(workers)]
-                with _on_signals(self._tally, tasks):
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-                    while self._tally.in_flight and not all(task.cancelled() for task in tasks):
-                        await asyncio.sleep(0.05)
-        except* CaiError as failures:
-            raise _first(failures) from None
-        if self._source_error:
-            raise self._source_error
+                tasks = [group.create_task(self._work(feed)) for _ in range(workers)]
+                with _on_signals(lambda: self._stop(feed, tasks)):
+                    await asyncio.wait(tasks)
+                    await self._settle()
+        except BaseExceptionGroup as failures:
+            raise _gravest(failures) from None
+        finally:
+            feed.close()
         if self._tally.stopping:
             raise Interrupted("stopped before the end; the same command continues")
+        if feed.error:
+            raise feed.error
 
-    def _readable(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The rows up to where the source breaks; what is in flight by then is still finished."""
-        try:
-            yield from rows
-        except PromptSourceError as exc:
-            self._source_error = exc
+    def _stop(self, feed: _Feed, tasks: list[asyncio.Task[None]]) -> None:
+        """At first begin nothing new, so that calls in flight finish; when asked again, stop at once."""
+        if self._tally.stopping:
+            self._tally.aborted = True
+            for task in tasks:
+                task.cancel()
+        self._tally.stopping = True
+        feed.close()
 
-    async def _work(self, numbered: Iterator[tuple[int, Row]]) -> None:
-        for position, row in numbered:
+    async def _settle(self) -> None:
+        """Wait for calls whose worker has gone on already, since a call beside them failed: they are paid for."""
+        while self._tally.in_flight and not self._tally.aborted:
+            await asyncio.sleep(0.02)
+
+    async def _work(self, feed: _Feed) -> None:
+        while (item := await feed.next()) and not self._tally.stopping:
+            position, row = item
             self._tally.read += 1
             if row.prompt is None:
                 self._set_aside(position, row, "unreadable row", str(row.error))
             elif self._is_new(position, row, row.prompt):
                 await self._one(position, row, row.prompt)
-            if self._tally.read % _REFILL == 0:
-                await asyncio.sleep(0)
-            if self._tally.stopping:
-                return
 
     def _is_new(self, position: int, row: Row, prompt: Prompt) -> bool:
-        digest = hashlib.blake2b(msgspec.json.encode(prompt.messages), digest_size=16).digest()
-        taken = self._database.claim(position, prompt.id, digest)
-        if taken is None:
-            kept = self._database.has_record(prompt.id)
-            self._tally.records_kept += kept
-            return not kept
-        if taken == digest:
-            self._tally.duplicates += 1
-        else:
-            self._set_aside(position, row, "id used twice", f"the id '{prompt.id}' belongs to another prompt already")
+        match self._database.claim(position, prompt):
+            case "kept":
+                self._tally.records_kept += 1
+            case "duplicate":
+                self._tally.duplicates += 1
+            case "taken":
+                self._set_aside(position, row, "id used twice", f"the id '{prompt.id}' belongs to another prompt already")
+            case "new":
+                return True
         return False
 
     async def _one(self, position: int, row: Row, prompt: Prompt) -> None:
@@ -95,7 +100,7 @@ class Runner:
         except RequestError as exc:
             self._set_aside(position, row, exc.reason, str(exc))
             return
-        except (CaiError, OSError):
+        except CaiError:
             raise
         except Exception as exc:  # the boundary of one record: a bug on one row must not lose the others
             self._set_aside(position, row, type(exc).__name__, str(exc))
@@ -106,14 +111,68 @@ class Runner:
     def _set_aside(self, position: int, row: Row, reason: str, detail: str) -> None:
         prompt_id = row.prompt.id if row.prompt else None
         raw = msgspec.json.encode(row.prompt).decode() if row.prompt else row.raw
-        self._database.quarantine(Quarantined(position, row.origin, prompt_id, reason, detail, raw))
+        texts = (_storable(text) for text in (reason, detail[:_DETAIL], raw))
+        self._database.quarantine(Quarantined(position, _storable(row.origin), prompt_id, *texts))
         self._tally.quarantined[reason] += 1
 
 
-def _first(failures: ExceptionGroup[CaiError]) -> CaiError:
-    """The gravest of what the workers raised."""
-    flat = [exc for exc in _flatten(failures) if isinstance(exc, CaiError)]
-    return next((exc for exc in flat if isinstance(exc, StoreError | EngineError)), flat[0])
+class _Feed:
+    """Rows and their positions, read a little ahead in a thread: a pipe or a Hub that makes us wait holds up nothing."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Row] | None] = asyncio.Queue()
+        self._room = threading.Semaphore(_AHEAD)
+        self._closed = False
+        self.error: PromptSourceError | None = None
+        threading.Thread(target=self._read, args=(rows,), daemon=True).start()
+
+    async def next(self) -> tuple[int, Row] | None:
+        """The next row; None at the end, which is also where the source broke (then `error` says how)."""
+        item = await self._queue.get()
+        if item is None:
+            self._queue.put_nowait(None)
+        else:
+            self._room.release()
+        return item
+
+    def close(self) -> None:
+        """Wake up all that wait for a row; no further one is read."""
+        self._closed = True
+        self._room.release()
+        self._queue.put_nowait(None)
+
+    def _read(self, rows: Iterator[Row]) -> None:
+        try:
+            for item in enumerate(rows):
+                self._room.acquire()
+                if self._closed:
+                    return
+                self._hand_over(item)
+        except PromptSourceError as exc:
+            self.error = exc
+        except Exception as exc:  # the boundary of a source: files and libraries that are not ours
+            self.error = PromptSourceError(f"reading the prompts stopped: {type(exc).__name__}: {exc}")
+        self._hand_over(None)
+
+    def _hand_over(self, item: tuple[int, Row] | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+
+def _storable(text: str) -> str:
+    """Without lone surrogates, which a file name or another's error message may hold and no database takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _gravest(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What the run is said to have failed of, among all that its workers raised."""
+    flat = list(_flatten(failures))
+    for kind in (StoreError, EngineError, CaiError):
+        for exc in flat:
+            if isinstance(exc, kind):
+                return exc
+    return flat[0]
 
 
 def _flatten(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -125,24 +184,17 @@ def _flatten(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException
 
 
 @contextlib.contextmanager
-def _on_signals(tally: Tally, tasks: list[asyncio.Task[None]]) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets calls in flight finish; the second stops at once."""
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        if tally.stopping:
-            for task in tasks:
-                task.cancel()
-        tally.stopping = True
-
-    try:
+def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on Ctrl-C and on SIGTERM, as often as they come; then the handlers are again what they were."""
+    loop, before = asyncio.get_running_loop(), {}
+    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # on Windows; outside the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
             loop.add_signal_handler(number, stop)
-    except (NotImplementedError, ValueError, RuntimeError):  # no handlers on Windows, nor outside the main thread
-        yield
-        return
+            before[number] = handler
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -21,6 +21,9 @@ class Tally:
     completion_tokens: int = 0
     in_flight: int = 0
     stopping: bool = False
+    """No call is begun any more; those in flight finish."""
+    aborted: bool = False
+    """Nor are those in flight waited for."""
 
     @property
     def done(self) -> int:

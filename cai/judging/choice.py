@@ -16,6 +16,7 @@ from string import Template
 
 from cai.constitution import Principle
 from cai.engines import ChoiceLogprobs, Engine
+from cai.errors import VerdictError
 from cai.types import Message, Messages, PrincipleVerdict, Source, Verdict
 
 Named = tuple[str, str]
@@ -25,6 +26,8 @@ _TEMPLATE = Template(_FOLDER.joinpath("choice.txt").read_text(encoding="utf-8"))
 _PREFILL = _FOLDER.joinpath("choice_prefill.txt").read_text(encoding="utf-8")
 _LETTERS = ("A", "B")
 _DELIMITER = re.compile(r"<(?=\s*/?\s*(?:conversation|completion|system|user|assistant)\b)", re.IGNORECASE)
+_STEP = 2.0**-40
+"""Probabilities are multiples of this, so that `1 - p` is exact: a verdict turned twice is the same to the last digit."""
 
 
 class ChoiceJudge:
@@ -46,10 +49,11 @@ class ChoiceJudge:
         shown, turned = await asyncio.gather(
             self._ask(prompt, first_text, second_text, principles), self._ask(prompt, second_text, first_text, principles)
         )
-        verdicts = tuple(map(principle_verdict, principles, shown, turned))
+        readings = zip(principles, shown, turned, strict=True)
+        verdicts = tuple(principle_verdict(*reading) for reading in readings)
         total = sum(verdict.weight for verdict in verdicts)
-        probability = sum(verdict.weight * verdict.probability for verdict in verdicts) / total
-        return Verdict(first, second, source, probability, verdicts)
+        leaning = sum(verdict.weight * (verdict.probability - 0.5) for verdict in verdicts) / total
+        return Verdict(first, second, source, _probability(leaning), verdicts)
 
     async def _ask(self, prompt: Messages, first: str, second: str, principles: Sequence[Principle]) -> list[ChoiceLogprobs]:
         questions = [question(prompt, first, second, principle) for principle in principles]
@@ -59,13 +63,19 @@ class ChoiceJudge:
 def principle_verdict(principle: Principle, shown: ChoiceLogprobs, turned: ChoiceLogprobs) -> PrincipleVerdict:
     """One principle's verdict from its two readings; `turned` showed the second completion as A."""
     logprobs = ((shown.logprobs[0], shown.logprobs[1]), (turned.logprobs[1], turned.logprobs[0]))
-    probability = sum(preference(first - second) for first, second in logprobs) / 2
-    return PrincipleVerdict(principle.id, principle.weight, logprobs, probability)
+    if not all(math.isfinite(logprob) for reading in logprobs for logprob in reading):
+        raise VerdictError(f"principle '{principle.id}': expected finite log-probabilities, got {logprobs}")
+    leaning = sum(_leaning(first - second) for first, second in logprobs) / 2
+    return PrincipleVerdict(principle.id, principle.weight, logprobs, _probability(leaning))
 
 
-def preference(difference: float) -> float:
-    """The logistic function, written so that `preference(-x) = 1 - preference(x)` to the last digit and none overflows."""
-    return 0.5 + 0.5 * math.tanh(difference / 2)
+def _leaning(difference: float) -> float:
+    """The logistic function less 0.5: odd to the last digit, and it never overflows."""
+    return math.tanh(difference / 2) / 2
+
+
+def _probability(leaning: float) -> float:
+    return 0.5 + round(leaning / _STEP) * _STEP
 
 
 def question(prompt: Messages, first: str, second: str, principle: Principle) -> Messages:
@@ -79,4 +89,4 @@ def question(prompt: Messages, first: str, second: str, principle: Principle) ->
 
 def neutral(text: str) -> str:
     """A text that cannot open or close one of the template's delimiters."""
-    return _DELIMITER.sub("< ", text)
+    return _DELIMITER.sub("&lt;", text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,14 +28,33 @@ def to_prompt(row: Any, column: str | None = None) -> Prompt:
     if not isinstance(row, Mapping):
         messages = _messages(row, "the row")
         return Prompt(_digest(messages), messages)
-    name = column or next((name for name in COLUMNS if row.get(name)), None)
+    name = column or _prompt_column(row)
     if name is None or row.get(name) is None:
-        wanted = f"no column '{column}'{nearest(column, map(str, row))}" if column else "no prompt"
-        keys = ", ".join(map(str, row)) or "none"
-        raise RowError(f"{wanted}; columns here: {keys}; expected one of {', '.join(COLUMNS)} (or set prompts.column)")
+        raise RowError(_no_prompt(row, column))
     messages = _messages(row[name], f"'{name}'")
-    category = row.get("category")
-    return Prompt(_row_id(row) or _digest(messages), messages, None if category is None else _clean(str(category)))
+    return Prompt(_row_id(row) or _digest(messages), messages, _category(row))
+
+
+def _prompt_column(row: Mapping[Any, Any]) -> str | None:
+    """The first of `COLUMNS` that has something in it, or is there at all."""
+    present = [name for name in COLUMNS if row.get(name) is not None]
+    return next((name for name in present if row[name] not in ("", [])), next(iter(present), None))
+
+
+def _no_prompt(row: Mapping[Any, Any], column: str | None) -> str:
+    if column is None:
+        what = "no prompt"
+    else:
+        what = f"'{column}' is empty" if column in row else f"no column '{column}'{nearest(column, map(str, row))}"
+    here = ", ".join(map(str, row)) or "none"
+    return clean(f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or set prompts.column)")
+
+
+def _category(row: Mapping[Any, Any]) -> str | None:
+    value = row.get("category")
+    if value is not None and not isinstance(value, str | int | float):
+        raise RowError(f"its category is {type(value).__name__} ({reprlib.repr(value)}); expected a text")
+    return None if value is None else clean(str(value))
 
 
 def _row_id(row: Mapping[Any, Any]) -> str | None:
@@ -42,8 +62,8 @@ def _row_id(row: Mapping[Any, Any]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str | int) or isinstance(value, bool) or len(str(value)) > 200 or not str(value).strip():
-        raise RowError(f"its id is {value!r:.60}; expected a text of 1 to 200 characters or a whole number")
-    return _clean(str(value))
+        raise RowError(f"its id is {reprlib.repr(value)}; expected a text of 1 to 200 characters or a whole number")
+    return clean(str(value))
 
 
 def _digest(messages: Messages) -> str:
@@ -52,11 +72,11 @@ def _digest(messages: Messages) -> str:
 
 def _messages(value: Any, where: str) -> Messages:
     if isinstance(value, str):
-        turns = _transcript(value) if value.lstrip("\n").startswith("Human:") else [Message("user", _clean(value))]
+        turns = _transcript(value) if value.lstrip("\n").startswith("Human:") else [Message("user", clean(value))]
     elif isinstance(value, list | tuple):
         turns = [_turn(item, f"{where}[{index}]") for index, item in enumerate(value)]
     else:
-        raise RowError(f"{where} is {type(value).__name__} ({value!r:.60}); expected a text or a list of messages")
+        raise RowError(f"{where} is {type(value).__name__} ({reprlib.repr(value)}); expected a text or a list of messages")
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns or not turns[-1].content.strip():
@@ -72,20 +92,29 @@ def _turn(item: Any, where: str) -> Message:
     role = item.get("role", item.get("from"))
     content = item.get("content", item.get("value"))
     if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise RowError(f"{where} has the role {role!r:.40}; expected system, user or assistant")
+        raise RowError(f"{where} has the role {reprlib.repr(role)}; expected system, user or assistant")
     if not isinstance(content, str):
         raise RowError(f"{where} has {type(content).__name__} as its content; expected a text")
-    return Message(_ROLES[role.lower()], _clean(content))
+    return Message(_ROLES[role.lower()], clean(content))
 
 
 def _transcript(text: str) -> list[Message]:
-    """A dialogue in the format of the HH data: turns begin with Human: or Assistant: after an empty line."""
+    """A dialogue in the format of the HH data: turns begin with Human: or Assistant: after an empty line.
+
+    Two turns of one speaker in a row are one, as chat templates want speakers that alternate.
+    """
     parts = _SPEAKER.split(text.lstrip("\n"))
     names: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
-    return [Message(names[name], _clean(turn.strip())) for name, turn in zip(parts[1::2], parts[2::2], strict=True)]
+    turns: list[Message] = []
+    for name, turn in zip(parts[1::2], parts[2::2], strict=True):
+        content = clean(turn.strip())
+        if turns and turns[-1].role == names[name]:
+            content = f"{turns.pop().content}\n\n{content}".strip()
+        turns.append(Message(names[name], content))
+    return turns
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Lone surrogates, which JSON can hold and no file or tokenizer can, become U+FFFD; pairs become their character."""
     try:
         text.encode()

@@ -5,28 +5,36 @@ Each finished call is committed before its result is used, so a kill loses no ca
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from cai.errors import StoreError
-from cai.types import Record
+from cai.types import Prompt, Record
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     key BLOB PRIMARY KEY, role TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
     result BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS records (prompt_id TEXT PRIMARY KEY, record BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS prompts (position INTEGER PRIMARY KEY, prompt_id TEXT NOT NULL UNIQUE, digest BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS records (prompt_id TEXT PRIMARY KEY, digest BLOB NOT NULL, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS prompts (
+    position INTEGER PRIMARY KEY, prompt_id TEXT NOT NULL UNIQUE, text_digest BLOB NOT NULL, digest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (
     position INTEGER PRIMARY KEY, origin TEXT NOT NULL, prompt_id TEXT, reason TEXT NOT NULL, detail TEXT NOT NULL,
     row TEXT NOT NULL);
 """
 FORMAT = 1
+_SPACE = "free some space, then the same command continues"
+_DAMAGED = "the file is damaged: put a copy of it back, or start over with --fresh"
+_HINTS = {"SQLITE_FULL": _SPACE, "SQLITE_NOTADB": _DAMAGED, "SQLITE_CORRUPT": _DAMAGED}
+
+Claim = Literal["new", "kept", "duplicate", "taken"]
+"""A prompt of this pass has no record yet, or has one; or its id was read before, with the same text or another one."""
 
 
 class Call(NamedTuple):
@@ -68,20 +76,28 @@ class Database:
         self._decoder = msgspec.json.Decoder(Record)
         with self._guard():
             self._db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT):
-                raise StoreError(f"{path}: written by another version of cai (format {version}); use another -o")
-            self._db.execute(f"PRAGMA user_version={FORMAT}")
+            try:
+                self._set_up()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _set_up(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, FORMAT):
+            raise StoreError(f"{self.path}: written by another version of cai (format {version}); use another -o")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        if version == 0:
+            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={FORMAT};COMMIT")
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as exc:
-            hint = "free some space, then the same command continues" if "full" in str(exc) else "check the disk"
+            name = getattr(exc, "sqlite_errorname", "")
+            hint = _HINTS.get(name, "check the disk, then the same command continues")
             raise StoreError(f"{self.path}: {exc}; {hint}") from exc
 
     @contextmanager
@@ -91,10 +107,10 @@ class Database:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
                 self._db.rollback()
                 raise
-            self._db.execute("COMMIT")
 
     def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """The results of those calls that are finished."""
@@ -129,35 +145,29 @@ class Database:
         with self._guard():
             self._db.execute("DELETE FROM records")
 
-    def claim(self, position: int, prompt_id: str, digest: bytes) -> bytes | None:
-        """Note a prompt of this pass; the digest of the one that has this id already, else None."""
+    def claim(self, position: int, prompt: Prompt) -> Claim:
+        """Note a prompt of this pass, and say what there is of it already. A record counts only for the very same prompt."""
+        text, digest = _digest(prompt.messages), _digest(prompt)
         with self._guard():
-            if self._db.execute("INSERT OR IGNORE INTO prompts VALUES (?,?,?)", (position, prompt_id, digest)).rowcount:
-                return None
-            found = self._db.execute("SELECT digest FROM prompts WHERE prompt_id=?", (prompt_id,)).fetchone()
-            return bytes(found[0])
-
-    def has_record(self, prompt_id: str) -> bool:
-        """Whether this prompt is done."""
-        with self._guard():
-            return self._db.execute("SELECT 1 FROM records WHERE prompt_id=?", (prompt_id,)).fetchone() is not None
+            new = self._db.execute("INSERT OR IGNORE INTO prompts VALUES (?,?,?,?)", (position, prompt.id, text, digest))
+            if not new.rowcount:
+                same = "SELECT 1 FROM prompts WHERE prompt_id=? AND text_digest=?"
+                return "duplicate" if self._db.execute(same, (prompt.id, text)).fetchone() else "taken"
+            kept = "SELECT 1 FROM records WHERE prompt_id=? AND digest=?"
+            return "kept" if self._db.execute(kept, (prompt.id, digest)).fetchone() else "new"
 
     def add_record(self, record: Record) -> None:
-        """Keep a finished record."""
+        """Keep a finished record, in place of an older one of that id."""
+        row = (record.prompt.id, _digest(record.prompt), self._encoder.encode(record))
         with self._guard():
-            self._db.execute("INSERT OR REPLACE INTO records VALUES (?,?)", (record.prompt.id, self._encoder.encode(record)))
+            self._db.execute("INSERT OR REPLACE INTO records VALUES (?,?,?)", row)
 
     def records(self) -> Iterator[Record]:
         """The records of this pass's prompts, in the order of the prompts, one at a time."""
-        query = "SELECT record FROM prompts JOIN records USING (prompt_id) ORDER BY position"
+        query = "SELECT record FROM prompts JOIN records USING (prompt_id, digest) ORDER BY position"
         with self._guard():
             for (record,) in self._db.execute(query):
                 yield self._decoder.decode(record)
-
-    def count_records(self) -> int:
-        """How many records there are, of this pass or an earlier one."""
-        with self._guard():
-            return int(self._db.execute("SELECT COUNT(*) FROM records").fetchone()[0])
 
     def count_calls(self) -> int:
         """How many finished calls there are."""
@@ -176,7 +186,10 @@ class Database:
                 yield Quarantined(*row)
 
     def close(self) -> None:
-        """Fold the WAL back into the file and close."""
+        """Close; SQLite folds the WAL back into the file where it can."""
         with self._guard():
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.blake2b(msgspec.json.encode(value), digest_size=16).digest()

@@ -23,32 +23,67 @@ from cai.errors import ConfigError, StoreError
 from cai.store.database import Database
 
 Mode = Literal["continue", "update", "fresh"]
-_OURS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml", "run")
+_RESULTS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml")
+_LOCK, _OWNER, _JOURNAL, _IDENTITY = "lock", "owner", "journal.sqlite", "identity.json"
 
 
 class RunFolder:
     """An open, locked run folder. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        """Open `path`, made if need be. Raises `StoreError` where another process writes it or it cannot be written."""
-        self.path = path
-        self.run = path / "run"
+    def __init__(self, path: Path, identity: dict[str, Any], mode: Mode = "continue") -> None:
+        """Open `path`, made if need be, for the run that `identity` (what decides its records) describes.
+
+        `continue` accepts only the same run; `update` keeps the finished calls and redoes what the change touches;
+        `fresh` deletes everything. Raises `ConfigError` where it holds another run (naming what differs) or something
+        else than a run, `StoreError` where another process writes it, or it is damaged or cannot be written.
+        """
+        self.path, self.run = path, path / "run"
         with _disk_errors(path):
+            _refuse_foreign(path)
             self.run.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.run / "lock")
+            self._lock = FileLock(self.run / _LOCK)
             self._acquire()
-            (self.run / "owner").write_text(str(os.getpid()))
         try:
-            self.database = Database(self.run / "journal.sqlite")
+            self.database = self._open(identity, mode)
         except BaseException:
             self._lock.release()
             raise
+
+    def _open(self, identity: dict[str, Any], mode: Mode) -> Database:
+        if mode == "fresh":
+            self._start_over()
+        with _disk_errors(self.run):
+            (self.run / _OWNER).write_text(str(os.getpid()))
+        before = self._identity(mode)
+        if before is not None and before != identity and mode != "update":
+            raise ConfigError(_other_run(self.path, before, identity))
+        journal = self.run / _JOURNAL
+        if before is not None and not journal.exists():
+            raise StoreError(f"{journal} is gone, with all finished calls of this run: put it back, or start over with --fresh")
+        database = Database(journal)
+        try:
+            if before != identity:
+                database.forget_records()
+                self.write_json(f"run/{_IDENTITY}", identity)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _identity(self, mode: Mode) -> dict[str, Any] | None:
+        """Which run is there; None where there is none. A damaged one equals no identity, which `update` can mend."""
+        try:
+            return self.read_json(f"run/{_IDENTITY}")
+        except StoreError as exc:
+            if mode == "update":
+                return {}
+            raise StoreError(f"{exc}; --update keeps the finished calls, --fresh starts over") from exc
 
     def _acquire(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as exc:
-            owner = self.run / "owner"
+            owner = self.run / _OWNER
             process = f" (process {owner.read_text()})" if owner.exists() else ""
             raise StoreError(f"{self.path}: a live run{process} is writing here; wait for it or use another -o") from exc
 
@@ -65,50 +100,39 @@ class RunFolder:
         finally:
             self._lock.release()
 
-    def prepare(self, identity: dict[str, Any], mode: Mode) -> None:
-        """Make the folder ready for the run that `identity` (what decides its records) describes.
-
-        `continue` accepts only the same run; `update` keeps the finished calls and redoes what the change touches;
-        `fresh` deletes everything. Raises `ConfigError` naming what differs.
-        """
-        if mode == "fresh":
-            self._start_over()
-        before = self.read_json("run/identity.json")
-        if before is not None and before != identity:
-            if mode != "update":
-                raise ConfigError(_other_run(self.path, before, identity))
-            self.database.forget_records()
-        self.write_json("run/identity.json", identity)
-
     def _start_over(self) -> None:
-        self.database.close()
         with _disk_errors(self.path):
-            for name in _OURS[:-1]:
-                _remove(self.path / name)
+            # first what says that there is a run: a kill from here on leaves an empty folder, not a damaged one
+            for path in (self.run / _IDENTITY, *(self.path / name for name in _RESULTS)):
+                _remove(path)
             for entry in self.run.iterdir():
-                if entry.name not in ("lock", "owner"):
+                if entry.name != _LOCK:
                     _remove(entry)
-        self.database = Database(self.run / "journal.sqlite")
 
-    def read_json(self, name: str) -> Any:
-        """What a JSON file of the folder holds; None where it is not there."""
-        try:
-            return json.loads((self.path / name).read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as exc:
-            raise StoreError(f"{self.path / name}: not valid JSON: {exc}; --fresh starts over") from exc
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in a file of the folder; None where there is no file. Raises `StoreError` for a damaged one."""
+        path = self.path / name
+        with _disk_errors(path):
+            try:
+                value = json.loads(path.read_bytes())
+            except FileNotFoundError:
+                return None
+            except ValueError as exc:
+                raise StoreError(f"{path}: damaged: not valid JSON: {exc}") from exc
+        if not isinstance(value, dict):
+            raise StoreError(f"{path}: damaged: expected a JSON object, found {type(value).__name__}")
+        return value
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file whole or not at all."""
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a file whole or not at all; what UTF-8 cannot hold (a file name's odd bytes) is written as an escape."""
         target = self.path / name
         part = target.with_name(target.name + ".part")
         with _disk_errors(target):
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
             part.replace(target)
 
     def write_quarantine(self) -> dict[str, int]:
@@ -134,21 +158,43 @@ class RunFolder:
         with _disk_errors(data):
             _remove(part)
             part.mkdir()
-            yield part
+            try:
+                yield part
+            except BaseException:
+                _remove(part)
+                raise
             _remove(data)
             part.replace(data)
 
 
-def holds_run(path: Path) -> int:
-    """How many finished calls the folder holds that starting over would lose."""
-    journal = path / "run" / "journal.sqlite"
+def would_lose(path: Path) -> str | None:
+    """What starting over in this folder would delete that was paid for, in words; None where that is nothing."""
+    journal = path / "run" / _JOURNAL
     if not journal.exists():
-        return 0
-    database = Database(journal)
+        return "a dataset" if (path / "data").exists() else None
     try:
-        return database.count_calls()
+        database = Database(journal)
+    except StoreError:
+        return "a journal that cannot be read"
+    try:
+        calls = database.count_calls()
     finally:
         database.close()
+    return f"{calls:,} finished calls" if calls else None
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A folder with files of the names that we write, but not by us, is never written into."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; -o names a folder")
+    run = path / "run"
+    if any((run / name).exists() for name in (_LOCK, _JOURNAL, _IDENTITY)):
+        return
+    there = [name for name in _RESULTS if os.path.lexists(path / name)]
+    if run.is_file() or (run.is_dir() and any(run.iterdir())):
+        there.append("run")
+    if there:
+        raise ConfigError(f"{path} holds {', '.join(there)}, but no run of cai; nothing was touched; use another -o")
 
 
 def _remove(path: Path) -> None:

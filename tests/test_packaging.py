@@ -1,0 +1,43 @@
+"""A wheel that is built and put elsewhere finds its constitutions, prompts, templates and recipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
+    build = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path), str(REPOSITORY)]
+    subprocess.run([sys.executable, *build], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "elsewhere")
+    assert "cai/py.typed" in names
+    assert "cai/_shipped/pipelines/demo.yaml" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "constitutions/"))]
+
+    code = (
+        "import sys, pathlib, cai, cai.prompts, cai.constitution as c\n"
+        "assert str(pathlib.Path(cai.__file__)).startswith(sys.argv[1]), cai.__file__\n"
+        "print(c.built_in_names(), cai.prompts.built_in_sets())\n"
+        "recipe = cai.Recipe.model_validate({'policy': {'model': sys.argv[2]}, 'prompts': {'limit': 3}})\n"
+        "print(cai.generate(recipe, pathlib.Path('run'))['dataset']['records'])\n"
+    )
+    script = f"scripted:{Path(__file__).parent / 'scripted.py'}:respond"
+    elsewhere = str(tmp_path / "elsewhere")
+    done = subprocess.run(
+        [sys.executable, "-c", code, elsewhere, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": elsewhere},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "['concise-and-clear', 'harmless', 'helpful-honest-harmless'] ['benign', 'red-team']" in done.stdout
+    assert done.stdout.strip().endswith("3")
