@@ -9,6 +9,7 @@ log-probabilities up to rounding, and the largest difference is printed.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import statistics
 import sys
@@ -34,9 +35,7 @@ def pairs(path: str, count: int) -> list[tuple[Messages, str, str]]:
     filler = "One way to go about this is to talk to the person first, and to write down what was agreed. " * 6
     if not Path(path).is_file():
         return [(one, filler, filler[::-1]) for one in rows[:count]]
-    import fsspec
-
-    with fsspec.open(path, "rb", compression="infer") as file:
+    with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
         texts = [json.loads(line) for line in file]
     ends = [(row["chosen"].rsplit("Assistant:", 1)[1], row["rejected"].rsplit("Assistant:", 1)[1]) for row in texts]
     whole = [(one, *end) for one, end in zip(rows, ends, strict=True)]

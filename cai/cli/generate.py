@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,23 @@ from rich.table import Table
 
 from cai import pipeline
 from cai.cli.progress import watch
-from cai.cli.terminal import shortened
+from cai.cli.terminal import printable, shortened
 from cai.config import Recipe
 from cai.errors import ConfigError
-from cai.store import Mode, holds_run
+from cai.store import Mode, would_lose
 
-_console = Console(highlight=False)
-_errors = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """Shows texts as they are: no emoji for `:names:`; and where the reader is gone (`| head`), the run is no failure."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more, but go on."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+_console = _Console(highlight=False, emoji=False)
+_errors = _Console(stderr=True, highlight=False, emoji=False)
 
 
 def show_dry_run(recipe: Recipe) -> None:
@@ -41,13 +52,13 @@ def show_dry_run(recipe: Recipe) -> None:
 
 
 def confirm_loss(out: Path) -> None:
-    """Ask before finished calls are deleted; without a terminal, refuse."""
-    calls = holds_run(out)
-    if not calls:
+    """Ask before what was paid for is deleted; without a terminal, refuse."""
+    loss = would_lose(out)
+    if loss is None:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(f"--fresh would delete {calls:,} finished calls in {out}; add --yes if that is meant")
-    typer.confirm(f"{out} holds {calls:,} finished calls. Delete them and start over?", abort=True)
+        raise ConfigError(f"--fresh would delete {loss} in {out}; add --yes if that is meant")
+    typer.confirm(f"{printable(str(out))} holds {loss}. Delete and start over?", abort=True)
 
 
 def run(recipe: Recipe, out: Path, mode: Mode) -> None:
@@ -55,7 +66,8 @@ def run(recipe: Recipe, out: Path, mode: Mode) -> None:
     if recipe.judge.model is None:
         _errors.print(
             f"[yellow]note:[/] the policy {escape(recipe.policy.model)} also judges its own completions; "
-            "--judge-model names another judge"
+            "--judge-model names another judge",
+            soft_wrap=True,
         )
     manifest = pipeline.generate(recipe, out, mode, watch)
     show_summary(manifest, out)
@@ -92,7 +104,7 @@ def _show_labels(means: dict[str, Any]) -> None:
     for name, share in facts.items():
         if share is not None:
             _console.print(
-                f"  {share:>6.0%}  {name}  [cyan]{'━' * round(share * 24)}[/][dim]{'━' * (24 - round(share * 24))}[/]"
+                f"  {share:>6.0%}  {name}  [cyan]{'━' * round(share * 24)}[/][dim]{'─' * (24 - round(share * 24))}[/]"
             )
     _console.print(
         f"  {means['chosen_probability']:>6.2f}  mean probability of the chosen one\n"
@@ -114,10 +126,10 @@ def _show_cost(manifest: dict[str, Any]) -> None:
 
 def _show_next(out: Path) -> None:
     _show_example(out)
-    folder = escape(str(out))
-    _console.print(f"\n[bold]next[/]\n  the card, counts and limits:  {folder}/README.md")
-    code = f"from datasets import load_dataset; print(load_dataset('{folder}', 'preference')['train'][0])"
-    _console.print(f'  look at a row:  python -c "{code}"', soft_wrap=True)
+    folder = printable(str(out))
+    _console.print(f"\n[bold]next[/]\n  the card, counts and limits:  {escape(folder)}/README.md", soft_wrap=True)
+    code = f"from datasets import load_dataset; print(load_dataset({folder!r}, 'preference')['train'][0])"
+    _console.print(f'  look at a row:  python -c "{escape(code)}"', soft_wrap=True)
 
 
 def _show_example(out: Path) -> None:

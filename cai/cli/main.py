@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -70,11 +72,11 @@ def generate(
     overrides = [parse_set(one) for one in set_ or ()]
     overrides += [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
     resolved = load_recipe(recipe, overrides)
+    if update and fresh:
+        raise ConfigError("--update keeps what --fresh deletes: give one of them")
     if dry_run:
         command.show_dry_run(resolved)
         return
-    if update and fresh:
-        raise ConfigError("--update keeps what --fresh deletes: give one of them")
     folder = out or Path("runs") / Path(resolved.constitution).stem
     if fresh and not yes:
         command.confirm_loss(folder)
@@ -90,22 +92,23 @@ def main() -> None:
     try:
         app()
     except Interrupted as exc:
-        _fail(str(exc))
-        _flush()
-        os._exit(130)  # a thread that still loads a model or waits for standard input would hold up the exit
+        _fail(exc, 130)
     except ConfigError as exc:
-        sys.exit(_fail(str(exc), 2))
+        _fail(exc, 2)
     except CaiError as exc:
-        sys.exit(_fail(str(exc), 1))
+        _fail(exc, 1)
     finally:
         _flush()
 
 
-def _fail(message: str, code: int = 1) -> int:
+def _fail(error: CaiError, code: int) -> NoReturn:
     from cai.cli.terminal import printable
 
-    print(f"cai: {printable(message)}", file=sys.stderr)
-    return code
+    print(f"cai: {printable(str(error))}", file=sys.stderr)
+    if threading.active_count() > 1:  # one that still loads a model or waits for standard input would hold up the exit
+        _flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _flush() -> None:

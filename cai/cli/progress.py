@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import threading
 import time
@@ -56,7 +57,15 @@ def _lines(tally: Tally, total: int | None, stop: threading.Event) -> None:
 
 def _print_line(tally: Tally, total: int | None, began: float) -> None:
     of = f" of {total:,}" if total is not None else ""
-    print(f"prompts {tally.done:,}{of}  {_state(tally, began)}", file=sys.stderr, flush=True)
+    state = _state(tally, began) + _time_left(tally, total, time.monotonic() - began)
+    print(f"prompts {tally.done:,}{of}  {state}", file=sys.stderr, flush=True)
+
+
+def _time_left(tally: Tally, total: int | None, seconds: float) -> str:
+    made = tally.done - tally.records_kept
+    if total is None or not made or total <= tally.done or tally.stopping:
+        return ""
+    return f", about {datetime.timedelta(seconds=round((total - tally.done) * seconds / made))} left"
 
 
 def _state(tally: Tally, began: float) -> str:

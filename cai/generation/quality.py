@@ -114,8 +114,9 @@ def _without_preamble(text: str) -> str:
     for _ in range(2):  # "Sure, here is the revised response:\n\nRevised response: ..."
         acknowledged = _ACKNOWLEDGES.match(text)
         opening = _OPENING.match(text, acknowledged.end() if acknowledged else 0)
-        if opening and _ANNOUNCES.search(opening[0]) and not _FOR_THE_PERSON.search(opening[0]):
-            text = _RULES.sub("", text[opening.end() :].strip()).strip()
+        if not opening or not _ANNOUNCES.search(opening[0]) or _FOR_THE_PERSON.search(opening[0]):
+            break
+        text = _RULES.sub("", text[opening.end() :].strip()).strip()
     talk = _STARTS_OVER.search(text)
     return text[talk.end() :].strip() if talk else text
 
@@ -153,11 +154,12 @@ def loops(text: str) -> bool:
 
 def _ends_in_loop(text: str) -> bool:
     """The end is one stretch of up to 200 characters at least 4 times over, and the more often the shorter it is."""
-    for size in range(1, 201):
+    for size in range(1, min(200, len(text) // 4) + 1):
         unit = text[-size:]
-        length = 50 if re.search(r"[^\s\d\-=_.*#~+|]", unit) else 400  # a line to sign on or a googol is no loop
-        if text.endswith(unit * max(4, -(-length // size))):
-            return True
+        if text.endswith(unit * 4):
+            length = 50 if re.search(r"[^\s\d\-=_.*#~+|]", unit) else 400  # a line to sign on or a googol is no loop
+            if text.endswith(unit * max(4, -(-length // size))):
+                return True
     return False
 
 
