@@ -62,7 +62,7 @@ async def shared(engine: TransformersEngine, questions: list[Messages]) -> list[
 
 
 async def main() -> None:
-    path, count = [*sys.argv[1:], *("benign", "4")[len(sys.argv) - 1 :]]
+    path, count = [*sys.argv[1:], *("benign", "2")[len(sys.argv) - 1 :]]
     principles = load_constitution("harmless").comparing[:PRINCIPLES]
     asked = [
         [question(prompt, first, second, principle) for principle in principles]

@@ -55,7 +55,7 @@ class ModelConfig(Part):
     batch_tokens: PositiveInt = 32768
     """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory."""
     exact: bool = False
-    """Compute each request alone in float32: results do not depend on what else runs, and come slower."""
+    """Compute each request alone, in float32 unless `dtype` says otherwise: the same whatever else runs, and slower."""
 
 
 class JudgeConfig(Part):

@@ -8,6 +8,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +19,7 @@ from cai.config import Recipe
 from cai.constitution import Constitution, load_constitution, to_yaml
 from cai.engines import Capability, Engine, build_engine
 from cai.errors import CaiError, CapabilityError, ConfigError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Generator, JournaledEngine, Runner, Tally
+from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt, template_hash
 from cai.generation.estimate import Estimate, estimate
 from cai.judging import ChoiceJudge
 from cai.prompts import Row, count_prompts, read_prompts
@@ -45,6 +46,7 @@ class Plan:
         prompts = self.recipe.prompts.model_dump(exclude={"limit"})
         generation = self.recipe.generation.model_dump(exclude={"concurrency"})
         return {
+            "cai": f"prompt templates {template_hash()}",
             "constitution": f"{self.constitution.name}@{self.constitution.hash}",
             "seed": self.recipe.seed,
             "policy": self.policy.fingerprint,
@@ -89,14 +91,17 @@ def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | 
     Raises `ConfigError` before anything is written, `Interrupted` after a Ctrl-C, other `CaiError`s where the run
     cannot go on. Whatever was finished is kept, and the same call continues.
     """
+    if _in_event_loop():  # a notebook
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(generate, recipe, out, mode, watch).result()
     checked = plan(recipe)
     rows = read_prompts(recipe.prompts)
     with RunFolder(out, checked.identity, mode) as folder:
-        manifest = _Manifest(checked, folder, Tally())
+        each = sum(calls_per_prompt(recipe, checked.constitution).values())
+        manifest = _Manifest(checked, folder, Tally(calls_each=each))
         try:
-            saved = recipe.model_copy(update={"constitution": "constitution.yaml"})
-            folder.write_text("constitution.yaml", to_yaml(checked.constitution))
-            folder.write_text("recipe.yaml", saved.to_yaml())
+            if not (out / "README.md").exists():  # else they describe the dataset that is there until the new one is
+                _save_recipe(checked, folder)
             with watch(manifest.tally, count_prompts(recipe.prompts)) if watch else nullcontext():
                 _run(checked, folder, manifest.tally, rows)
             _check_result(recipe, manifest.tally)
@@ -108,6 +113,26 @@ def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | 
             stopped = Interrupted("stopped; the same command continues")
             manifest.write_failure(stopped)
             raise stopped from None
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _save_recipe(checked: Plan, folder: RunFolder) -> None:
+    """Recipe and constitution, such that they make the same requests again: the Hub's models by their commit."""
+    recipe = checked.recipe
+    policy = recipe.policy.model_copy(update={"revision": checked.policy.revision})
+    judge = recipe.judge
+    if judge.model is not None:
+        judge = judge.model_copy(update={"revision": checked.judge.revision})
+    pinned = {"constitution": "constitution.yaml", "policy": policy, "judge": judge}
+    folder.write_text("constitution.yaml", to_yaml(checked.constitution))
+    folder.write_text("recipe.yaml", recipe.model_copy(update=pinned).to_yaml())
 
 
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
@@ -141,6 +166,7 @@ def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dic
         statistics = write_dataset(folder.database.records(), data, checked.recipe.dataset)
     done = manifest.tell("done", {"dataset": statistics.to_json(), "files": _hashes(folder.path / "data")})
     example = next(folder.database.records())
+    _save_recipe(checked, folder)
     folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
     folder.write_json("manifest.json", done)
     return done

@@ -137,3 +137,12 @@ class PreferencePair(NamedTuple):
     rejected: str
     chosen_probability: float
     verdict: Verdict
+
+
+def without_surrogates(text: str) -> str:
+    """Lone surrogates, which no file or tokenizer can hold, become U+FFFD; pairs become their character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

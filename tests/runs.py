@@ -20,17 +20,19 @@ from cai.config import Recipe
 from cai.pipeline import generate
 
 SCRIPTED = Path(__file__).parent / "scripted.py"
+SMALL = SCRIPTED.with_name("small.yaml")
 ROOT = Path(__file__).parent.parent
 CALLS = 1 + 2 * 2 + 4 * 2
 """Of one prompt by the recipes here: an answer, two rounds, four principles in two orders."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["pytest", "cai.pipeline", "cai.dataset"])
+_processes.set_forkserver_preload(["pytest", "cai.dataset", "tests.test_resume"])
 
 
 def recipe(function: str = "respond", **sections: Any) -> Recipe:
-    """Six built-in prompts on a function of `scripted.py`, four at once; `sections` win."""
+    """Six built-in prompts on a function of `scripted.py`, four at once, by a small constitution; `sections` win."""
     data: dict[str, Any] = {
+        "constitution": str(SMALL),
         "policy": {"model": f"scripted:{SCRIPTED}:{function}"},
         "prompts": {"source": "benign", "limit": 6},
         "generation": {"concurrency": 4},
@@ -95,9 +97,9 @@ def environment(**variables: Any) -> dict[str, str]:
 
 
 def start(*args: Any, **options: Any) -> subprocess.Popen[str]:
-    """`cai ARGS` as a process; `env` adds variables."""
+    """`cai ARGS` as a process; `env` adds variables, `code` is Python to run in place of the command's."""
     env = environment(**options.pop("env", {}))
-    command = [sys.executable, "-m", "cai", *map(str, args)]
+    command = [sys.executable, "-c", options.pop("code", "from cai.cli.main import main; main()"), *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
     return subprocess.Popen(command, env=env, encoding="utf-8", errors="surrogateescape", **pipes)
 

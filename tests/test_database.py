@@ -193,7 +193,9 @@ def test_a_commit_that_fails_leaves_no_transaction_open(database):
     database.add_calls([call(1), call(2)])
 
 
-@pytest.mark.parametrize("content", [b"not a database, but a text that is long enough to be taken for one" * 20, b"SQLite format 3\0"])
+@pytest.mark.parametrize(
+    "content", [b"not a database, but a text that is long enough to be taken for one" * 20, b"SQLite format 3\0"]
+)
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path, content):
     path = tmp_path / "journal.sqlite"
     path.write_bytes(content * 100)

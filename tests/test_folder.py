@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,7 +127,9 @@ def test_a_file_is_no_folder(tmp_path):
 def test_a_folder_with_files_of_our_names_that_are_not_ours_is_left_alone(tmp_path, name, mode):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match=rf"holds {name.split('/')[0]}, but no run of cai; nothing was touched; use another -o"):
+    with pytest.raises(
+        ConfigError, match=rf"holds {name.split('/')[0]}, but no run of cai; nothing was touched; use another -o"
+    ):
         RunFolder(tmp_path, ONE, mode)
     assert files(tmp_path) == {name}
     assert (tmp_path / name).read_text() == "mine"
@@ -202,18 +202,19 @@ def test_a_file_is_written_whole_or_not_at_all(out):
         assert (out / "README.md").read_text() == "card"
 
 
-@contextmanager
-def failing(error: BaseException) -> Iterator[None]:
-    with pytest.raises(type(error) if not isinstance(error, OSError) else StoreError):
-        yield
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
-def test_new_data_takes_the_place_of_the_old_only_when_it_is_whole(out, error):
-    with RunFolder(filled(out), ONE) as folder:
-        with failing(error), folder.new_data() as data:
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [(OSError(28, "No space left"), StoreError), (KeyboardInterrupt(), KeyboardInterrupt), (ValueError(), ValueError)],
+)
+def test_new_data_takes_the_place_of_the_old_only_when_it_is_whole(out, error, seen):
+    def write_half() -> None:
+        with folder.new_data() as data:
             (data / "file").write_text("half")
             raise error
+
+    with RunFolder(filled(out), ONE) as folder:
+        with pytest.raises(seen):
+            write_half()
         assert (out / "data/file").read_text() == "rows"
         assert not (out / "run/data.part").exists(), "it would take up what space there is"
         with folder.new_data() as data:

@@ -243,3 +243,29 @@ def test_targets_within_a_shared_beginning_are_still_scored(tiny: Path) -> None:
     both, _ = model.score([Tail(tokens, [[*target, 5], [*target, 6]])])
     one, _ = model.score([Tail(tokens, [[*target, 5]])])
     assert both[0][0] == pytest.approx(one[0][0], abs=1e-3)
+
+
+async def test_the_models_own_generation_settings_stay_out(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    plain = TransformersEngine(ModelConfig(model=str(folder), dtype="float32"))
+    before = await plain.generate(request("A", temperature=0))
+    await plain.close()
+    settings = folder / "generation_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"repetition_penalty": 9.0, "no_repeat_ngram_size": 1,', 1))
+    penalised = TransformersEngine(ModelConfig(model=str(folder), dtype="float32"))
+    assert (await penalised.generate(request("A", temperature=0))).text == before.text
+    await penalised.close()
+
+
+async def test_added_tokens_that_are_text_are_left_alone(tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    folder = make_tiny_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("\n\n", special=False), AddedToken("<table>", special=False)])
+    tokenizer.save_pretrained(folder)
+    engine = TransformersEngine(ModelConfig(model=str(folder), dtype="float32"))
+    with pytest.raises(EngineError, match="failed: index out of range"):  # the weights know no such tokens
+        await engine.generate(request("one\n\ntwo <table>"))
+    assert engine._neutral("one\n\ntwo <table> <|im_end|>") == "one\n\ntwo <table> < |im_end|>"
+    await engine.close()

@@ -90,7 +90,7 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         for reason, count in sorted(left_out.items(), key=lambda item: -item[1]):
             _console.print(f"  {count:>6,}  {escape(reason)}")
     _show_cost(manifest)
-    _show_next(out)
+    _show_next(manifest, out)
 
 
 def _show_labels(means: dict[str, Any]) -> None:
@@ -124,12 +124,19 @@ def _show_cost(manifest: dict[str, Any]) -> None:
     _console.print(f"  {session['seconds']:,.0f} s this time{replayed}")
 
 
-def _show_next(out: Path) -> None:
+def _show_next(manifest: dict[str, Any], out: Path) -> None:
     _show_example(out)
     folder = printable(str(out))
     _console.print(f"\n[bold]next[/]\n  the card, counts and limits:  {escape(folder)}/README.md", soft_wrap=True)
-    code = f"from datasets import load_dataset; print(load_dataset({folder!r}, 'preference')['train'][0])"
-    _console.print(f'  look at a row:  python -c "{escape(code)}"', soft_wrap=True)
+    rows = manifest["dataset"]["rows"]
+    name = "preference" if rows["preference"]["train"] else "trace"
+    if not sum(rows["preference"].values()):
+        _console.print(
+            "  [yellow]no pair was made[/]: 'left out' above says why; a larger model or generation.max_tokens may help"
+        )
+    if rows[name]["train"]:
+        code = f"from datasets import load_dataset; print(load_dataset({folder!r}, {name!r})['train'][0])"
+        _console.print(f'  look at a row:  python -c "{escape(code)}"', soft_wrap=True)
 
 
 def _show_example(out: Path) -> None:

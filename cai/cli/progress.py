@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cai.generation import Tally
 
@@ -33,39 +33,35 @@ def watch(tally: Tally, total: int | None) -> Iterator[None]:
 
 
 def _bar(tally: Tally, total: int | None, stop: threading.Event) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
     began = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task: TaskID = progress.add_task("prompts", total=total, state="")
-        while not stop.wait(0.2):
-            progress.update(task, completed=tally.done, state=_state(tally, began))
-        progress.update(task, completed=tally.done, state=_state(tally, began))
+        task: TaskID = progress.add_task("prompts", total=None if total is None else 1.0, state="")
+        ended = False
+        while not ended:
+            ended = stop.wait(0.2)
+            description, state = _prompts(tally, total), _state(tally, began)
+            progress.update(task, completed=tally.share(total) or 0.0, description=description, state=state)
 
 
 def _lines(tally: Tally, total: int | None, stop: threading.Event) -> None:
     began = time.monotonic()
-    while not stop.wait(_LINE_EVERY):
-        _print_line(tally, total, began)
-    _print_line(tally, total, began)
+    ended = False
+    while not ended:
+        ended = stop.wait(_LINE_EVERY)
+        left = _time_left(tally, total, time.monotonic() - began)
+        print(f"{_prompts(tally, total)}  {_state(tally, began)}{left}", file=sys.stderr, flush=True)
 
 
-def _print_line(tally: Tally, total: int | None, began: float) -> None:
-    of = f" of {total:,}" if total is not None else ""
-    state = _state(tally, began) + _time_left(tally, total, time.monotonic() - began)
-    print(f"prompts {tally.done:,}{of}  {state}", file=sys.stderr, flush=True)
+def _prompts(tally: Tally, total: int | None) -> str:
+    return f"prompts {tally.done:,}" + ("" if total is None else f" of {total:,}")
 
 
 def _time_left(tally: Tally, total: int | None, seconds: float) -> str:
-    made = tally.done - tally.records_kept
-    if total is None or not made or total <= tally.done or tally.stopping:
+    share = tally.share(total)
+    if not share or share == 1 or not tally.calls_made or tally.stopping:
         return ""
-    return f", about {datetime.timedelta(seconds=round((total - tally.done) * seconds / made))} left"
+    return f", {share:.0%}, about {datetime.timedelta(seconds=round(seconds / share - seconds))} left"
 
 
 def _state(tally: Tally, began: float) -> str:

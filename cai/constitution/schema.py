@@ -24,7 +24,7 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class Example(Part):
-    """A pair that shows what a principle prefers."""
+    """A pair that shows people what a principle prefers; no model sees it."""
 
     prompt: Text
     chosen: Text
@@ -123,8 +123,8 @@ class Constitution(Part):
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that a model can see; a note, a tag or a description does not change it."""
+        """16 hex digits over all that a model can see: not notes, tags, examples and descriptions, which are for people."""
         seen = self.model_dump(include={"principles", "exemplars"}, mode="json")
         for principle in seen["principles"]:
-            del principle["note"], principle["tags"]
+            del principle["note"], principle["tags"], principle["examples"]
         return hashlib.sha256(msgspec.json.encode(seen, order="deterministic")).hexdigest()[:16]

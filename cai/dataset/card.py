@@ -34,6 +34,8 @@ def render_card(manifest: dict[str, Any], recipe: Recipe, constitution: Constitu
         example=example,
         models={"policy": _name(recipe.policy.model), "judge": _name(recipe.judge_model.model)},
         source=_name(recipe.prompts.source),
+        exemplars=len(constitution.exemplars[: recipe.generation.exemplars]),
+        principles=len(example.verdicts[0].principles) if example.verdicts else recipe.judge.principles,
     )
 
 

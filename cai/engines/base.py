@@ -68,6 +68,10 @@ class Engine(Protocol):
         Raises `ConfigError` where there is no such model.
         """
 
+    @property
+    def revision(self) -> str | None:
+        """The Hub commit of the weights, where they come from the Hub."""
+
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion. Raises `RequestError` where this request can never succeed."""
 

@@ -25,15 +25,15 @@ from cai.models import ModelPlace, cache_folder, locate
 _MIN_SHARED = 32
 """Below this many shared tokens, a prefix pass costs more than it saves."""
 _KEPT_PREFIXES = 8
+Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Tail(NamedTuple):
-    """Tokens to run, and how many at the end are to be scored: `scored` tokens are predicted, not run."""
+    """Tokens, and one or more continuations of them whose log-probabilities are asked."""
 
     tokens: list[int]
     targets: list[list[int]]
-    """One or more continuations of the same length, scored at the end of `tokens` after all but its own last token."""
 
 
 class LocalModel:
@@ -47,10 +47,11 @@ class LocalModel:
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         self._share = not config.exact
-        self._prefixes: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._stopping = False
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+        self.model.generation_config = GenerationConfig()  # else its penalties fill in what a request leaves open
 
     def stop(self) -> None:
         """End a running generation at its next token, from any thread."""
@@ -132,13 +133,17 @@ class LocalModel:
             mask[index, width - len(row) + shared :] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _prefix(self, tokens: list[int]) -> Any:
-        """Keys and values of a beginning, batch 1, layer by layer; the last few are kept."""
+    def _compute_prefix(self, tokens: list[int]) -> Prefix:
+        """Keys and values of a beginning, batch 1, layer by layer."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _kept_prefix(self, tokens: list[int]) -> Prefix:
+        """The same for few-shot dialogues, which every batch begins with; the last few are kept."""
         key = tuple(tokens)
         if key not in self._prefixes:
-            cache = DynamicCache(config=self.model.config)
-            self.model(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._prefixes[key] = [(layer.keys, layer.values) for layer in cache.layers]
+            self._prefixes[key] = self._compute_prefix(tokens)
             if len(self._prefixes) > _KEPT_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
@@ -150,7 +155,7 @@ class LocalModel:
             return None
         cache = StaticCache(config=self.model.config, max_cache_len=length)
         if shared:
-            for layer, (keys, values) in zip(cache.layers, self._prefix(prompts[0][:shared]), strict=True):
+            for layer, (keys, values) in zip(cache.layers, self._kept_prefix(prompts[0][:shared]), strict=True):
                 size = (len(prompts), -1, -1, -1)
                 layer.lazy_initialization(keys.expand(*size), values.expand(*size))
                 layer.keys[:, :, :shared] = keys
@@ -160,7 +165,7 @@ class LocalModel:
 
     def _expanded(self, prefix: list[int], rows: int) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in zip(cache.layers, self._prefix(prefix), strict=True):
+        for layer, (keys, values) in zip(cache.layers, self._compute_prefix(prefix), strict=True):
             assert isinstance(layer, DynamicLayer)
             layer.lazy_initialization(keys, values)
             layer.keys = keys.expand(rows, -1, -1, -1)

@@ -37,6 +37,8 @@ class ScriptedEngine:
 
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
 
+    revision: str | None = None
+
     def __init__(self, function: Callable[[Any], Any], fingerprint: str = "scripted") -> None:
         """`fingerprint` stands for the function in the journal: give another one when its answers change."""
         self._function = function

@@ -1,7 +1,8 @@
 """The `transformers` engine: many requests wait, one worker thread computes, and batches form from what waits.
 
 Requests of like length are generated together, so that padding stays small; a beginning that all of a batch share
-(few-shot exemplars) is computed once. In exact mode every request is a batch of its own, in float32.
+(few-shot exemplars) is computed once. In exact mode every request is a batch of its own. What a judge asks together is
+computed together, one judgement after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from asyncio import Future
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cai.config import ModelConfig
@@ -23,7 +25,7 @@ from cai.engines.base import (
     Loglikelihood,
     LoglikelihoodRequest,
 )
-from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError
+from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError, RequestError
 from cai.models import locate
 from cai.types import Completion, Messages
 
@@ -72,7 +74,13 @@ class TransformersEngine:
 
         dtype = str(resolve_dtype(self._config)).removeprefix("torch.")
         exact = " exact" if self._config.exact else ""
-        return f"transformers:{self._config.model}@{self._place.version} {dtype}{exact}"
+        name = Path(self._place.source).name if self._place.revision is None else self._place.source
+        return f"transformers:{name}@{self._place.version} {dtype}{exact}"
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that the Hub's weights are loaded at."""
+        return self._place.revision
 
     async def _ready(self) -> LocalModel:
         if self._loading is None:
@@ -98,19 +106,25 @@ class TransformersEngine:
             raise ConfigError(
                 f"model '{self._config.model}' has no chat template; use an instruct model, or add chat_template.jinja"
             )
-        tokens = sorted((str(token) for token in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        tokens = sorted(map(re.escape, self._control_tokens()), key=len, reverse=True)
+        self._special = re.compile("|".join(tokens)) if tokens else None
+
+    def _control_tokens(self) -> list[str]:
+        """Tokens that only the chat template may speak; added tokens such as line breaks are text."""
+        template = str(self._tokenizer.chat_template)
+        added = [(str(token), token.special) for token in self._tokenizer.added_tokens_decoder.values()]
+        return [text for text, special in added if text.strip() and (special or (len(text) > 1 and text in template))]
 
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-        except (MemoryError, RuntimeError) as exc:
-            if "out of memory" in str(exc).lower() or isinstance(exc, MemoryError):
-                raise EngineError(
-                    f"out of memory: lower policy.batch_tokens (now {self._config.batch_tokens}) or policy.batch_size; "
-                    "the same command continues"
-                ) from exc
+        except CaiError:
             raise
+        except (MemoryError, RuntimeError, IndexError) as exc:  # torch's errors; after one, a GPU may answer nothing more
+            full = isinstance(exc, MemoryError) or "out of memory" in str(exc) or "can't allocate memory" in str(exc)
+            limit = f"policy.batch_tokens (now {self._config.batch_tokens}) or policy.batch_size"
+            what = f"out of memory: lower {limit}" if full else f"model '{self._config.model}' failed: {exc}"
+            raise EngineError(f"{what}; the same command continues") from exc
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion, computed in a batch with what waits beside it. Raises `ContextLengthError`."""
@@ -222,7 +236,7 @@ class TransformersEngine:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_context(self, model: LocalModel, needed: int, what: str) -> None:
-        limit = vars(model.model.config).get("max_position_embeddings")
+        limit = vars(model.model.config.get_text_config()).get("max_position_embeddings")
         if limit is not None and needed > limit:
             raise ContextLengthError(f"needs {needed} tokens ({what}), but the context of '{self._config.model}' is {limit}")
 

@@ -1,8 +1,8 @@
 """From a prompt to a record, and the runner that drives many."""
 
 from cai.generation.journaled import JournaledEngine
-from cai.generation.record import Generator, calls_per_prompt
+from cai.generation.record import Generator, calls_per_prompt, template_hash
 from cai.generation.runner import Runner
 from cai.generation.tally import Tally
 
-__all__ = ["Generator", "JournaledEngine", "Runner", "Tally", "calls_per_prompt"]
+__all__ = ["Generator", "JournaledEngine", "Runner", "Tally", "calls_per_prompt", "template_hash"]

@@ -21,7 +21,7 @@ from cai.engines import (
 from cai.errors import Interrupted, RequestError, VerdictError
 from cai.generation.tally import Tally
 from cai.store import Call, Database
-from cai.types import Completion, Messages
+from cai.types import Completion, Messages, without_surrogates
 
 Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
@@ -47,6 +47,11 @@ class JournaledEngine:
     def fingerprint(self) -> str:
         """The wrapped engine's."""
         return self._engine.fingerprint
+
+    @property
+    def revision(self) -> str | None:
+        """The wrapped engine's."""
+        return self._engine.revision
 
     def _key(self, request: msgspec.Struct) -> bytes:
         digest = self._digest.copy()
@@ -125,11 +130,7 @@ def _encode_completion(completion: Completion) -> bytes:
     """As JSON; lone surrogates in the text, which no file can hold, become U+FFFD."""
     if not isinstance(getattr(completion, "text", None), str):
         raise RequestError(f"expected a completion with a text, got {completion!r:.60}")
-    try:
-        return _encoder.encode(completion)
-    except UnicodeEncodeError:
-        text = completion.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _encoder.encode(msgspec.structs.replace(completion, text=text))
+    return _encoder.encode(msgspec.structs.replace(completion, text=without_surrogates(completion.text)))
 
 
 def _decode_completion(answer: bytes) -> Completion:

@@ -7,9 +7,11 @@ criticises its answer under a principle drawn at random and revises it; the judg
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 from cai.config import Recipe
 from cai.constitution import Constitution, Principle
@@ -96,6 +98,13 @@ def pairs(record: Record, recipe: Recipe) -> list[tuple[str, str, Source]]:
         texts = {name: record.text(name) for name in names if record.text(name)}
         chosen += [(one, other, "samples") for one, other in combinations(texts, 2) if texts[one] != texts[other]]
     return chosen
+
+
+def template_hash() -> str:
+    """8 hex digits over the texts that models are shown: records made with other templates belong to another run."""
+    folders = (Path(__file__).parent, Path(__file__).parent.parent / "judging")
+    texts = [file.read_bytes() for folder in folders for file in sorted(folder.glob("*.txt"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
 
 
 def calls_per_prompt(recipe: Recipe, constitution: Constitution) -> dict[str, int]:

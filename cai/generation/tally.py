@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 class Tally:
     """Counters of one pass over the prompts; plain numbers, changed only on the event loop."""
 
+    calls_each: int = 1
+    """The most calls that one prompt makes."""
     read: int = 0
     records_made: int = 0
     records_kept: int = 0
@@ -29,3 +31,11 @@ class Tally:
     def done(self) -> int:
         """Prompts that are dealt with, whatever came of them."""
         return self.records_made + self.records_kept + self.duplicates + self.quarantined.total()
+
+    def share(self, total: int | None) -> float | None:
+        """How much of `total` prompts is done, counting the calls of those in the making; None where no total is known."""
+        if total is None or not total:
+            return None
+        settled = self.records_kept + self.duplicates + self.quarantined.total()
+        by_calls = settled + (self.calls_made + self.calls_replayed) / self.calls_each
+        return min(1.0, max(self.done, by_calls) / total)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cai.errors import RowError, nearest
-from cai.types import Message, Messages, Prompt, Role
+from cai.types import Message, Messages, Prompt, Role, without_surrogates
 
 COLUMNS = ("prompt", "messages", "conversations", "question", "instruction", "text", "chosen", "input", "query")
 _IDS = ("id", "prompt_id")
@@ -47,14 +47,16 @@ def _no_prompt(row: Mapping[Any, Any], column: str | None) -> str:
     else:
         what = f"'{column}' is empty" if column in row else f"no column '{column}'{nearest(column, map(str, row))}"
     here = ", ".join(map(str, row)) or "none"
-    return clean(f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or set prompts.column)")
+    return without_surrogates(
+        f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or set prompts.column)"
+    )
 
 
 def _category(row: Mapping[Any, Any]) -> str | None:
     value = row.get("category")
     if value is not None and not isinstance(value, str | int | float):
         raise RowError(f"its category is {type(value).__name__} ({reprlib.repr(value)}); expected a text")
-    return None if value is None else clean(str(value))
+    return None if value is None else without_surrogates(str(value))
 
 
 def _row_id(row: Mapping[Any, Any]) -> str | None:
@@ -63,7 +65,7 @@ def _row_id(row: Mapping[Any, Any]) -> str | None:
         return None
     if not isinstance(value, str | int) or isinstance(value, bool) or len(str(value)) > 200 or not str(value).strip():
         raise RowError(f"its id is {reprlib.repr(value)}; expected a text of 1 to 200 characters or a whole number")
-    return clean(str(value))
+    return without_surrogates(str(value))
 
 
 def _digest(messages: Messages) -> str:
@@ -72,7 +74,7 @@ def _digest(messages: Messages) -> str:
 
 def _messages(value: Any, where: str) -> Messages:
     if isinstance(value, str):
-        turns = _transcript(value) if value.lstrip("\n").startswith("Human:") else [Message("user", clean(value))]
+        turns = _transcript(value) if value.lstrip("\n").startswith("Human:") else [Message("user", without_surrogates(value))]
     elif isinstance(value, list | tuple):
         turns = [_turn(item, f"{where}[{index}]") for index, item in enumerate(value)]
     else:
@@ -95,7 +97,7 @@ def _turn(item: Any, where: str) -> Message:
         raise RowError(f"{where} has the role {reprlib.repr(role)}; expected system, user or assistant")
     if not isinstance(content, str):
         raise RowError(f"{where} has {type(content).__name__} as its content; expected a text")
-    return Message(_ROLES[role.lower()], clean(content))
+    return Message(_ROLES[role.lower()], without_surrogates(content))
 
 
 def _transcript(text: str) -> list[Message]:
@@ -107,17 +109,8 @@ def _transcript(text: str) -> list[Message]:
     names: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
     turns: list[Message] = []
     for name, turn in zip(parts[1::2], parts[2::2], strict=True):
-        content = clean(turn.strip())
+        content = without_surrogates(turn.strip())
         if turns and turns[-1].role == names[name]:
             content = f"{turns.pop().content}\n\n{content}".strip()
         turns.append(Message(names[name], content))
     return turns
-
-
-def clean(text: str) -> str:
-    """Lone surrogates, which JSON can hold and no file or tokenizer can, become U+FFFD; pairs become their character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
