@@ -26,7 +26,7 @@ CALLS = 1 + 2 * 2 + 4 * 2
 """Of one prompt by the recipes here: an answer, two rounds, four principles in two orders."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["pytest", "cai.dataset", "tests.test_resume"])
+_processes.set_forkserver_preload(["pytest", "pandas", "cai.dataset", "tests.test_resume"])
 
 
 def recipe(function: str = "respond", **sections: Any) -> Recipe:

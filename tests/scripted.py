@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import re
 import signal
 import time
@@ -19,12 +20,14 @@ from cai.engines import ChoiceRequest, GenerateRequest, LoglikelihoodRequest
 
 _COMPLETION = re.compile(r"<completion ([AB])>\n(.*?)\n</completion \1>", re.DOTALL)
 _calls = count(1)
+WORDS = ["river", "stone", "lamp", "garden", "winter", "letter", "copper", "bridge", "morning", "paper", "silver", "window"]
 
 
 def respond(request: GenerateRequest | ChoiceRequest | LoglikelihoodRequest) -> str | list[float] | float:
     """Answers of differing lengths; a preference for the shorter completion, with a leaning towards what stands first."""
     if isinstance(request, GenerateRequest):
-        return f"A completion of seed {request.seed}. " + "More words follow here. " * (request.seed % 5)
+        words = random.Random(request.seed).choices(WORDS, k=8 + request.seed % 9)
+        return f"{' '.join(words).capitalize()}, by seed {request.seed}."
     if isinstance(request, ChoiceRequest):
         lengths = {letter: len(text) for letter, text in _COMPLETION.findall(request.messages[0].content)}
         leaning = (lengths["B"] - lengths["A"]) / 50 + 0.3
@@ -93,7 +96,7 @@ def faulty(request: Any) -> Any:
 def hostile(request: Any) -> Any:
     """Completions that hold what would break or inject something anywhere on their way."""
     if isinstance(request, GenerateRequest):
-        return f"{HOSTILE} {'more ' * (request.seed % 5)}{request.seed}"
+        return f"{HOSTILE} {respond(request)}"
     return respond(request)
 
 
