@@ -29,7 +29,7 @@ class PromptsConfig(Part):
 
     source: Text = "red-team"
     """A built-in set (`red-team`, `benign`), a file, a `datasets` folder, a Hub dataset id, or `-` for standard input."""
-    limit: PositiveInt | None = None
+    limit: int | None = Field(default=None, gt=0, le=10**12)
     """Use only the first so many prompts."""
     column: Text | None = None
     """The column that holds the prompt; by default the first of the usual names that is there."""
@@ -80,7 +80,7 @@ class JudgeConfig(Part):
 class GenerationConfig(Part):
     """Answers, critiques and revisions."""
 
-    candidates: PositiveInt = 1
+    candidates: int = Field(default=1, gt=0, le=1000)
     """How many completions the policy samples for each prompt. The first one is critiqued and revised."""
     rounds: int = Field(default=2, ge=0)
     """Rounds of critique and revision, each under another principle."""
@@ -94,7 +94,7 @@ class GenerationConfig(Part):
     """Of sampling answers, critiques and revisions; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling: the smallest set of tokens with this much probability."""
-    concurrency: PositiveInt = 128
+    concurrency: int = Field(default=128, gt=0, le=10_000)
     """Prompts in flight at once. Changes speed and memory, never a request."""
 
     @model_validator(mode="after")

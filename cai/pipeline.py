@@ -18,7 +18,7 @@ from typing import Any
 from cai.config import Recipe
 from cai.constitution import Constitution, load_constitution, to_yaml
 from cai.engines import Capability, Engine, build_engine
-from cai.errors import CaiError, CapabilityError, ConfigError, Interrupted, PromptSourceError, StoreError
+from cai.errors import CaiError, CapabilityError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
 from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt, template_hash
 from cai.generation.estimate import Estimate, estimate
 from cai.judging import ChoiceJudge
@@ -96,6 +96,7 @@ def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | 
             return pool.submit(generate, recipe, out, mode, watch).result()
     checked = plan(recipe)
     rows = read_prompts(recipe.prompts)
+    _refuse_folder(recipe, out)
     with RunFolder(out, checked.identity, mode) as folder:
         each = sum(calls_per_prompt(recipe, checked.constitution).values())
         manifest = _Manifest(checked, folder, Tally(calls_each=each))
@@ -113,6 +114,17 @@ def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | 
             stopped = Interrupted("stopped; the same command continues")
             manifest.write_failure(stopped)
             raise stopped from None
+
+
+def _refuse_folder(recipe: Recipe, out: Path) -> None:
+    """Refuse a folder that `datasets` could not read afterwards, or that holds the very prompts of the run."""
+    whole = str(out.absolute())
+    odd = [mark for mark in ("[", "::", "$") if mark in whole]
+    if odd:
+        raise ConfigError(f"-o {out}: `datasets` cannot load from a path that holds '{odd[0]}'; use another -o")
+    source = Path(recipe.prompts.source).expanduser()
+    if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"prompts '{source}' lie in the run folder {out}, which the run rewrites; use another -o")
 
 
 def _in_event_loop() -> bool:
@@ -154,8 +166,11 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
 def _check_result(recipe: Recipe, tally: Tally) -> None:
     if tally.read == 0:
         raise PromptSourceError(f"prompts '{recipe.prompts.source}': there are none in it")
+    if tally.done != tally.read:
+        raise EngineError(f"{tally.read - tally.done} of {tally.read} rows are unaccounted for; the same command continues")
     if not tally.records_made and not tally.records_kept:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in tally.quarantined.most_common())
+        counted = sorted(tally.quarantined.items(), key=lambda item: (-item[1], item[0]))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counted)
         raise PromptSourceError(f"none of {tally.read} rows became a record: {reasons}; see run/quarantine.jsonl")
 
 

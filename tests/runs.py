@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet
 
+from cai.cli.main import main
 from cai.config import Recipe
 from cai.pipeline import generate
 
@@ -26,7 +28,7 @@ CALLS = 1 + 2 * 2 + 4 * 2
 """Of one prompt by the recipes here: an answer, two rounds, four principles in two orders."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["pytest", "pandas", "cai.dataset", "tests.test_resume"])
+_processes.set_forkserver_preload(["pytest", "pandas", "cai.dataset", "tests.test_resume", "tests.test_cli"])
 
 
 def recipe(function: str = "respond", **sections: Any) -> Recipe:
@@ -104,12 +106,38 @@ def start(*args: Any, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, encoding="utf-8", errors="surrogateescape", **pipes)
 
 
-def command(*args: Any, stdin: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+def real_command(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     """`cai ARGS` to its end."""
-    process = start(*args, **options, **({} if stdin is None else {"stdin": subprocess.PIPE}))
-    out, err = process.communicate(stdin, timeout=60)
+    process = start(*args, **options)
+    out, err = process.communicate(timeout=60)
     assert "Traceback" not in err, err
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def command(
+    *args: Any, stdin: str = "", cwd: Path | None = None, env: dict[str, Any] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The same, ten times as fast: in a fork of a process that has everything imported."""
+    variables = {**os.environ, **{name: str(value) for name, value in (env or {}).items()}}
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        files[0].write_text(stdin)
+        process = forked(_main, [str(arg) for arg in args], files, cwd or Path.cwd(), variables)
+        process.join(60)
+        out, err = (file.read_bytes().decode("utf-8", "surrogateescape") for file in files[1:])
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(args, process.exitcode, out, err)
+
+
+def _main(args: list[str], files: list[Path], cwd: Path, variables: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.update(variables)
+    for number, (file, mode) in enumerate(zip(files, "rww", strict=True)):
+        with file.open(mode) as opened:
+            os.dup2(opened.fileno(), number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
+    sys.argv = ["cai", *args]
+    main()
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:

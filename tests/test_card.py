@@ -231,6 +231,6 @@ def test_a_constitution_is_described_in_its_own_words():
         name="own", version="2|3", description="Uses {{ jinja }} and ${dollars}.", license="a|b", principles=(principle,)
     )
     page = card(constitution=own)
-    assert "\nUses {{ jinja }} and ${dollars}.\n" in page
+    assert "\n> Uses {{ jinja }} and ${dollars}.\n" in page.replace("\\", "")
     assert "`2\\|3`, 1 principles" in page
     assert "licence `a\\|b` |" in page

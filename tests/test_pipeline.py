@@ -33,6 +33,7 @@ from tests.runs import (
     manifest,
     model,
     quarantine,
+    real_command,
     recipe,
     rows,
     written_rows,
@@ -99,6 +100,17 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, sections,
         generate(asked(**sections), tmp_path / "run")
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_in_the_folder_that_the_run_rewrites_are_refused(tmp_path, log):
+    out = tmp_path / "run"
+    generate(asked(), out)
+    for source in (out / "data" / "sft", out / "data" / "sft" / "train-00000-of-00001.parquet", out):
+        with pytest.raises(ConfigError, match="lie in the run folder"):
+            generate(asked(prompts={"source": str(source)}), out, "fresh")
+    assert manifest(out)["status"] == "done"
+    elsewhere = generate(asked(prompts={"source": str(out / "data" / "sft" / "train-00000-of-00001.parquet")}), tmp_path / "b")
+    assert elsewhere["dataset"]["records"] > 0
 
 
 def test_a_constitution_without_a_question_for_the_judge_is_refused(tmp_path):
@@ -405,7 +417,7 @@ def limited(size: int) -> str:
 @pytest.mark.parametrize("size", [1000, 20_000, 60_000, 90_000])
 def test_a_file_that_may_not_grow_is_told_like_a_full_disk(tmp_path, log, size):
     args = ["generate", "benign", "-c", SMALL, "-n", 4, "-m", asked().policy.model, "-o", tmp_path / "run"]
-    failed = command(*args, code=limited(size))
+    failed = real_command(*args, code=limited(size))
     assert failed.returncode == 1
     assert "the same command continues" in failed.stderr
     kept = kept_calls(tmp_path / "run")

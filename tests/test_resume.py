@@ -27,6 +27,7 @@ from tests.runs import (
     log_lines,
     manifest,
     quarantine,
+    real_command,
     recipe,
     start,
     wait_until,
@@ -161,7 +162,7 @@ def test_the_real_command_killed_and_typed_again(tmp_path, log, reference):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     kept = kept_calls(tmp_path / "run")
-    done = command(*args)
+    done = real_command(*args)
     assert done.returncode == 0
     assert data_bytes(tmp_path / "run") == reference.data
     assert f"{kept} calls were already paid for" in done.stdout
@@ -261,7 +262,7 @@ def test_a_signal_while_the_dataset_is_written_is_told_too(tmp_path, log, monkey
         f"parquet.pq.ParquetWriter = lambda *args: os.kill(os.getpid(), {int(number)}) or signal.pause()\n"
         "from cai.cli.main import main; main()"
     )
-    done = command("generate", "-m", RECIPE.policy.model, "-n", 2, "-o", tmp_path / "run", code=code)
+    done = real_command("generate", "-m", RECIPE.policy.model, "-n", 2, "-o", tmp_path / "run", code=code)
     assert (done.returncode, done.stderr.endswith("cai: stopped; the same command continues\n")) == (130, True)
     assert manifest(tmp_path / "run")["status"] == "interrupted"
     assert not (tmp_path / "run" / "data").exists()

@@ -142,7 +142,7 @@ def _show_next(manifest: dict[str, Any], out: Path) -> None:
 def _show_example(out: Path) -> None:
     import pyarrow.parquet
 
-    file = next(iter(sorted((out / "data" / "preference").glob("train-*.parquet"))))
+    file = next(iter(sorted((out.absolute() / "data" / "preference").glob("train-*.parquet"))))
     rows = next(pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=200), None)
     pairs = rows.to_pylist() if rows is not None else []
     if not pairs:

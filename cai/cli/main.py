@@ -45,7 +45,7 @@ def generate(
     model: Annotated[str | None, typer.Option("-m", "--model", help="The policy: alias, folder, Hub id, scripted:…")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge; by default the policy's model.")] = None,
     limit: Annotated[int | None, typer.Option("-n", help="Use the first N prompts.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The run folder; default runs/CONSTITUTION.")] = None,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="The run folder; default runs/CONSTITUTION.")] = None,
     seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML); flags win over it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")] = None,
@@ -77,7 +77,9 @@ def generate(
     if dry_run:
         command.show_dry_run(resolved)
         return
-    folder = out or Path("runs") / Path(resolved.constitution).stem
+    if out is not None and not out.strip():
+        raise ConfigError("-o is empty: expected a folder")
+    folder = Path(os.path.expanduser(out)) if out else Path("runs") / Path(resolved.constitution).stem
     if fresh and not yes:
         command.confirm_loss(folder)
     command.run(resolved, folder, "fresh" if fresh else "update" if update else "continue")
@@ -86,6 +88,7 @@ def generate(
 def main() -> None:
     """The `cai` command. Exit codes: 0 done, 1 the run could not do its job, 2 wrong usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, a file name with odd bytes
@@ -97,6 +100,8 @@ def main() -> None:
         _fail(exc, 2)
     except CaiError as exc:
         _fail(exc, 1)
+    except OSError as exc:  # what has no better name by now: the disk or the terminal under the output
+        _fail(CaiError(str(exc)), 1)
     finally:
         _flush()
 
@@ -112,8 +117,10 @@ def _fail(error: CaiError, code: int) -> NoReturn:
 
 
 def _flush() -> None:
-    """Write out what was printed, unless the reader is gone (`cai ... | head`)."""
+    """Write out what was printed. Where the reader is gone (`cai ... | head`) that is no failure, a full disk is."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as exc:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(exc, BrokenPipeError):
+            _fail(CaiError(f"standard output cannot be written: {exc.strerror}"), 1)

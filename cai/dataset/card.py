@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def _metadata(manifest: dict[str, Any], recipe: Recipe, constitution: Constituti
         paths = [{"split": split, "path": f"data/{name}/{split}-*"} for split in splits]
         default = {"default": True} if name == "preference" else {}
         if paths:
-            configs.append({"config_name": name, "data_files": paths, **default})
+            configs.append({"config_name": name, "description": _version(manifest, name), "data_files": paths, **default})
     return {
         "pretty_name": f"{constitution.name} by {_name(recipe.policy.model)}",
         **({"license": recipe.dataset.license} if recipe.dataset.license else {}),
@@ -58,6 +59,12 @@ def _metadata(manifest: dict[str, Any], recipe: Recipe, constitution: Constituti
         "task_categories": ["text-generation"],
         "configs": configs,
     }
+
+
+def _version(manifest: dict[str, Any], name: str) -> str:
+    """A hash of the files of one view: `datasets` takes a cached copy for the folder's wherever these lines are the same."""
+    files = sorted(item for item in manifest.get("files", {}).items() if item[0].startswith(f"{name}/"))
+    return "version " + hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def _name(value: str) -> str:

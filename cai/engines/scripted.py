@@ -45,8 +45,11 @@ class ScriptedEngine:
         self.fingerprint = fingerprint
 
     async def _ask(self, request: Request) -> Any:
-        answer = self._function(request)
-        return await answer if inspect.isawaitable(answer) else answer
+        try:
+            answer = self._function(request)
+            return await answer if inspect.isawaitable(answer) else answer
+        except (SystemExit, GeneratorExit) as exc:  # a script may not end the run that asks it
+            raise RequestError(f"the scripted function raised {type(exc).__name__}: {exc}") from exc
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """The function's text; tokens are counted as words."""

@@ -102,6 +102,11 @@ class Runner:
             return
         except CaiError:
             raise
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():  # it is this worker that is to stop
+                raise
+            self._set_aside(position, row, "cancelled", "the engine cancelled a call of this row")
+            return
         except Exception as exc:  # the boundary of one record: a bug on one row must not lose the others
             self._set_aside(position, row, type(exc).__name__, str(exc))
             return

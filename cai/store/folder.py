@@ -37,9 +37,10 @@ class RunFolder:
         `fresh` deletes everything. Raises `ConfigError` where it holds another run (naming what differs) or something
         else than a run, `StoreError` where another process writes it, or it is damaged or cannot be written.
         """
-        self.path, self.run = path, path / "run"
         with _disk_errors(path):
-            _refuse_foreign(path)
+            self.path = path.absolute()  # a relative one with a colon would be taken for a URI
+            self.run = self.path / "run"
+            _refuse_foreign(self.path)
             self.run.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.run / _LOCK)
             self._acquire()
@@ -169,7 +170,7 @@ class RunFolder:
 
 def would_lose(path: Path) -> str | None:
     """What starting over in this folder would delete that was paid for, in words; None where that is nothing."""
-    journal = path / "run" / _JOURNAL
+    journal = path.absolute() / "run" / _JOURNAL
     if not journal.exists():
         return "a dataset" if (path / "data").exists() else None
     try:
@@ -185,6 +186,8 @@ def would_lose(path: Path) -> str | None:
 
 def _refuse_foreign(path: Path) -> None:
     """A folder with files of the names that we write, but not by us, is never written into."""
+    if any("\ud800" <= char <= "\udfff" for char in str(path)):
+        raise ConfigError(f"{str(path)!r}: expected a name of valid Unicode, for -o")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; -o names a folder")
     run = path / "run"
