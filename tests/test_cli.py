@@ -492,6 +492,7 @@ def test_lines_tell_when_a_model_is_loading_and_when_the_run_is_stopping(monkeyp
     assert "loading the model" in lines_of(Tally(in_flight=4), 12, monkeypatch, capsys)
     told = lines_of(Tally(in_flight=4, stopping=True), 12, monkeypatch, capsys)
     assert "stopping: 4 calls in flight finish; Ctrl-C again stops at once" in told
+    assert re.search("^prompts 0 of 12  stopped$", lines_of(Tally(stopping=True), 12, monkeypatch, capsys), re.M)
 
 
 def test_the_watch_ends_with_its_block_whatever_happens(monkeypatch, capsys):

@@ -26,6 +26,7 @@ from tests.runs import (
     kept_calls,
     log_lines,
     manifest,
+    model,
     quarantine,
     real_command,
     recipe,
@@ -266,6 +267,18 @@ def test_a_signal_while_the_dataset_is_written_is_told_too(tmp_path, log, monkey
     assert (done.returncode, done.stderr.endswith("cai: stopped; the same command continues\n")) == (130, True)
     assert manifest(tmp_path / "run")["status"] == "interrupted"
     assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_run_begins_ends_it_quietly(tmp_path, number):
+    begun = tmp_path / "begun"
+    source = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    process = start("generate", "benign", "-m", model(tmp_path, source), "-o", tmp_path / "run")
+    wait_until(begun.exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_is_heard_while_standard_input_is_silent_and_what_came_is_answered_meanwhile(tmp_path, log):

@@ -65,6 +65,8 @@ def _time_left(tally: Tally, total: int | None, seconds: float) -> str:
 
 
 def _state(tally: Tally, began: float) -> str:
+    if tally.stopping and not tally.in_flight:
+        return "stopped"
     if tally.stopping:
         return f"stopping: {tally.in_flight} calls in flight finish; Ctrl-C again stops at once"
     seconds = time.monotonic() - began
