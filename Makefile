@@ -3,16 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test slow check clean
+.PHONY: demo test check clean
 
 demo: .venv/installed ## a preference dataset from a real 135M model, in runs/demo
 	$(BIN)/cai generate --recipe pipelines/demo.yaml -o runs/demo
 
-test: .venv/installed ## all tests but the slow ones
+test: .venv/installed ## all tests
 	$(BIN)/python -m pytest
-
-slow: .venv/installed ## the slow tests
-	$(BIN)/python -m pytest -m slow
 
 check: .venv/installed ## lint, format, types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ def _refuse_folder(recipe: Recipe, out: Path) -> None:
     odd = [mark for mark in ("[", "::", "$") if mark in whole]
     if odd:
         raise ConfigError(f"-o {out}: `datasets` cannot load from a path that holds '{odd[0]}'; use another -o")
-    source = Path(recipe.prompts.source).expanduser()
+    source = Path(os.path.expanduser(recipe.prompts.source))
     if source.exists() and source.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"prompts '{source}' lie in the run folder {out}, which the run rewrites; use another -o")
 

@@ -423,7 +423,8 @@ def test_a_folder_without_a_name_is_none(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a:b", "s3:x", "file:x", "http://x/y", "~x", "x%20y z", "\\", "#?", "{}"])
 def test_any_other_name_is_a_folder(tmp_path, name):
-    done = command("generate", "benign", "-n", 1, "-c", SMALL, "-m", RESPOND, "-o", name, cwd=tmp_path)
+    (tmp_path / "~x.jsonl").write_text('"a prompt"\n')
+    done = command("generate", "~x.jsonl", "-c", SMALL, "-m", RESPOND, "-o", name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert manifest(tmp_path / name)["status"] == "done"
 
