@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 
 from cai import pipeline
 from cai.config import Recipe
+from cai.engines import ScriptedEngine
 from cai.errors import (
     CapabilityError,
     ConfigError,
@@ -38,7 +41,7 @@ from tests.runs import (
     rows,
     written_rows,
 )
-from tests.scripted import HOSTILE
+from tests.scripted import HOSTILE, respond
 
 PROMPTS = 3
 
@@ -437,6 +440,28 @@ def test_a_keyboard_interrupt_outside_the_loop_is_an_interruption(tmp_path, log,
     with pytest.raises(Interrupted, match="stopped; the same command continues"):
         generate(asked(), tmp_path / "run", watch=lambda tally, total: None)
     assert manifest(tmp_path / "run")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("signals", "closed"), [(1, 2), (2, 0)])
+def test_engines_are_closed_unless_the_run_is_to_stop_at_once(tmp_path, monkeypatch, signals, closed):
+    """Closing waits for what an engine is doing, which may be loading its weights."""
+
+    class Closing(ScriptedEngine):
+        async def close(self) -> None:
+            closes.append(self)
+
+    async def function(request: Any) -> Any:
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(60 * (signals - 1))
+        return respond(request)
+
+    closes: list[Any] = []
+    monkeypatch.setattr(pipeline, "build_engine", lambda config: Closing(function))
+    with pytest.raises(Interrupted):
+        generate(recipe(prompts={"limit": 1}), tmp_path / "run")
+    assert len(closes) == closed, "policy and judge"
 
 
 # --- a dry run
