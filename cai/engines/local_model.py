@@ -46,6 +46,8 @@ class LocalModel:
         source, revision = _as_pretrained(locate(config.model, config.revision))
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
+        if (head := self.model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_make_contiguous)
         self._share = not config.exact
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._stopping = False
@@ -171,6 +173,11 @@ class LocalModel:
             layer.keys = keys.expand(rows, -1, -1, -1)
             layer.values = values.expand(rows, -1, -1, -1)
         return cache
+
+
+def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A slice of hidden states that is not contiguous makes matmul copy the output embeddings once per row."""
+    return tuple(arg.contiguous() for arg in args)
 
 
 def _distinct_stems(tail: Tail) -> list[list[int]]:
