@@ -35,6 +35,8 @@ class PromptsConfig(Part):
     """The column that holds the prompt; by default the first of the usual names that is there."""
     split: Text = "train"
     """The split of a Hub dataset or a `datasets` folder."""
+    revision: Text | None = None
+    """The revision of a Hub dataset (branch, tag or commit)."""
     subset: Text | None = None
     """The configuration of a Hub dataset."""
 

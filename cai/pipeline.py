@@ -45,6 +45,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the records of a run. Two runs that agree in it can share a folder."""
         prompts = self.recipe.prompts.model_dump(exclude={"limit"})
+        prompts["source"] = os.path.normpath(prompts["source"])
         generation = self.recipe.generation.model_dump(exclude={"concurrency"})
         return {
             "cai": f"prompt templates {template_hash()}",
@@ -178,14 +179,27 @@ def _check_result(recipe: Recipe, tally: Tally) -> None:
 def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dict[str, Any]:
     from cai.dataset import render_card, write_dataset
 
-    with folder.new_data() as data:
-        statistics = write_dataset(folder.database.records(), data, checked.recipe.dataset)
-    done = manifest.tell("done", {"dataset": statistics.to_json(), "files": _hashes(folder.path / "data")})
+    source = _source_hash(checked, folder)
+    dataset = manifest.dataset_of(source)
+    if dataset is None:
+        with folder.new_data() as data:
+            dataset = write_dataset(folder.database.records(), data, checked.recipe.dataset).to_json()
+    files = _hashes(folder.path / "data")
+    done = manifest.tell("done", {"dataset": dataset, "source_hash": source, "files": files})
     example = next(folder.database.records())
     _save_recipe(checked, folder)
     folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
     folder.write_json("manifest.json", done)
     return done
+
+
+def _source_hash(checked: Plan, folder: RunFolder) -> str:
+    """Of all that decides the bytes in `data/`: the records in their order, the settings, the code's version."""
+    settings = checked.recipe.dataset.model_dump_json()
+    digest = hashlib.sha256(f"{_installed().get('cai-toolkit')}\n{settings}\n".encode())
+    for record in folder.database.encoded_records():
+        digest.update(record)
+    return digest.hexdigest()
 
 
 def _hashes(data: Path) -> dict[str, str]:
@@ -203,7 +217,15 @@ class _Manifest:
     def __init__(self, checked: Plan, folder: RunFolder, tally: Tally) -> None:
         self._plan, self._folder, self.tally = checked, folder, tally
         self._began = time.time()
-        self._sessions = _sessions(folder)
+        self._before = _earlier(folder)
+
+    def dataset_of(self, source_hash: str) -> dict[str, Any] | None:
+        """What is in `data/`, where that was made from the same and is still as it was written; else None."""
+        before = self._before
+        if before.get("source_hash") != source_hash or before.get("files") != _hashes(self._folder.path / "data"):
+            return None
+        dataset: dict[str, Any] | None = before.get("dataset")
+        return dataset
 
     def write_failure(self, failure: CaiError) -> None:
         """Write what there is to tell of a run that did not end well."""
@@ -231,7 +253,7 @@ class _Manifest:
             },
             **extra,
             "usage": {role: usage._asdict() for role, usage in self._folder.database.usage().items()},
-            "sessions": [*self._sessions, self._session()],
+            "sessions": [*self._before.get("sessions", []), self._session()],
             "versions": {"python": platform.python_version(), **_installed()},
         }
 
@@ -248,14 +270,13 @@ class _Manifest:
         }
 
 
-def _sessions(folder: RunFolder) -> list[Any]:
-    """The earlier sessions of this run; a damaged manifest is written anew without them, since it decides nothing."""
+def _earlier(folder: RunFolder) -> dict[str, Any]:
+    """The manifest that is there; a damaged one is written anew without what it said, since it decides nothing."""
     try:
         before = folder.read_json("manifest.json") or {}
     except StoreError:
-        return []
-    sessions = before.get("sessions")
-    return sessions if isinstance(sessions, list) else []
+        return {}
+    return before if isinstance(before.get("sessions", []), list) else {}
 
 
 def _installed() -> dict[str, str]:

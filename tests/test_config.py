@@ -151,7 +151,15 @@ def test_every_key_can_be_set_by_a_flag(key: str) -> None:
     default = leaves(Recipe())[key]
     choices = {bool: "true", int: "7", float: "0.5625", str: "other", type(None): "9"}
     names = {"policy.dtype": "float16", "judge.method": "choice", "generation.pairs": "both"}
-    texts = {"prompts.column", "prompts.subset", "policy.revision", "policy.device", "judge.model", "judge.revision"}
+    texts = {
+        "prompts.column",
+        "prompts.subset",
+        "prompts.revision",
+        "policy.revision",
+        "policy.device",
+        "judge.model",
+        "judge.revision",
+    }
     text = names.get(key, "'other'" if key in texts | {"dataset.license"} else choices[type(default)])
     more = {"generation.pairs": ["generation.candidates=2"], "judge.revision": ["judge.model=m"]}.get(key, [])
     resolved = leaves(load_recipe(None, [parse_set(one) for one in (*more, f"{key}={text}")]))

@@ -276,6 +276,13 @@ def test_of_several_that_are_extended_the_later_wins_and_exemplars_add_up(tmp_pa
     assert len(one.exemplars) == 4
 
 
+def test_what_is_extended_on_many_ways_is_read_once(tmp_path: Path) -> None:
+    written(tmp_path, ONE, "level0.yaml")
+    for level in range(1, 40):
+        written(tmp_path, extending(f"level{level - 1}.yaml, level{level - 1}.yaml"), f"level{level}.yaml")
+    assert load_constitution(str(tmp_path / "level39.yaml")).principles[0].id == "a"
+
+
 def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     written(tmp_path, ONE, "root.yaml")

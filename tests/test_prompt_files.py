@@ -204,6 +204,25 @@ def test_utf_16_is_told(tmp_path: Path, name: str, encoding: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (as_parquet(), "this is Parquet; let its name end in .parquet"),
+        (gzip.compress(JSONL), "this is compressed by gzip; let its name end in .gz"),
+        (gzip.compress(gzip.compress(JSONL)), "this is compressed by gzip; let its name end in .gz"),
+    ],
+)
+@pytest.mark.parametrize("name", ["noextension", "a.jsonl", "a.csv"])
+def test_what_is_no_text_is_told_by_what_it_is(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    assert source_error(written(tmp_path, name, content)).endswith(told)
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "a:b.parquet", as_parquet())
+    monkeypatch.chdir(tmp_path)
+    assert len(list(read_prompts(PromptsConfig(source="a:b.parquet")))) == len(ROWS)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '"x"\n')

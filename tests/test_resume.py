@@ -178,6 +178,31 @@ def test_a_finished_run_again_makes_no_call_and_no_difference(tmp_path, log, ref
     assert len(manifest(tmp_path / "run")["sessions"]) == 2
 
 
+def test_a_finished_dataset_is_kept_until_something_of_it_changes(tmp_path, log, reference):
+    out = tmp_path / "run"
+    generate(RECIPE, out)
+    before = manifest(out)
+    file = out / "data" / "trace" / "train-00000-of-00001.parquet"
+    written_at = file.stat().st_mtime_ns
+    generate(RECIPE, out)
+    assert file.stat().st_mtime_ns == written_at
+    assert {**manifest(out), "sessions": 0, "usage": 0} == {**before, "sessions": 0, "usage": 0}
+    file.write_bytes(b"damaged")
+    generate(RECIPE, out)
+    assert data_bytes(out) == reference.data
+    generate(RECIPE.model_copy(update={"dataset": RECIPE.dataset.model_copy(update={"test_fraction": 0.5})}), out)
+    assert sum(manifest(out)["dataset"]["rows"]["trace"].values()) == PROMPTS
+    assert data_bytes(out) != reference.data
+
+
+def test_two_spellings_of_a_path_are_one_run(tmp_path, log, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written_rows(tmp_path, "one question")
+    for source in ("prompts.jsonl", "./prompts.jsonl"):
+        generate(recipe("logged", prompts={"source": source}), tmp_path / "run")
+    assert manifest(tmp_path / "run")["sessions"][-1]["calls_made"] == 0
+
+
 @pytest.mark.parametrize("concurrency", [1, 2, 50])
 def test_concurrency_makes_no_difference(tmp_path, log, reference, concurrency):
     generate(recipe("logged", prompts={"limit": PROMPTS}, generation={"concurrency": concurrency}), tmp_path / "run")

@@ -23,6 +23,13 @@ async def test_a_text_becomes_a_completion_with_its_words_counted():
     assert (await ScriptedEngine(lambda request: "").generate(GENERATE)).completion_tokens == 0
 
 
+async def test_a_text_of_a_kind_of_its_own_becomes_a_plain_one():
+    class Text(str): ...
+
+    answer = await ScriptedEngine(lambda request: Text("well")).generate(GENERATE)
+    assert type(answer.text) is str
+
+
 async def test_a_completion_is_passed_on_as_it_is():
     given = Completion("cut", "length", 1, 2, None)
     assert await ScriptedEngine(lambda request: given).generate(GENERATE) is given

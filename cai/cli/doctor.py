@@ -6,11 +6,11 @@ import platform
 from importlib import metadata
 from importlib.util import find_spec
 
+from cai.engines import REQUIREMENTS, describe_devices, missing_packages
+
 _PACKAGES = ("cai-toolkit", "torch", "transformers", "datasets", "huggingface_hub", "pyarrow", "pydantic", "trl", "peft")
-_LOCAL = ("torch", "transformers")
-_ENGINES: dict[str, tuple[tuple[str, ...], str]] = {"transformers": (_LOCAL, "local"), "scripted": ((), "")}
-"""For each engine the packages that it needs, and the extra that brings them."""
-_EXTRAS = {"local": ((*_LOCAL, "gguf"), "local"), "train": ((*_LOCAL, "gguf", "trl", "accelerate", "peft"), "train")}
+_LOCAL = ("torch", "transformers", "gguf")
+_EXTRAS = {"local": (_LOCAL, "local"), "train": ((*_LOCAL, "trl", "accelerate", "peft"), "train")}
 
 
 def doctor() -> None:
@@ -22,7 +22,7 @@ def doctor() -> None:
     console.print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         console.print(f"  {package:<16} {_version(package)}")
-    for kind, parts in (("engines", _ENGINES), ("extras", _EXTRAS)):
+    for kind, parts in (("engines", REQUIREMENTS), ("extras", _EXTRAS)):
         console.print(f"\n[bold]{kind}[/]")
         for name, (needed, extra) in parts.items():
             console.print(f"  {name:<16} {_state(needed, extra)}", soft_wrap=True)
@@ -35,12 +35,8 @@ def doctor() -> None:
 
 
 def _state(needed: tuple[str, ...], extra: str) -> str:
-    missing = _missing(needed)
+    missing = [package for package in needed if find_spec(package) is None]
     return f"[red]missing {', '.join(missing)}[/]: pip install 'cai-toolkit\\[{extra}]'" if missing else "[green]usable[/]"
-
-
-def _missing(needed: tuple[str, ...]) -> list[str]:
-    return [package for package in needed if find_spec(package) is None]
 
 
 def _version(package: str) -> str:
@@ -60,9 +56,7 @@ def _aliases() -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    from cai.engines import describe_devices
-
-    if _missing(_LOCAL):
+    if missing_packages("transformers"):
         return ["none that a local model could use: see the engines"]
     try:
         return describe_devices()

@@ -39,11 +39,13 @@ def load_constitution(name: str) -> Constitution:
 
     Raises `ConstitutionError` naming file, line, key, what was expected and the nearest right key.
     """
-    return _load(find(name), ())
+    return _load(find(name), (), {})
 
 
-def _load(path: Path, above: tuple[Path, ...]) -> Constitution:
+def _load(path: Path, above: tuple[Path, ...], loaded: dict[Path, Constitution]) -> Constitution:
     path = path.resolve()
+    if path in loaded:
+        return loaded[path]
     if path in above:
         chain = " -> ".join(one.stem for one in (*above, path))
         raise ConstitutionError(f"{path}: extends itself: {chain}; remove one of these 'extends'")
@@ -52,11 +54,12 @@ def _load(path: Path, above: tuple[Path, ...]) -> Constitution:
     bases = []
     for index, name in enumerate(written.extends):
         try:
-            bases.append(_load(find(name, path.parent), (*above, path)))
+            bases.append(_load(find(name, path.parent), (*above, path), loaded))
         except ConstitutionError as exc:
             raise ConstitutionError(f"{document.where(('extends', index))}: extends[{index}]: {exc}") from exc
     resolved = _merge(written, bases)
     _check_whole(resolved, written, document)
+    loaded[path] = resolved
     return resolved
 
 

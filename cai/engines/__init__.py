@@ -21,7 +21,14 @@ from cai.errors import ConfigError
 if TYPE_CHECKING:
     from cai.engines.transformers import TransformersEngine
 
+REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "transformers": (("torch", "transformers"), "local"),
+    "scripted": ((), ""),
+}
+"""For each engine the packages that it needs, and the extra that brings them."""
+
 __all__ = [
+    "REQUIREMENTS",
     "Capability",
     "ChoiceLogprobs",
     "ChoiceRequest",
@@ -32,7 +39,13 @@ __all__ = [
     "ScriptedEngine",
     "build_engine",
     "describe_devices",
+    "missing_packages",
 ]
+
+
+def missing_packages(engine: str) -> list[str]:
+    """The packages that an engine needs and that are not installed."""
+    return [package for package in REQUIREMENTS[engine][0] if find_spec(package) is None]
 
 
 def build_engine(config: ModelConfig) -> Engine:
@@ -54,8 +67,7 @@ def build_engine(config: ModelConfig) -> Engine:
 
 
 def _transformers(config: ModelConfig) -> TransformersEngine:
-    missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
-    if missing:
+    if missing := missing_packages("transformers"):
         raise ConfigError(
             f"model '{config.model}' runs on transformers, but {' and '.join(missing)} is not installed: "
             "pip install 'cai-toolkit[local]'"

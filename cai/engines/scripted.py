@@ -59,7 +59,7 @@ class ScriptedEngine:
         if not isinstance(answer, str):
             raise RequestError(f"the scripted function returned {answer!r:.60} to a GenerateRequest; expected a str")
         words = sum(_words(message.content) for message in request.messages)
-        return Completion(answer, "stop", words, _words(answer), request.seed)
+        return Completion(str(answer), "stop", words, _words(answer), request.seed)
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """The function's log-probabilities, asked for one prompt at a time."""

@@ -19,7 +19,15 @@ from cai.prompts.json_rows import UNDECODED, json_rows
 
 Raw = tuple[str, Any]
 """The place of a row, and the row as it was read, or the RowError that reading it raised."""
-_BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = "UTF-16; save it as UTF-8"
+_NO_TEXT = {
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+    b"PAR1": "Parquet; let its name end in .parquet",
+    b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
+    b"PK\x03\x04": "a zip archive; unpack it",
+}
 _LONGEST_FIELD = 1 << 26
 """Characters in one field of a CSV file; beyond, a quote that is never closed would read all the rest as one field."""
 
@@ -69,8 +77,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed. Raises `PromptSourceError` for whatever goes wrong until it is closed."""
     try:
         with _OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-            if file.peek(2)[:2] in _UTF16:
-                raise PromptSourceError(f"{path}: this is UTF-16; save it as UTF-8")
+            start = file.peek(4)
+            for magic, what in _NO_TEXT.items():
+                if start.startswith(magic):
+                    raise PromptSourceError(f"{path}: this is {what}")
             yield file
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as exc:
         raise PromptSourceError(f"{path}: reading stopped: {exc}; the file is damaged or cut short") from exc
@@ -151,7 +161,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path.absolute()) as file:
             for batch in file.iter_batches(batch_size=1000):
                 for row in _batch_rows(batch):
                     yield f"{path.name}[{number}]", row

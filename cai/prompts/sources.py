@@ -98,7 +98,7 @@ def _hub(name: str, config: PromptsConfig) -> Iterator[Raw]:
     import datasets
 
     with _failures(f"prompts '{name}': neither a file nor a built-in set, and no such dataset could be had from the Hub"):
-        data = datasets.load_dataset(name, config.subset, split=config.split, streaming=True)
+        data = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision, streaming=True)
     return _each(name, data)
 
 

@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS quarantine (
     position INTEGER PRIMARY KEY, origin TEXT NOT NULL, prompt_id TEXT, reason TEXT NOT NULL, detail TEXT NOT NULL,
     row TEXT NOT NULL);
 """
-FORMAT = 1
+FORMAT = 2
 _SPACE = "free some space, then the same command continues"
 _DAMAGED = "the file is damaged: put a copy of it back, or start over with --fresh"
 _HINTS = {"SQLITE_FULL": _SPACE, "SQLITE_NOTADB": _DAMAGED, "SQLITE_CORRUPT": _DAMAGED}
@@ -67,7 +67,11 @@ class RoleUsage(NamedTuple):
 
 
 class Database:
-    """The run's SQLite file. Every write is a transaction of its own unless inside `transaction()`."""
+    """The run's SQLite file.
+
+    Every write is a transaction of its own unless inside `transaction()`; only claims, which each pass makes anew, wait
+    for the next one.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create. Raises `StoreError` where that cannot be."""
@@ -104,7 +108,8 @@ class Database:
     def transaction(self) -> Iterator[None]:
         """Many writes, all or none."""
         with self._guard():
-            self._db.execute("BEGIN IMMEDIATE")
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -120,13 +125,8 @@ class Database:
 
     def add_calls(self, calls: list[Call]) -> None:
         """Keep finished calls; several in one transaction."""
-        insert = "INSERT OR REPLACE INTO calls VALUES (?,?,?,?,?)"
-        if len(calls) == 1:
-            with self._guard():
-                self._db.execute(insert, calls[0])
-            return
         with self.transaction():
-            self._db.executemany(insert, calls)
+            self._db.executemany("INSERT OR REPLACE INTO calls VALUES (?,?,?,?,?)", calls)
 
     def usage(self) -> dict[str, RoleUsage]:
         """Calls and tokens by role, over all that was ever paid for here."""
@@ -142,13 +142,15 @@ class Database:
 
     def forget_records(self) -> None:
         """Drop the records (their recipe changed); the calls stay and are not paid for again."""
-        with self._guard():
+        with self.transaction():
             self._db.execute("DELETE FROM records")
 
     def claim(self, position: int, prompt: Prompt) -> Claim:
         """Note a prompt of this pass, and say what there is of it already. A record counts only for the very same prompt."""
         text, digest = _digest(prompt.messages), _digest(prompt)
         with self._guard():
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
             new = self._db.execute("INSERT OR IGNORE INTO prompts VALUES (?,?,?,?)", (position, prompt.id, text, digest))
             if not new.rowcount:
                 same = "SELECT 1 FROM prompts WHERE prompt_id=? AND text_digest=?"
@@ -159,15 +161,19 @@ class Database:
     def add_record(self, record: Record) -> None:
         """Keep a finished record, in place of an older one of that id."""
         row = (record.prompt.id, _digest(record.prompt), self._encoder.encode(record))
-        with self._guard():
+        with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO records VALUES (?,?,?)", row)
 
     def records(self) -> Iterator[Record]:
         """The records of this pass's prompts, in the order of the prompts, one at a time."""
+        return map(self._decoder.decode, self.encoded_records())
+
+    def encoded_records(self) -> Iterator[bytes]:
+        """The same as they are stored, in JSON."""
         query = "SELECT record FROM prompts JOIN records USING (prompt_id, digest) ORDER BY position"
         with self._guard():
             for (record,) in self._db.execute(query):
-                yield self._decoder.decode(record)
+                yield record
 
     def count_calls(self) -> int:
         """How many finished calls there are."""
@@ -176,7 +182,7 @@ class Database:
 
     def quarantine(self, row: Quarantined) -> None:
         """Keep a row that failed, with its reason."""
-        with self._guard():
+        with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO quarantine VALUES (?,?,?,?,?,?)", msgspec.structs.astuple(row))
 
     def quarantined(self) -> Iterator[Quarantined]:
@@ -188,6 +194,8 @@ class Database:
     def close(self) -> None:
         """Close; SQLite folds the WAL back into the file where it can."""
         with self._guard():
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
             self._db.close()
 
 
