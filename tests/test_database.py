@@ -61,6 +61,35 @@ def test_several_calls_are_kept_together_or_not_at_all(database):
     assert database.count_calls() == 1
 
 
+def test_a_write_that_fails_takes_no_claim_with_it(database):
+    database.begin_pass()
+    for position, name in enumerate("abc"):
+        database.claim(position, prompt(name))
+    with pytest.raises(MemoryError), database.transaction():
+        database._db.execute("DELETE FROM prompts")
+        raise MemoryError
+    for name in "abc":
+        database.add_record(record(prompt(name)))
+    assert [one.prompt.id for one in database.records()] == ["a", "b", "c"]
+
+
+def test_writes_inside_a_transaction_are_kept_with_it_or_not_at_all(database):
+    with pytest.raises(ValueError, match="late"), database.transaction():
+        database.add_calls([call(1)])
+        database.quarantine(Quarantined(0, "f", None, "r", "d", "r"))
+        raise ValueError("late")
+    assert (database.count_calls(), list(database.quarantined())) == (0, [])
+    with database.transaction():
+        database.add_calls([call(1)])
+        with pytest.raises(StoreError, match="NOT NULL"):
+            database.add_calls([call(2), call(3)._replace(role=None)])
+        with sqlite3.connect(database.path) as other:
+            assert other.execute("SELECT COUNT(*) FROM calls").fetchone() == (0,), "not before the whole is done"
+        other.close()
+    assert list(database.call_results([call(1).key, call(2).key])) == [call(1).key]
+    assert not database._db.in_transaction
+
+
 @given(st.sets(st.binary(min_size=1, max_size=16), min_size=1, max_size=300), st.data())
 def test_any_set_of_keys_can_be_asked_for(keys, data):
     database = Database(Path(":memory:"))
@@ -191,6 +220,24 @@ def test_a_commit_that_fails_leaves_no_transaction_open(database):
         database._db.execute("INSERT INTO child VALUES (5)")
     assert not database._db.in_transaction
     database.add_calls([call(1), call(2)])
+
+
+def uncommittable(database: Database) -> sqlite3.Connection:
+    """The connection, with a claim pending that cannot be committed."""
+    database._db.execute("PRAGMA foreign_keys=ON")
+    database._db.execute("CREATE TABLE child (a INTEGER REFERENCES prompts (position) DEFERRABLE INITIALLY DEFERRED)")
+    database.claim(0, prompt("a"))
+    database._db.execute("INSERT INTO child VALUES (5)")
+    return database._db
+
+
+def test_closing_closes_also_where_what_is_pending_cannot_be_kept(tmp_path):
+    database = Database(tmp_path / "journal.sqlite")
+    connection = uncommittable(database)
+    with pytest.raises(StoreError, match="FOREIGN KEY"):
+        database.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
 
 
 @pytest.mark.parametrize(

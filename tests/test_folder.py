@@ -13,6 +13,7 @@ import pytest
 from cai.errors import ConfigError, StoreError
 from cai.store import Call, Quarantined, RunFolder, would_lose
 from tests.runs import environment
+from tests.test_database import uncommittable
 
 ONE = {"seed": 0, "policy": "a"}
 OTHER = {"seed": 1, "policy": "a"}
@@ -179,6 +180,13 @@ def test_a_refused_run_gives_the_lock_back(out):
     for _ in range(2):
         with pytest.raises(ConfigError, match="holds another run"):
             RunFolder(out, OTHER)
+
+
+def test_what_failed_first_is_told_though_closing_fails_too(out):
+    with pytest.raises(ValueError, match="first"), RunFolder(out, ONE) as folder:
+        uncommittable(folder.database)
+        raise ValueError("first")
+    RunFolder(out, ONE).close()
 
 
 # --- what is written

@@ -70,12 +70,13 @@ class Database:
     """The run's SQLite file.
 
     Every write is a transaction of its own unless inside `transaction()`; only claims, which each pass makes anew, wait
-    for the next one.
+    for the next one. A write that fails takes nothing with it that was pending before.
     """
 
     def __init__(self, path: Path) -> None:
         """Open or create. Raises `StoreError` where that cannot be."""
         self.path = path
+        self._depth = 0
         self._encoder = msgspec.json.Encoder()
         self._decoder = msgspec.json.Decoder(Record)
         with self._guard():
@@ -106,16 +107,31 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Many writes, all or none."""
+        """Many writes, all or none; they are on disk when the outermost one ends."""
         with self._guard():
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("SAVEPOINT writes")
+            self._depth += 1
             try:
                 yield
-                self._db.execute("COMMIT")
             except BaseException:
-                self._db.rollback()
+                self._end(undo=True)
                 raise
+            self._end()
+
+    def _end(self, undo: bool = False) -> None:
+        """Leave the innermost `transaction()`; the outermost commits what is left."""
+        self._depth -= 1
+        if undo and not self._db.in_transaction:  # SQLite undid everything already, as it may on a full disk
+            return
+        try:
+            if undo:
+                self._db.execute("ROLLBACK TO writes")
+            self._db.execute("RELEASE writes" if self._depth else "COMMIT")
+        except BaseException:
+            self._db.rollback()
+            raise
 
     def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """The results of those calls that are finished."""
@@ -194,9 +210,11 @@ class Database:
     def close(self) -> None:
         """Close; SQLite folds the WAL back into the file where it can."""
         with self._guard():
-            if self._db.in_transaction:
-                self._db.execute("COMMIT")
-            self._db.close()
+            try:
+                if self._db.in_transaction:
+                    self._db.execute("COMMIT")
+            finally:
+                self._db.close()
 
 
 def _digest(value: object) -> bytes:

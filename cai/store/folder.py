@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -67,7 +67,8 @@ class RunFolder:
                 database.forget_records()
                 self.write_json(f"run/{_IDENTITY}", identity)
         except BaseException:
-            database.close()
+            with suppress(StoreError):
+                database.close()
             raise
         return database
 
@@ -92,7 +93,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        with suppress(StoreError) if exc else nullcontext():  # what failed first is what has to be told
+            self.close()
 
     def close(self) -> None:
         """Close the database and give the lock back."""
