@@ -48,7 +48,7 @@ class Plan:
         prompts["source"] = os.path.normpath(prompts["source"])
         generation = self.recipe.generation.model_dump(exclude={"concurrency"})
         return {
-            "cai": f"prompt templates {template_hash()}",
+            "cai": f"generation code and templates {template_hash()}",
             "constitution": f"{self.constitution.name}@{self.constitution.hash}",
             "seed": self.recipe.seed,
             "policy": self.policy.fingerprint,
@@ -184,8 +184,12 @@ def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dic
     if dataset is None:
         with folder.new_data() as data:
             dataset = write_dataset(folder.database.records(), data, checked.recipe.dataset).to_json()
-    files = _hashes(folder.path / "data")
-    done = manifest.tell("done", {"dataset": dataset, "source_hash": source, "files": files})
+            _refuse_lost(dataset, manifest.tally)
+            manifest.described = {}
+    else:
+        _refuse_lost(dataset, manifest.tally)
+    manifest.described = {"dataset": dataset, "source_hash": source, "files": _hashes(folder.path / "data")}
+    done = manifest.tell("done", folder.write_quarantine(), {})
     example = next(folder.database.records())
     _save_recipe(checked, folder)
     folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
@@ -193,10 +197,20 @@ def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dic
     return done
 
 
+def _refuse_lost(dataset: dict[str, Any], tally: Tally) -> None:
+    """Records that were made and are not in the dataset are never passed over."""
+    expected = tally.records_made + tally.records_kept
+    if dataset["records"] != expected:
+        raise StoreError(f"the dataset has {dataset['records']} of {expected} records; the same command continues")
+
+
 def _source_hash(checked: Plan, folder: RunFolder) -> str:
-    """Of all that decides the bytes in `data/`: the records in their order, the settings, the code's version."""
+    """Of all that decides the bytes in `data/`: the records in their order, the settings, the code that writes them."""
+    versions = _installed()
     settings = checked.recipe.dataset.model_dump_json()
-    digest = hashlib.sha256(f"{_installed().get('cai-toolkit')}\n{settings}\n".encode())
+    digest = hashlib.sha256(f"{versions.get('cai-toolkit')}\n{versions.get('pyarrow')}\n{settings}\n".encode())
+    for code in sorted((Path(__file__).parent / "dataset").glob("*.py")):
+        digest.update(code.read_bytes())
     for record in folder.database.encoded_records():
         digest.update(record)
     return digest.hexdigest()
@@ -218,11 +232,18 @@ class _Manifest:
         self._plan, self._folder, self.tally = checked, folder, tally
         self._began = time.time()
         self._before = _earlier(folder)
+        self.described: dict[str, Any] = {
+            key: self._before[key] for key in ("dataset", "source_hash", "files") if key in self._before
+        }
+        """What it says of `data/`, which stays as it is until there is a new one."""
 
     def dataset_of(self, source_hash: str) -> dict[str, Any] | None:
         """What is in `data/`, where that was made from the same and is still as it was written; else None."""
-        before = self._before
-        if before.get("source_hash") != source_hash or before.get("files") != _hashes(self._folder.path / "data"):
+        before = self.described
+        try:
+            if before.get("source_hash") != source_hash or before.get("files") != _hashes(self._folder.path / "data"):
+                return None
+        except OSError:  # a dangling link, for one
             return None
         dataset: dict[str, Any] | None = before.get("dataset")
         return dataset
@@ -231,10 +252,11 @@ class _Manifest:
         """Write what there is to tell of a run that did not end well."""
         status = "interrupted" if isinstance(failure, Interrupted) else "failed"
         with suppress(StoreError):  # where the disk is full, the failure says so already
-            self._folder.write_json("manifest.json", self.tell(status, {"error": str(failure)}))
+            told = self.tell(status, self._folder.write_quarantine(), {"error": str(failure)})
+            self._folder.write_json("manifest.json", told)
 
-    def tell(self, status: str, extra: dict[str, Any]) -> dict[str, Any]:
-        """The manifest; writes the quarantine's list."""
+    def tell(self, status: str, quarantined: dict[str, int], extra: dict[str, Any]) -> dict[str, Any]:
+        """The manifest; `quarantined` counts the rows that failed, by reason."""
         tally, checked = self.tally, self._plan
         return {
             "status": status,
@@ -249,9 +271,10 @@ class _Manifest:
                 "source": checked.recipe.prompts.source,
                 "read": tally.read,
                 "duplicates": tally.duplicates,
-                "quarantined": self._folder.write_quarantine(),
+                "quarantined": quarantined,
             },
             **extra,
+            **self.described,
             "usage": {role: usage._asdict() for role, usage in self._folder.database.usage().items()},
             "sessions": [*self._before.get("sessions", []), self._session()],
             "versions": {"python": platform.python_version(), **_installed()},

@@ -65,7 +65,7 @@ def test_a_write_that_fails_takes_no_claim_with_it(database):
     database.begin_pass()
     for position, name in enumerate("abc"):
         database.claim(position, prompt(name))
-    with pytest.raises(MemoryError), database.transaction():
+    with pytest.raises(MemoryError), database.transaction():  # noqa: PT012
         database._db.execute("DELETE FROM prompts")
         raise MemoryError
     for name in "abc":
@@ -74,7 +74,7 @@ def test_a_write_that_fails_takes_no_claim_with_it(database):
 
 
 def test_writes_inside_a_transaction_are_kept_with_it_or_not_at_all(database):
-    with pytest.raises(ValueError, match="late"), database.transaction():
+    with pytest.raises(ValueError, match="late"), database.transaction():  # noqa: PT012
         database.add_calls([call(1)])
         database.quarantine(Quarantined(0, "f", None, "r", "d", "r"))
         raise ValueError("late")

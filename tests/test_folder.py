@@ -183,9 +183,9 @@ def test_a_refused_run_gives_the_lock_back(out):
 
 
 def test_what_failed_first_is_told_though_closing_fails_too(out):
-    with pytest.raises(ValueError, match="first"), RunFolder(out, ONE) as folder:
+    with pytest.raises(ConfigError), RunFolder(out, ONE) as folder:  # noqa: PT012
         uncommittable(folder.database)
-        raise ValueError("first")
+        raise ConfigError("first")
     RunFolder(out, ONE).close()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +13,9 @@ from cai.config import Recipe
 from cai.constitution import Constitution, Exemplar, Principle, load_constitution
 from cai.engines import ChoiceRequest, GenerateRequest, ScriptedEngine
 from cai.errors import RequestError
+from cai.generation import record as record_module
 from cai.generation.draws import derive_seed
-from cai.generation.record import Generator, calls_per_prompt, pairs
+from cai.generation.record import Generator, calls_per_prompt, pairs, template_hash
 from cai.judging import ChoiceJudge
 from cai.types import Completion, Message, Prompt, Record
 from tests.records import HOSTILE, completion, record, revision
@@ -239,6 +242,20 @@ def test_the_calls_of_a_prompt_are_those_that_were_promised(generation, principl
     assert len(model.compared) == promised["judge"]
     assert len(model.requests) == promised["answer"] + promised["critique"] + promised["revision"]
     assert (len(made.candidates), len(made.revisions)) == (promised["answer"], promised["revision"])
+
+
+def test_the_hash_in_a_runs_identity_follows_templates_and_the_code_that_draws_words_and_filters(tmp_path, monkeypatch):
+    package = Path(record_module.__file__).parent.parent
+    for name in ("generation", "judging"):
+        shutil.copytree(package / name, tmp_path / name)
+    monkeypatch.setattr(record_module, "__file__", str(tmp_path / "generation" / "record.py"))
+    hashes = [template_hash(), template_hash()]
+    assert hashes[0] == hashes[1]
+    names = ["critique.txt", "revision.txt", "quality.py", "draws.py", "dialogues.py"]
+    for file in [*(tmp_path / "generation" / name for name in names), *sorted((tmp_path / "judging").glob("*.txt"))]:
+        file.write_text(file.read_text() + " ")
+        hashes.append(template_hash())
+    assert len(set(hashes)) == len(hashes) - 1 >= 7
 
 
 def test_a_completion_is_kept_as_the_engine_gave_it():

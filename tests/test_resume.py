@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+from cai import pipeline
 from cai.config import Recipe
+from cai.errors import CaiError, EngineError, StoreError
 from cai.pipeline import generate
+from cai.store import RunFolder
 from tests.runs import (
     CALLS,
     SMALL,
@@ -59,6 +64,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     calls = len(log_lines(log))
     assert kept_calls(out / "run") == calls == len({line["key"] for line in log_lines(log)})
     return Reference(data_bytes(out / "run"), calls)
+
+
+DESCRIBED = ("dataset", "source_hash", "files")
+
+
+def trace_file(out: Path) -> Path:
+    return out / "data" / "trace" / "train-00000-of-00001.parquet"
 
 
 def variables(log: Path, **more: int) -> dict[str, str]:
@@ -182,7 +194,7 @@ def test_a_finished_dataset_is_kept_until_something_of_it_changes(tmp_path, log,
     out = tmp_path / "run"
     generate(RECIPE, out)
     before = manifest(out)
-    file = out / "data" / "trace" / "train-00000-of-00001.parquet"
+    file = trace_file(out)
     written_at = file.stat().st_mtime_ns
     generate(RECIPE, out)
     assert file.stat().st_mtime_ns == written_at
@@ -193,6 +205,105 @@ def test_a_finished_dataset_is_kept_until_something_of_it_changes(tmp_path, log,
     generate(RECIPE.model_copy(update={"dataset": RECIPE.dataset.model_copy(update={"test_fraction": 0.5})}), out)
     assert sum(manifest(out)["dataset"]["rows"]["trace"].values()) == PROMPTS
     assert data_bytes(out) != reference.data
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, EngineError("out of memory")])
+def test_a_resume_that_fails_leaves_what_is_said_of_the_dataset_and_the_dataset(tmp_path, log, monkeypatch, failure):
+    def fail(*args: object) -> None:
+        raise failure
+
+    out = tmp_path / "run"
+    before = generate(RECIPE, out)
+    written_at = trace_file(out).stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_run", fail)
+        with pytest.raises(CaiError):
+            generate(RECIPE, out)
+    told = manifest(out)
+    assert told["status"] in ("interrupted", "failed")
+    assert {name: told[name] for name in DESCRIBED} == {name: before[name] for name in DESCRIBED}
+    generate(RECIPE, out)
+    assert trace_file(out).stat().st_mtime_ns == written_at
+
+
+def test_where_the_new_dataset_is_there_and_the_card_is_not_the_manifest_does_not_tell_of_the_old_one(
+    tmp_path, log, monkeypatch
+):
+    out = tmp_path / "run"
+    generate(RECIPE, out)
+    changed = RECIPE.model_copy(update={"dataset": RECIPE.dataset.model_copy(update={"test_fraction": 0.5})})
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_text", refuse("README.md", RunFolder.write_text))
+        with pytest.raises(StoreError):
+            generate(changed, out)
+    told = manifest(out)
+    assert told["status"] == "failed"
+    assert told["files"] == pipeline._hashes(out / "data")
+    assert told["dataset"] == generate(changed, out)["dataset"]
+
+
+def refuse(name: str, write: Callable[..., None]) -> Callable[..., None]:
+    def refusing(folder: RunFolder, target: str, text: str) -> None:
+        if target == name:
+            raise StoreError("full")
+        write(folder, target, text)
+
+    return refusing
+
+
+def test_a_dataset_is_written_anew_by_other_code(tmp_path, log, monkeypatch):
+    out = tmp_path / "run"
+    code = tmp_path / "code"
+    shutil.copytree(Path(pipeline.__file__).parent / "dataset", code / "dataset")
+    monkeypatch.setattr(pipeline, "__file__", str(code / "pipeline.py"))
+    generate(RECIPE, out)
+    file, pyarrow = trace_file(out), metadata.version("pyarrow")
+    written_at = [file.stat().st_mtime_ns]
+    for source, release in (("", pyarrow), ("# changed\n", pyarrow), ("", f"{pyarrow}.1")):
+        with (code / "dataset" / "views.py").open("a") as views:
+            views.write(source)
+        monkeypatch.setattr(
+            metadata, "version", lambda name, known=metadata.version, told=release: {"pyarrow": told}.get(name) or known(name)
+        )
+        generate(RECIPE, out)
+        written_at.append(file.stat().st_mtime_ns)
+    assert written_at[0] == written_at[1] < written_at[2] < written_at[3]
+
+
+def test_links_in_the_place_of_data_are_replaced_and_what_they_lead_to_is_left_alone(tmp_path, log, reference):
+    out = tmp_path / "run"
+    generate(RECIPE, out)
+    trace_file(out).unlink()
+    trace_file(out).symlink_to(tmp_path / "nowhere")
+    generate(RECIPE, out)
+    assert data_bytes(out) == reference.data
+    (out / "data").rename(tmp_path / "elsewhere")
+    (out / "data").symlink_to(tmp_path / "elsewhere")
+    trace_file(out).write_bytes(b"damaged")
+    generate(RECIPE, out)
+    assert data_bytes(out) == reference.data
+    assert not (out / "data").is_symlink()
+    assert (tmp_path / "elsewhere" / "trace").is_dir()
+
+
+def test_a_record_that_was_made_and_is_not_there_is_an_error(tmp_path, log, monkeypatch):
+    def lose(checked: Any, folder: RunFolder, *rest: Any) -> None:
+        run(checked, folder, *rest)
+        folder.database._db.execute("DELETE FROM prompts WHERE position >= 2")
+
+    run = pipeline._run
+    out = tmp_path / "run"
+    fewer = recipe("logged", prompts={"limit": 2})
+    for first in (None, fewer):  # with `fewer`, the dataset that is there holds the very records that are left
+        if first:
+            generate(first, out, "fresh")
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_run", lose)
+            with pytest.raises(StoreError, match="the dataset has 2 of 4 records; the same command"):
+                generate(RECIPE, out)
+        assert manifest(out)["status"] == "failed"
+        assert (out / "data").exists() == bool(first)
+    assert generate(RECIPE, out)["dataset"]["records"] == PROMPTS
 
 
 def test_two_spellings_of_a_path_are_one_run(tmp_path, log, monkeypatch):

@@ -101,10 +101,12 @@ def pairs(record: Record, recipe: Recipe) -> list[tuple[str, str, Source]]:
 
 
 def template_hash() -> str:
-    """8 hex digits over the texts that models are shown: records made with other templates belong to another run."""
-    folders = (Path(__file__).parent, Path(__file__).parent.parent / "judging")
-    texts = [file.read_bytes() for folder in folders for file in sorted(folder.glob("*.txt"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
+    """8 hex digits over the texts that models are shown, and the code that draws, words and filters: records made with
+    others belong to another run."""
+    here = Path(__file__).parent
+    files = [file for folder in (here, here.parent / "judging") for file in sorted(folder.glob("*.txt"))]
+    files += [here / name for name in ("dialogues.py", "draws.py", "quality.py")]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def calls_per_prompt(recipe: Recipe, constitution: Constitution) -> dict[str, int]:
