@@ -9,9 +9,10 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from cai.store import Mode, RunFolder
 Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
 """Shows a pass while it runs: gets its counters and how many rows there are, where that is known."""
 _NEEDS: dict[str, Capability] = {"choice": "choice_logprobs"}
+_PATIENCE = 5.0
+"""Seconds that a run in a thread has to end when it is to stop at once."""
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "datasets", "pyarrow")
 
 
@@ -87,21 +90,24 @@ def dry_run(recipe: Recipe) -> tuple[Plan, Estimate]:
     return checked, estimate(recipe, checked.constitution, read_prompts(recipe.prompts))
 
 
-def generate(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
+def generate(recipe: Recipe, out: Path | str, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
     """Run a recipe into the folder `out` and return its manifest; a run that was begun there is continued.
 
     Raises `ConfigError` before anything is written, `Interrupted` after a Ctrl-C, other `CaiError`s where the run
     cannot go on. Whatever was finished is kept, and the same call continues.
     """
-    if _in_event_loop():  # a notebook
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(generate, recipe, out, mode, watch).result()
+    tally = Tally()
+    run = partial(_generate, recipe, Path(out), mode, watch, tally)
+    return _beside_a_loop(run, tally) if _in_event_loop() else run()
+
+
+def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
     checked = plan(recipe)
     rows = read_prompts(recipe.prompts)
     _refuse_folder(recipe, out)
     with RunFolder(out, checked.identity, mode) as folder:
-        each = sum(calls_per_prompt(recipe, checked.constitution).values())
-        manifest = _Manifest(checked, folder, Tally(calls_each=each))
+        tally.calls_each = sum(calls_per_prompt(recipe, checked.constitution).values())
+        manifest = _Manifest(checked, folder, tally)
         try:
             if not (out / "README.md").exists():  # else they describe the dataset that is there until the new one is
                 _save_recipe(checked, folder)
@@ -135,6 +141,22 @@ def _in_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _beside_a_loop(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str, Any]:
+    """Run in a thread, as a notebook's loop needs; a Ctrl-C comes here and is handed on."""
+    pool = ThreadPoolExecutor(1)
+    ended = pool.submit(run)
+    pool.shutdown(wait=False)
+    while True:
+        try:
+            wait([ended], _PATIENCE if tally.stops > 1 else None)
+            break
+        except KeyboardInterrupt:
+            tally.stops += 1
+    if tally.stops and not (ended.done() and ended.exception()):
+        raise Interrupted("stopped; the same command continues")
+    return ended.result()
 
 
 def _save_recipe(checked: Plan, folder: RunFolder) -> None:

@@ -6,13 +6,15 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cai import pipeline
+from cai import dataset, pipeline
 from cai.config import Recipe
 from cai.engines import ScriptedEngine
 from cai.errors import (
@@ -39,6 +41,7 @@ from tests.runs import (
     real_command,
     recipe,
     rows,
+    wait_until,
     written_rows,
 )
 from tests.scripted import HOSTILE, respond
@@ -476,7 +479,62 @@ def test_a_dry_run_counts_the_calls_that_the_run_then_makes(tmp_path, log):
 
 
 def test_in_a_notebook_where_a_loop_runs_already_it_works_too(tmp_path, log):
-    async def cell() -> Any:
-        return generate(asked(), tmp_path / "run")
+    assert in_a_notebook(asked(), tmp_path / "run")["status"] == "done"
 
-    assert asyncio.run(cell())["status"] == "done"
+
+def in_a_notebook(asked: Recipe, out: Path) -> Any:
+    async def cell() -> Any:
+        return generate(asked, out)
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(cell())
+    finally:
+        loop.close()
+
+
+def press_ctrl_c(times: int) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize(("times", "slow", "finished"), [(1, "0.5", 3), (2, "60", 0)])
+def test_ctrl_c_in_a_notebook_stops_as_it_does_elsewhere(tmp_path, log, monkeypatch, times, slow, finished):
+    def person() -> None:
+        wait_until(lambda: len(log_lines(log, "begun")) == 3)
+        press_ctrl_c(times)
+
+    monkeypatch.setenv("SLOW", slow)
+    thread = threading.Thread(target=person)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="the same command continues"):
+        in_a_notebook(recipe("slow", generation={"concurrency": 3}), tmp_path / "run")
+    assert time.monotonic() - began < 10
+    thread.join()
+    assert len(log_lines(log)) == kept_calls(tmp_path / "run") == finished
+    assert manifest(tmp_path / "run")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_notebook_while_the_dataset_is_written(tmp_path, log, monkeypatch, times):
+    """That cannot be stopped from outside: the first press waits for its end, the second does not."""
+
+    def write(*args: Any) -> Any:
+        press_ctrl_c(times)
+        assert times == 1 or released.wait(20)
+        return usual(*args)
+
+    released, usual = threading.Event(), dataset.write_dataset
+    monkeypatch.setattr(pipeline, "_PATIENCE", 0.1)
+    monkeypatch.setattr(dataset, "write_dataset", write)
+    with pytest.raises(Interrupted, match="stopped; the same command continues"):
+        in_a_notebook(asked(), tmp_path / "run")
+    assert (manifest(tmp_path / "run")["status"] == "done") if times == 1 else not (tmp_path / "run" / "data").exists()
+    released.set()
+    wait_until(lambda: (tmp_path / "run" / "manifest.json").exists())
+
+
+def test_a_folder_may_be_named_by_a_text(tmp_path, log):
+    assert generate(asked(), str(tmp_path / "run")) == manifest(tmp_path / "run")

@@ -265,7 +265,11 @@ async def test_a_full_journal_stops_the_run_and_the_same_pass_continues(database
     assert len(ids(database)) == 50
 
 
-def broken_after(count: int, error: Exception) -> Iterator[Row]:
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+def broken_after(count: int, error: BaseException) -> Iterator[Row]:
     yield from (row(number) for number in range(count))
     raise error
 
@@ -276,11 +280,12 @@ def broken_after(count: int, error: Exception) -> Iterator[Row]:
         (PromptSourceError("file: cut short"), "file: cut short"),
         (ConnectionResetError(104, "reset by peer"), r"reading the prompts stopped: ConnectionResetError: \[Errno 104\]"),
         (RuntimeError("a library's"), "reading the prompts stopped: RuntimeError: a library's"),
+        (Panic("index out of bounds"), "reading the prompts stopped: Panic: index out of bounds"),
     ],
 )
 async def test_where_the_source_breaks_what_was_read_is_finished(database, error, message):
     with pytest.raises(PromptSourceError, match=message):
-        await Pass(database).run(broken_after(5, error))
+        await asyncio.wait_for(Pass(database).run(broken_after(5, error)), 20)
     assert len(ids(database)) == 5
 
 
@@ -391,6 +396,27 @@ async def test_a_signal_is_heard_while_the_source_makes_us_wait(database):
     await asyncio.wait_for(task, 5)
     gate.set()
     assert ids(database) == ["p0"]
+
+
+@pytest.mark.parametrize(("stops", "answered"), [(1, 4), (2, 0)])
+async def test_another_thread_can_ask_to_stop_like_a_signal(database, stops, answered):
+    async def function(request: Any) -> Any:
+        if running.tally.in_flight == 4:
+            threading.Thread(target=lambda: setattr(running.tally, "stops", stops)).start()
+        await asyncio.sleep(0.3 if stops == 1 else 60)
+        return respond(request)
+
+    running = Pass(database, function)
+    await asyncio.wait_for(running.fails([row(n) for n in range(20)], Interrupted), 20)
+    assert database.count_calls() == answered
+    assert running.tally.aborted == (stops == 2)
+
+
+async def test_who_is_asked_to_stop_before_beginning_begins_nothing(database):
+    running = Pass(database)
+    running.tally.stops = 1
+    await running.fails([row(n) for n in range(20)], Interrupted)
+    assert database.count_calls() == 0
 
 
 def test_outside_the_main_thread_it_runs_without_signals(tmp_path):

@@ -22,6 +22,8 @@ from cai.types import Prompt
 
 _AHEAD = 1000
 """Rows that are read before a worker asks for them."""
+_LISTEN = 0.1
+"""Seconds between two looks at what another thread asks."""
 _DETAIL = 2000
 """Characters that the quarantine keeps of an error's message."""
 
@@ -46,8 +48,10 @@ class Runner:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._work(feed)) for _ in range(workers)]
                 with _on_signals(lambda: self._stop(feed, tasks)):
+                    listening = group.create_task(self._listen(feed, tasks))
                     await asyncio.wait(tasks)
                     await self._settle()
+                    listening.cancel()
         except BaseExceptionGroup as failures:
             raise _gravest(failures) from None
         finally:
@@ -65,6 +69,15 @@ class Runner:
                 task.cancel()
         self._tally.stopping = True
         feed.close()
+
+    async def _listen(self, feed: _Feed, tasks: list[asyncio.Task[None]]) -> None:
+        """Hear what another thread asks, where signals do not arrive."""
+        heard = 0
+        while True:
+            while heard < self._tally.stops:
+                heard += 1
+                self._stop(feed, tasks)
+            await asyncio.sleep(_LISTEN)
 
     async def _settle(self) -> None:
         """Wait for calls whose worker has gone on already, since a call beside them failed: they are paid for."""
@@ -156,9 +169,10 @@ class _Feed:
                 self._hand_over(item)
         except PromptSourceError as exc:
             self.error = exc
-        except Exception as exc:  # the boundary of a source: files and libraries that are not ours
+        except BaseException as exc:  # the boundary of a source: libraries that are not ours, and what Rust panics with
             self.error = PromptSourceError(f"reading the prompts stopped: {type(exc).__name__}: {exc}")
-        self._hand_over(None)
+        finally:  # or the workers would wait for ever
+            self._hand_over(None)
 
     def _hand_over(self, item: tuple[int, Row] | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """Counters of one pass over the prompts; plain numbers, changed only on the event loop."""
+    """Counters of one pass over the prompts; plain numbers, changed only on the event loop, but for `stops`."""
 
     calls_each: int = 1
     """The most calls that one prompt makes."""
@@ -26,6 +26,8 @@ class Tally:
     """No call is begun any more; those in flight finish."""
     aborted: bool = False
     """Nor are those in flight waited for."""
+    stops: int = 0
+    """How often another thread asked to stop; as good as so many signals."""
 
     @property
     def done(self) -> int:
