@@ -30,7 +30,7 @@ class PromptsConfig(Part):
     source: Text = "red-team"
     """A built-in set (`red-team`, `benign`), a file, a `datasets` folder, a Hub dataset id, or `-` for standard input."""
     limit: int | None = Field(default=None, gt=0, le=10**12)
-    """Use only the first so many prompts."""
+    """Use only the first so many rows; those that are no prompts count too."""
     column: Text | None = None
     """The column that holds the prompt; by default the first of the usual names that is there."""
     split: Text = "train"
@@ -103,6 +103,8 @@ class GenerationConfig(Part):
     def _pairs_can_be_made(self) -> GenerationConfig:
         if self.pairs != "revision" and self.candidates < 2:
             raise _wrong("pairs", f"{self.pairs} compares candidates; set generation.candidates to 2 or more")
+        if self.pairs != "revision" and self.temperature == 0:
+            raise _wrong("pairs", f"{self.pairs} compares candidates, all equal at temperature 0; raise generation.temperature")
         if self.pairs != "samples" and self.rounds < 1:
             raise _wrong("pairs", f"{self.pairs} compares revisions; set generation.rounds to 1 or more")
         return self

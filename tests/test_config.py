@@ -97,6 +97,10 @@ def test_an_empty_section_is_the_defaults(tmp_path: Path, text: str) -> None:
             "r.yaml:3: generation.pairs: samples compares candidates; set generation.candidates to 2 or more",
         ),
         (
+            "generation: {candidates: 2, temperature: 0, pairs: both}\n",
+            "r.yaml:1: generation.pairs: both compares candidates, all equal at temperature 0; raise generation.temperature",
+        ),
+        (
             "generation:\n  rounds: 0\n",
             "r.yaml:1: generation.pairs: revision compares revisions; set generation.rounds to 1 or more",
         ),

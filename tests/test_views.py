@@ -123,7 +123,8 @@ def test_sft_takes_the_final_revision():
 
 def test_sft_of_a_record_without_a_revision():
     assert dropped(views.sft(record(revisions=[revision(1, "", problem="empty")]))) == ["no usable revision"]
-    assert list(views.sft(record())) == []
+    assert dropped(views.sft(record(candidates=[" \n"]))) == ["empty completion"]
+    assert list(views.sft(record())) == [], "where the recipe asks for no rounds"
 
 
 def sampled(*verdicts) -> Record:

@@ -44,7 +44,7 @@ def generate(
     constitution: Annotated[str | None, typer.Option("-c", "--constitution", help="Built-in name or path.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="The policy: alias, folder, Hub id, scripted:…")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge; by default the policy's model.")] = None,
-    limit: Annotated[int | None, typer.Option("-n", help="Use the first N prompts.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("-n", help="Use the first N rows of the prompts.", min=1)] = None,
     out: Annotated[str | None, typer.Option("-o", "--out", help="The run folder; default runs/CONSTITUTION.")] = None,
     seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML); flags win over it.")] = None,

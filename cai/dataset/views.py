@@ -46,6 +46,8 @@ def sft(record: Record) -> Iterator[Row | Dropped]:
         yield {"messages": _dialogue(record.prompt.messages, final.text), "prompt_id": record.prompt.id}
     elif record.revisions:
         yield Dropped("no usable revision")
+    elif not record.text("candidate-0"):
+        yield Dropped("empty completion")
 
 
 def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dropped]:
