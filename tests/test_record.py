@@ -158,6 +158,12 @@ def test_pairs_leave_out_what_is_empty_or_equal():
     assert named(samples, made) == [("candidate-0", "candidate-3"), ("candidate-2", "candidate-3")]
     back = record(candidates=["a "], revisions=[revision(1, "b"), revision(2, "a")])
     assert named(recipe(), back) == []
+    restored = record(candidates=["The river runs."], revisions=[revision(1, "b"), revision(2, "the river  runs!")])
+    assert named(recipe(), restored) == []
+    assert named(samples, record(candidates=["A b.", "**a b**", "c"])) == [
+        ("candidate-0", "candidate-2"),
+        ("candidate-1", "candidate-2"),
+    ]
     assert named(recipe(), record(revisions=[revision(1, "b"), revision(2, "c", problem="empty")])) == [
         ("candidate-0", "revision-1")
     ]

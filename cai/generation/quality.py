@@ -49,8 +49,14 @@ _STARTS_OVER = _pattern(r"""(?m)
 """A line of its own that announces the revision: what stands above it is talk."""
 _FOR_THE_PERSON = _pattern(r"\b(?:here|below|this)\b .* \byou(?!r_(?:question|request|prompt|critique|feedback|concern))")
 """Announces something that the person can use: it belongs to the completion."""
+_REWRITTEN = r"(?:revised|rewritten|reworded|rephrased|reworked)\b (?:[,_]+[\w-]+){0,4}?"
+_TEXT = r"_(?:version|text|draft)\b (?!_(?:of|for)\b)"
 _REMARKS = _pattern(rf"""\W*(?:note:?_+)? (?:
-    (?:(?:in|with)_)?(?:this|the|my)_{_REVISED} | (?:this|my)_{_BETTER}
+    (?:(?:in|with)_)?(?:this|the|my)_{_REWRITTEN} _{_ANSWER} | (?:this|my)_{_BETTER}
+    | (?:in|with)_(?:this|the|my)_{_REWRITTEN} {_TEXT}
+    | (?:this|the|my)_{_REWRITTEN} {_TEXT} (?:_\w+){{0,2}}?
+        _(?:avoids|removes|omits|eliminates|replaces|acknowledges|emphasi[sz]es|focuses|aims|maintains|conveys|promotes|
+            encourages|respects|softens|takes_(?:out|into)|leaves_out|no_longer|does(?:_not|n't)|is_(?:more|less))\b
     | I(?:'ve|_have)?_(?:revised|rewrote|rewritten|rephrased|removed|changed)\b (?!.*\byour\b) .{{0,80}} \b{_ANSWER})""")
 _RULES = re.compile(r"\A[-*_]{3,}[ \t]*(?:\n|\Z)|\n[ \t]*[-*_]{3,}[ \t]*\Z")
 _QUOTES = {'"': '"', "“": "”", "«": "»"}
@@ -83,7 +89,11 @@ _LEAD = 8
 """Words before "I can't" that may be but politeness."""
 _ABOUT = _pattern(rf"""(?m)
     \A\W*the_(?:assistant'?s?_(?:\w+_)?|(?:last|previous|original|above)_){_ANSWER}
-    | \A\W*the_completion_(?!of\b|dates?\b|rates?\b|times?\b)\w
+    | \A\W*the_completion_(?!of\b|dates?\b|rates?\b|times?\b) (?:
+        (?:\w+_){{0,2}}? (?:insult|threat|encourag|promot|suggest|impl(?:y|ies)\b|assum|fail|lack|contain|endors|normali|
+            trivial|justif|discriminat|mock|accus|advocat|incit|glorif|condon|perpetuat|generali|respond|acknowledg)
+        | [^\n]{{0,200}}? \b(?:users?|human|reader|assistant|critique|offensive|harmful|toxic|unethical|illegal|racis\w+
+            |sexis\w+|stereotyp\w+|biased|rude|insulting|hurtful|disrespectful|inappropriate|dangerous|misleading|violen\w+)\b)
     | ^[^\w\n]{{0,8}}(?:please_)?(?:rewrite|revise|write)_the_(?:[\w\x27’]+_){{0,2}}completion\b""")
 """A text about the completion, or the request for a revision said again."""
 _PARROT = 85
@@ -144,7 +154,7 @@ def find_problem(text: str, before: str, critique: str, truncated: bool) -> str 
         return "refusal"
     if _parrots(text, critique):
         return "parroted critique"
-    return "unchanged" if _plain(text) == _plain(before) else None
+    return "unchanged" if plain(text) == plain(before) else None
 
 
 def loops(text: str) -> bool:
@@ -191,11 +201,11 @@ def _is_bare(sentence: str) -> bool:
 
 def _parrots(text: str, critique: str) -> bool:
     """The critique said again, alone or with more around it, or a text that is about the completion instead of being one."""
-    said, criticised = _plain(text), _plain(critique)
+    said, criticised = plain(text), plain(critique)
     copied = len(criticised) >= 20 and fuzz.ratio(said, criticised, score_cutoff=_PARROT) > 0
     return copied or (len(criticised) >= 60 and criticised in said) or bool(_ABOUT.search(text))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without what does not make two texts differ: case, spaces, punctuation, Markdown's marks."""
     return _IGNORED.sub(" ", text.casefold()).strip()

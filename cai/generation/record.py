@@ -18,7 +18,7 @@ from cai.constitution import Constitution, Principle
 from cai.engines import Engine, GenerateRequest
 from cai.generation.dialogues import critique_request, few_shot, revision_request, with_few_shot
 from cai.generation.draws import derive_seed, draw_evenly, draw_weighted
-from cai.generation.quality import clean_revision, find_problem
+from cai.generation.quality import clean_revision, find_problem, plain
 from cai.judging import ChoiceJudge
 from cai.types import Completion, Messages, Prompt, Record, Revision, Source, Verdict
 
@@ -87,15 +87,15 @@ class Generator:
 def pairs(record: Record, recipe: Recipe) -> list[tuple[str, str, Source]]:
     """The names of the completions to compare: the original with its final revision, the candidates among themselves.
 
-    Completions that are empty or equal are not compared.
+    Completions that are empty, or equal but for case and punctuation, are not compared.
     """
     chosen: list[tuple[str, str, Source]] = []
     final = record.final_revision
-    if recipe.generation.pairs != "samples" and final and final.text != record.text("candidate-0"):
+    if recipe.generation.pairs != "samples" and final and plain(final.text) != plain(record.text("candidate-0")):
         chosen.append(("candidate-0", f"revision-{final.round}", "revision"))
     if recipe.generation.pairs != "revision":
         names = [f"candidate-{index}" for index in range(len(record.candidates))]
-        texts = {name: record.text(name) for name in names if record.text(name)}
+        texts = {name: plain(record.text(name)) for name in names if record.text(name)}
         chosen += [(one, other, "samples") for one, other in combinations(texts, 2) if texts[one] != texts[other]]
     return chosen
 
