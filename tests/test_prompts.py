@@ -371,6 +371,21 @@ def test_a_source_that_is_not_there(name: str) -> None:
     assert ("did you mean 'benign'?" in str(caught.value)) == (name == "bening")
 
 
+def test_a_hub_dataset_is_asked_for_with_its_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Hub is reached here: `datasets` is asked, and answers with rows that name what it was asked for."""
+    import datasets
+
+    def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+        row = {"prompt": json.dumps([path, name, options], sort_keys=True)}
+        return datasets.Dataset.from_list([row]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    asked = {"split": "test", "revision": "abc123", "streaming": True}
+    assert texts("owner/name", subset="easy", split="test", revision="abc123") == [
+        json.dumps(["owner/name", "easy", asked], sort_keys=True)
+    ]
+
+
 # --- built in
 
 

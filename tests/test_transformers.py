@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,13 +204,58 @@ async def test_weights_that_do_not_load_stop_the_run(tmp_path: Path) -> None:
 
 async def test_closing_ends_a_running_batch(tiny: Path) -> None:
     engine = TransformersEngine(ModelConfig(model=str(tiny), dtype="float32"))
+    model = await engine._ready()
+    model.eos_ids = set()  # else it might end by itself
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    model.model.register_forward_pre_hook(count)
     running = asyncio.ensure_future(engine.generate(request("A", temperature=0.01, max_tokens=1500)))
-    while engine._model is None:
-        await asyncio.sleep(0.05)
-    await asyncio.sleep(0.3)
+    while steps < 3:
+        await asyncio.sleep(0.001)
     await engine.close()
-    results = await asyncio.gather(running, return_exceptions=True)
-    assert isinstance(results[0], BaseException) or results[0].completion_tokens < 1500
+    await asyncio.gather(running, return_exceptions=True)
+    assert 3 <= steps < 1000
+
+
+async def batches(tiny: Path, **settings: int) -> tuple[list[int], list[int]]:
+    """The sizes of the batches in which five answers are generated, and five judgements scored."""
+    engine = TransformersEngine(ModelConfig(model=str(tiny), dtype="float32", **settings))
+    model = await engine._ready()
+    generated, scored = [], []
+    generate, score = model.generate, model.score
+    model.generate = lambda prompts, requests: generated.append(len(prompts)) or generate(prompts, requests)
+    model.score = lambda tails: scored.append(len(tails)) or score(tails)
+    await asyncio.gather(*(engine.generate(request("A", seed=seed, max_tokens=4)) for seed in range(5)))
+    await engine.choice_logprobs([(*dialogue("A"), Message("assistant", "("))] * 5, "AB")
+    await engine.close()
+    return generated, scored
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [({}, [5]), ({"batch_size": 2}, [2, 2, 1]), ({"batch_tokens": 1}, [1, 1, 1, 1, 1]), ({"batch_size": 4}, [4, 1])],
+)
+async def test_batches_keep_to_the_limits_of_the_recipe(tiny: Path, settings: dict[str, int], sizes: list[int]) -> None:
+    assert await batches(tiny, **settings) == (sizes, sizes)
+
+
+def test_the_model_is_put_on_the_device_of_the_recipe(tiny: Path) -> None:
+    model = LocalModel(ModelConfig(model=str(tiny), dtype="float32", device="meta"))
+    assert {weights.device.type for weights in model.model.parameters()} == {"meta"} == {model.device.type}
+
+
+def test_the_output_embeddings_get_contiguous_states(tiny: Path) -> None:
+    """Of several rows' last states, which are a slice; matmul would copy the embeddings once per row."""
+    model = LocalModel(ModelConfig(model=str(tiny), dtype="float32"))
+    seen: list[torch.Tensor] = []
+    model.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.score([Tail([*range(10, 90), last], [[5], [6]]) for last in (100, 101, 102)])
+    assert [len(states) for states in seen] == [1, 3], "the shared beginning, then the rows"
+    assert all(states.is_contiguous() for states in seen)
 
 
 def test_the_fingerprint_follows_weights_dtype_and_exactness(tmp_path: Path) -> None:
@@ -218,6 +264,12 @@ def test_the_fingerprint_follows_weights_dtype_and_exactness(tmp_path: Path) -> 
     before = build_engine(config).fingerprint
     assert build_engine(config.model_copy(update={"exact": True})).fingerprint != before
     assert build_engine(config.model_copy(update={"dtype": "bfloat16"})).fingerprint != before
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert build_engine(config).fingerprint != before
+    weights.write_bytes(content)
+    assert build_engine(config).fingerprint == before
 
 
 def test_exact_means_float32_unless_told_otherwise() -> None:
