@@ -253,7 +253,7 @@ def test_the_output_embeddings_get_contiguous_states(tiny: Path) -> None:
     model = LocalModel(ModelConfig(model=str(tiny), dtype="float32"))
     seen: list[torch.Tensor] = []
     model.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.score([Tail([*range(10, 90), last], [[5], [6]]) for last in (100, 101, 102)])
+    model.score([Tail([*range(10, 90), own, own, own], [[5], [6]]) for own in (100, 101, 102)])
     assert [len(states) for states in seen] == [1, 3], "the shared beginning, then the rows"
     assert all(states.is_contiguous() for states in seen)
 
