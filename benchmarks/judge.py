@@ -1,94 +1,111 @@
-"""Seconds to judge pairs under 16 principles with one shared beginning, beside 16 separate prompts. Goal: 4 times faster.
+"""Judging a pair by 16 principles in both orders, as the judge asks, beside separate prompts: seconds, and tokens computed.
 
-The separate prompts are measured one by one and as a padded batch; the ratio is to the faster. Both give the same
-log-probabilities up to rounding, and the largest difference is printed.
+The separate prompts are measured one by one and as padded batches; the ratio is to the faster. All give the same
+log-probabilities up to rounding, and the largest difference is printed. Goals: 4 times faster; with 5 few-shot exemplars
+5 times faster and 10 times fewer tokens.
 
-    python -m benchmarks.judge [PAIRS.jsonl] [COUNT]      rows with `chosen` and `rejected` transcripts
+    python -m benchmarks.judge [SHOTS] [PAIRS.jsonl] [COUNT] [REPEATS]      (default 0 benign 2 3)
 """
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
 import statistics
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import torch
 
-from cai.config import ModelConfig, PromptsConfig
-from cai.constitution import load_constitution
+from cai.config import JudgeConfig, ModelConfig, PromptsConfig
+from cai.constitution import Constitution, load_constitution
+from cai.engines import ChoiceLogprobs
 from cai.engines.transformers import TransformersEngine
-from cai.judging.choice import question
-from cai.prompts import read_prompts
-from cai.types import Messages
+from cai.judging.choice import LETTERS, few_shot, question
+from cai.prompts import read_pairs, read_prompts
+from cai.types import Message, Messages
 
 PRINCIPLES = 16
-REPEATS = 3
+Ask = Callable[[TransformersEngine, list[Messages]], Awaitable[list[ChoiceLogprobs]]]
 
 
 def pairs(path: str, count: int) -> list[tuple[Messages, str, str]]:
-    """The longest dialogues of a file of transcripts (or of the built-in prompts, with made-up completions)."""
-    rows = [row.prompt.messages for row in read_prompts(PromptsConfig(source=path)) if row.prompt]
+    """The first labelled pairs of a file (or built-in prompts, with made-up completions)."""
+    if Path(path).is_file():
+        rows = [row.pair for row in read_pairs(PromptsConfig(source=path)) if row.pair]
+        return [(pair.prompt.messages, pair.chosen, pair.rejected) for pair in rows[:count]]
     filler = "One way to go about this is to talk to the person first, and to write down what was agreed. " * 6
-    if not Path(path).is_file():
-        return [(one, filler, filler[::-1]) for one in rows[:count]]
-    with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-        texts = [json.loads(line) for line in file]
-    ends = [(row["chosen"].rsplit("Assistant:", 1)[1], row["rejected"].rsplit("Assistant:", 1)[1]) for row in texts]
-    whole = [(one, *end) for one, end in zip(rows, ends, strict=True)]
-    return sorted(whole, key=lambda pair: -sum(len(turn.content) for turn in pair[0]))[:count]
+    rows_ = [row.prompt.messages for row in read_prompts(PromptsConfig(source=path)) if row.prompt]
+    return [(one, filler, filler[::-1]) for one in rows_[:count]]
 
 
-async def separately(engine: TransformersEngine, questions: list[Messages]) -> list[tuple[float, ...]]:
+def with_five_exemplars() -> Constitution:
+    """`harmless` with as many of its exemplars as are asked for, the first one again at the end."""
+    constitution = load_constitution("harmless")
+    exemplars = constitution.exemplars
+    return constitution.model_copy(update={"exemplars": (*exemplars, *exemplars)[: max(5, len(exemplars))]})
+
+
+async def separately(engine: TransformersEngine, questions: list[Messages]) -> list[ChoiceLogprobs]:
     """Each question on its own."""
-    return [(await engine.choice_logprobs([one], "AB"))[0].logprobs for one in questions]
+    return [(await engine.choice_logprobs([one], LETTERS))[0] for one in questions]
 
 
-async def as_batch(engine: TransformersEngine, questions: list[Messages]) -> list[tuple[float, ...]]:
+async def as_batch(engine: TransformersEngine, questions: list[Messages]) -> list[ChoiceLogprobs]:
     """All questions as one padded batch that shares nothing."""
     model = await engine._ready()
     model._share = False
-    answers = await engine.choice_logprobs(questions, "AB")
+    answers = await engine.choice_logprobs(questions, LETTERS)
     model._share = True
-    return [answer.logprobs for answer in answers]
+    return answers
 
 
-async def shared(engine: TransformersEngine, questions: list[Messages]) -> list[tuple[float, ...]]:
+async def shared(engine: TransformersEngine, questions: list[Messages]) -> list[ChoiceLogprobs]:
     """As the judge asks."""
-    return [answer.logprobs for answer in await engine.choice_logprobs(questions, "AB")]
+    return await engine.choice_logprobs(questions, LETTERS)
 
 
 async def main() -> None:
-    path, count = [*sys.argv[1:], *("benign", "2")[len(sys.argv) - 1 :]]
-    principles = load_constitution("harmless").comparing[:PRINCIPLES]
-    asked = [
-        [question(prompt, first, second, principle) for principle in principles]
-        for prompt, first, second in pairs(path, int(count))
-    ]
+    shots, path, count, repeats = [*sys.argv[1:], *("0", "benign", "2", "3")[len(sys.argv) - 1 :]]
+    constitution, config = with_five_exemplars(), JudgeConfig(exemplars=int(shots))
+    principles = [one for one in constitution.comparing if one.preference][:PRINCIPLES]
+    begin = few_shot(constitution, config)
+    orders = [order for prompt, a, b in pairs(path, int(count)) for order in ((prompt, a, b), (prompt, b, a))]
+    asked = [[begin + question(*order, principle) for principle in principles] for order in orders]
     engine = TransformersEngine(ModelConfig())
-    await shared(engine, asked[0])
-    seconds: dict[str, list[float]] = {"16 separate prompts": [], "one padded batch": [], "shared beginning": []}
-    results = {}
-    for _ in range(REPEATS):
-        for name, ask in zip(seconds, (separately, as_batch, shared), strict=True):
+    await shared(engine, [(Message("user", "warm up"), Message("assistant", "(")), (Message("user", "warm"),)])
+    ways: dict[str, Ask] = {"separate prompts": separately, "padded batches": as_batch, "shared beginnings": shared}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers: dict[str, list[list[ChoiceLogprobs]]] = {}
+    for _ in range(int(repeats)):
+        for name, ask in ways.items():
             start = time.perf_counter()
-            results[name] = [await ask(engine, one) for one in asked]
+            answers[name] = [await ask(engine, one) for one in asked]
             seconds[name].append(time.perf_counter() - start)
-            (await engine._ready())._prefixes.clear()
+            (await engine._ready())._scored._kept.clear()
     await engine.close()
-    for name, times in seconds.items():
-        print(f"{name:<20}: {statistics.median(times):6.2f} s for {len(asked)} pairs, one order")
-    ours = statistics.median(seconds["shared beginning"])
-    best = min(statistics.median(seconds[name]) for name in ("16 separate prompts", "one padded batch"))
-    apart, together = (torch.tensor(results[name]) for name in ("16 separate prompts", "shared beginning"))
-    batch = torch.tensor(results["one padded batch"])
-    print(f"{best / ours:.1f} times faster than the faster of the two (medians of {REPEATS}; goal 4)")
+    report(seconds, answers, int(count), len(begin) // 2)
+
+
+def report(seconds: dict[str, list[float]], answers: dict[str, list[list[ChoiceLogprobs]]], count: int, shots: int) -> None:
+    """The table and the ratios."""
+    tokens = {name: sum(one.computed_tokens for order in found for one in order) for name, found in answers.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    logprobs = {name: torch.tensor([one.logprobs for order in found for one in order]) for name, found in answers.items()}
     print(
-        f"largest difference of a log-probability: {(apart - together).abs().max():.3f} to the separate prompts; "
-        f"between separate and padded batch, which differ by rounding alone: {(apart - batch).abs().max():.3f}"
+        f"{count} pairs, {PRINCIPLES} principles, both orders, {shots} exemplars; medians of {len(seconds['separate prompts'])}"
+    )
+    for name in seconds:
+        print(f"{name:<18}: {medians[name]:7.2f} s, {tokens[name]:8,} tokens computed")
+    alone, batch, ours = logprobs.values()
+    print(
+        f"{min(list(medians.values())[:2]) / medians['shared beginnings']:.1f} times faster than the faster of the two, "
+        f"{tokens['separate prompts'] / tokens['shared beginnings']:.1f} times fewer tokens"
+    )
+    print(
+        f"largest difference of a log-probability: {(alone - ours).abs().max():.3f} to the separate prompts; between "
+        f"separate and padded, which differ by rounding alone: {(alone - batch).abs().max():.3f}"
     )
 
 

@@ -19,7 +19,12 @@ from pydantic import Field, PositiveInt, StringConstraints, field_validator, mod
 from pydantic_core import PydanticCustomError
 
 from cai.documents import Document, Part, dump, parse_scalar
-from cai.errors import ConfigError
+from cai.errors import ConfigError, nearest
+
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = _PACKAGE / "_shipped" / "pipelines"
+BUILT_IN = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent / "pipelines"
+"""Recipes that come with the package: in a wheel they lie inside it; in a checkout beside it."""
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -60,6 +65,26 @@ class ModelConfig(Part):
     """Compute each request alone, in float32 unless `dtype` says otherwise: the same whatever else runs, and slower."""
 
 
+Method = Literal["choice", "reasoning", "likelihood", "score", "text", "checks", "reward-model", "panel"]
+RATING = ("likelihood", "score", "checks", "reward-model")
+"""The methods that rate each completion by itself."""
+
+
+class PanelMember(Part):
+    """One judge of a panel; what it does not say is as the panel's own section says."""
+
+    name: Text
+    """What its verdicts are called."""
+    model: Text | None = None
+    """Its model; null: the panel's."""
+    revision: Text | None = None
+    """The Hub revision of its model."""
+    method: Method = "choice"
+    """As `judge.method`, but no panel."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Its share in the verdict, relative to the others."""
+
+
 class JudgeConfig(Part):
     """Who compares completions, and how."""
 
@@ -67,16 +92,65 @@ class JudgeConfig(Part):
     """The judge's model; null: the policy's own."""
     revision: Text | None = None
     """The Hub revision of the judge's model."""
-    method: Literal["choice"] = "choice"
-    """`choice`: multiple choice by log-probability, in both orders."""
+    method: Method = "choice"
+    """`choice` (multiple choice by log-probability), `reasoning` (thoughts before the choice), `text` (a generated letter):
+    both orders. `likelihood` (contrastive), `score` (1 to 10), `checks` (programs alone), `reward-model`: each completion
+    alone. `panel`: several judges, its `members`."""
     principles: PositiveInt | Literal["all"] = 4
-    """How many principles judge each pair, drawn anew for every pair; `all`: every one with a preference question."""
+    """How many principles judge each pair, drawn anew for every pair (for every prompt, where a method or a member of the
+    panel looks at one completion at a time); `all`: every one with a preference question or a check."""
+    layout: Literal["principle-last", "principle-first"] = "principle-last"
+    """Where `choice` puts the principle: last, so that all principles share one long beginning, or before the completions."""
+    exemplars: int = Field(default=0, ge=0)
+    """How many of the constitution's exemplars `choice` shows first, as answered questions."""
+    samples: PositiveInt = 1
+    """How many thoughts (`reasoning`) or answers (`text`) are sampled for each principle and order, and averaged."""
+    temperature: float = Field(default=0.7, ge=0, le=5)
+    """Of sampling thoughts and answers; 0 is greedy."""
+    max_tokens: PositiveInt = 160
+    """The most tokens of one thought."""
+    clamp: tuple[float, float] = (0.4, 0.6)
+    """The lowest and highest probability that `reasoning` may give; [0, 1] clamps nothing."""
+    length: Literal["mean", "sum"] = "mean"
+    """Whether `likelihood` is averaged or summed over the tokens of a completion."""
+    allow_python: bool = False
+    """Whether checks may call Python functions that the constitution names."""
+    calibration: Text | None = None
+    """A file that `cai judge calibrate` wrote; corrects position prior, sign, sharpness and the weights of the principles."""
+    members: tuple[PanelMember, ...] = ()
+    """The judges of a `panel`."""
 
     @model_validator(mode="after")
     def _revision_of_a_model(self) -> JudgeConfig:
         if self.revision is not None and self.model is None:
             raise _wrong("revision", "names the revision of judge.model, which is not set; set it, or policy.revision")
         return self
+
+    @model_validator(mode="after")
+    def _clamp_is_a_range(self) -> JudgeConfig:
+        low, high = self.clamp
+        if not 0 <= low < 0.5 < high <= 1:
+            raise _wrong("clamp", f"expected [low, high] with 0 <= low < 0.5 < high <= 1, found [{low}, {high}]")
+        return self
+
+    @model_validator(mode="after")
+    def _panel_has_members(self) -> JudgeConfig:
+        names = [member.name for member in self.members]
+        if self.method != "panel" and names:
+            raise _wrong("members", "only a panel has members; set judge.method to panel")
+        if self.method == "panel" and (len(names) < 2 or len(set(names)) < len(names)):
+            raise _wrong("members", "a panel needs two members or more, with different names")
+        if self.method == "panel" and self.calibration:
+            raise _wrong("calibration", "a calibration is of one judge; a panel has none")
+        if any(member.method == "panel" for member in self.members):
+            raise _wrong("members", "a member of a panel cannot be a panel")
+        return self
+
+    def member(self, member: PanelMember) -> JudgeConfig:
+        """A member's own judge section."""
+        own = {"model": member.model or self.model, "method": member.method, "members": (), "calibration": None}
+        revision = member.revision if member.model else self.revision
+        return self.model_copy(update={**own, "revision": revision})
 
 
 class GenerationConfig(Part):
@@ -88,6 +162,9 @@ class GenerationConfig(Part):
     """Rounds of critique and revision, each under another principle."""
     pairs: Literal["revision", "samples", "both"] = "revision"
     """What is compared: the original with its revision, the candidates among themselves, or both."""
+    comparisons: Literal["all", "tournament", "best-worst"] = "all"
+    """Which of K candidates are compared: all with all; in a tournament, K - 1 times; or only the best with the worst, by a
+    judge that rates each alone (`score`, `likelihood`, `reward-model`, `checks`)."""
     exemplars: int | None = Field(default=None, ge=0)
     """How many of the constitution's few-shot dialogues stand before each critique; null: all of them, 0: none."""
     max_tokens: PositiveInt = 256
@@ -102,11 +179,14 @@ class GenerationConfig(Part):
     @model_validator(mode="after")
     def _pairs_can_be_made(self) -> GenerationConfig:
         if self.pairs != "revision" and self.candidates < 2:
-            raise _wrong("pairs", f"{self.pairs} compares candidates; set generation.candidates to 2 or more")
+            problem = f"pairs of kind '{self.pairs}' compare candidates; set generation.candidates to 2 or more"
+            raise _wrong("pairs", problem, "candidates")
         if self.pairs != "revision" and self.temperature == 0:
-            raise _wrong("pairs", f"{self.pairs} compares candidates, all equal at temperature 0; raise generation.temperature")
+            problem = f"pairs of kind '{self.pairs}' compare candidates, equal at temperature 0; raise generation.temperature"
+            raise _wrong("pairs", problem, "temperature")
         if self.pairs != "samples" and self.rounds < 1:
-            raise _wrong("pairs", f"{self.pairs} compares revisions; set generation.rounds to 1 or more")
+            problem = f"pairs of kind '{self.pairs}' compare revisions; set generation.rounds to 1 or more"
+            raise _wrong("pairs", f"{problem}, or generation.pairs to samples and generation.candidates to 2 or more", "rounds")
         return self
 
 
@@ -117,6 +197,9 @@ class DatasetConfig(Part):
     """The share of prompts, by hash of their text, whose rows go to the `test` split."""
     min_probability: float = Field(default=0.5, ge=0.5, lt=1)
     """Drop pairs whose `chosen_probability` is not above this; 0.5 drops only ties."""
+    ranking: Literal["none", "bradley-terry"] = "none"
+    """`bradley-terry`: of candidates that were all compared, one pair, the best against the worst by strengths fitted to the
+    verdicts; `none`: a pair for each verdict."""
     shard_rows: PositiveInt = 100_000
     """Rows in one Parquet file."""
     license: Text | None = None
@@ -146,33 +229,64 @@ class Recipe(Part):
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value
 
-    @property
-    def judge_model(self) -> ModelConfig:
-        """The judge as an engine's configuration: the policy's settings with the judge's model in its place."""
-        if self.judge.model is None:
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        generation = self.generation
+        if generation.comparisons == "best-worst" and self.judge.method not in RATING:
+            raise _wrong("generation.comparisons", f"best-worst needs a judge that rates each alone: {', '.join(RATING)}")
+        if self.dataset.ranking != "none" and (generation.pairs == "revision" or generation.comparisons != "all"):
+            needed = "generation.comparisons: all and generation.pairs: samples (or both)"
+            raise _wrong("dataset.ranking", f"{self.dataset.ranking} ranks candidates that were all compared; set {needed}")
+        return self
+
+    def judge_model(self, judge: JudgeConfig) -> ModelConfig:
+        """A judge as an engine's configuration: the policy's settings with the judge's model in its place."""
+        if judge.model is None:
             return self.policy
-        return self.policy.model_copy(update={"model": self.judge.model, "revision": self.judge.revision})
+        return self.policy.model_copy(update={"model": judge.model, "revision": judge.revision})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""
         return dump(self.model_dump(mode="json"))
 
 
-def _wrong(key: str, problem: str) -> PydanticCustomError:
-    """What is wrong with one key of a section, seen only beside the others."""
-    return PydanticCustomError("value_error", "{problem}", {"problem": problem, "at": (key,)})
+def _wrong(key: str, problem: str, beside: str | None = None) -> PydanticCustomError:
+    """What is wrong with one key of a section, or with the one `beside` it, whichever was set last."""
+    places = {"at": tuple(key.split(".")), "or_at": tuple((beside or key).split("."))}
+    return PydanticCustomError("value_error", "{problem}", {"problem": problem, **places})
 
 
-def load_recipe(path: Path | None, overrides: list[tuple[str, object, str]]) -> Recipe:
-    """A recipe from a file (or the defaults) with flags on top.
+def built_in_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe given by path or by built-in name: `demo`, and where no such file is here, `pipelines/demo.yaml`."""
+    path, names = Path(os.path.expanduser(name)), built_in_recipes()
+    if os.path.isfile(path):
+        return path
+    if str(name) in {spelled for one in names for spelled in (one, f"{one}.yaml", f"pipelines/{one}.yaml")}:
+        return BUILT_IN / f"{path.stem}.yaml"
+    if os.path.exists(path):
+        raise ConfigError(f"recipe '{name}' is a folder; expected a file or a built-in name: {', '.join(names)}")
+    raise ConfigError(
+        f"no recipe '{name}': neither a file nor a built-in name{nearest(path.stem, names)}; built in: {', '.join(names)}"
+    )
+
+
+def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]]) -> Recipe:
+    """A recipe from a file or by built-in name (or the defaults) with flags on top.
 
     `overrides` are (dotted key, value, the flag they came from). Raises `ConfigError` naming file, line, key and fix.
     A constitution or prompts that the recipe names by a path are looked for beside the recipe first.
     """
+    path = None if path is None else find_recipe(path)
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
         _beside(document, path.parent, "constitution")
         _beside(document, path.parent, "prompts.source")
+        _beside(document, path.parent, "judge.calibration")
     for dotted, value, source in overrides:
         document.override(dotted, value, source)
     return document.validate(Recipe)

@@ -135,8 +135,17 @@ class Document:
         except ValidationError as exc:
             problems: dict[Loc, list[Any]] = {}
             for detail in exc.errors(include_url=False):
-                problems.setdefault(_loc(model, detail), []).append(detail)
+                problems.setdefault(self._blamed(_loc(model, detail), detail), []).append(detail)
             raise self.error("\n".join(self._problem(model, loc, found) for loc, found in problems.items())) from exc
+
+    def _blamed(self, loc: Loc, detail: Any) -> Loc:
+        """Of two keys that do not go together, the one that was set last: a flag, or what stands further down."""
+        context = detail.get("ctx", {})
+        if "or_at" not in context:
+            return loc
+        other = (*loc[: len(loc) - len(context["at"])], *context["or_at"])
+        order = [one for one in self._lines if one in (loc, other)]
+        return order[-1] if order else loc
 
     def _problem(self, model: type[BaseModel], loc: Loc, details: list[Any]) -> str:
         """All that is wrong with one key; for a key of several types that is what each of them expects."""
@@ -158,10 +167,20 @@ def show(loc: Loc) -> str:
 def _yaml_problem(exc: Exception, text: str) -> tuple[int | str, str]:
     """The line, or an empty string where that is not known, and what is wrong there."""
     if isinstance(exc, yaml.MarkedYAMLError) and exc.problem_mark:
-        return exc.problem_mark.line + 1, str(exc.problem)
+        line = exc.problem_mark.line + 1
+        return line, f"{exc.problem}{_layout_hint(str(exc.problem), line)}"
     if isinstance(exc, yaml.reader.ReaderError):
         return text.count("\n", 0, exc.position) + 1, f"the character {text[exc.position]!a} is not allowed"
     return "", "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
+
+
+def _layout_hint(problem: str, line: int) -> str:
+    """What to do about a problem that YAML's parser tells in its own terms."""
+    if problem.startswith("mapping values"):
+        return f"; check the indentation of line {line}, and put a text that holds ': ' in quotes"
+    if problem.startswith("expected <block end>"):
+        return f"; check the indentation of line {line}"
+    return f"; indent line {line} with spaces" if problem.startswith("found character '\\t'") else ""
 
 
 def _plain(message: str) -> str:

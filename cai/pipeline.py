@@ -14,24 +14,29 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cai.config import Recipe
+from cai.config import JudgeConfig, ModelConfig, Recipe
 from cai.constitution import Constitution, load_constitution, to_yaml
-from cai.engines import Capability, Engine, build_engine
+from cai.engines import Engine, build_engine
 from cai.errors import CaiError, CapabilityError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
 from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt, template_hash
 from cai.generation.estimate import Estimate, estimate
-from cai.judging import ChoiceJudge
-from cai.prompts import Row, count_prompts, read_prompts
-from cai.store import Mode, RunFolder
+from cai.judging import NEEDS, build_judge, usable_principles
+from cai.judging.calibration import check_fits, load_calibration
+from cai.judging.checks import prepare as prepare_checks
+from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
+from cai.store import Database, Mode, RunFolder
+from cai.types import Record
 
 Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
 """Shows a pass while it runs: gets its counters and how many rows there are, where that is known."""
-_NEEDS: dict[str, Capability] = {"choice": "choice_logprobs"}
 _PATIENCE = 5.0
 """Seconds that a run in a thread has to end when it is to stop at once."""
+_CAUSE = 300
+"""Characters of the first bad row's detail, in the error of a run that made nothing."""
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "datasets", "pyarrow")
 
 
@@ -41,47 +46,108 @@ class Plan:
 
     recipe: Recipe
     constitution: Constitution
-    policy: Engine
-    judge: Engine
+    policy: Engine | None
+    """None where pairs that are there already are labelled, and nothing is generated."""
+    judges: dict[JudgeConfig, Engine]
+    """The engine of the judge, or of each member of a panel."""
+
+    @property
+    def judge_names(self) -> str:
+        """Who judges, as the manifest says it."""
+        return _judge_names(self.judges)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the records of a run. Two runs that agree in it can share a folder."""
         prompts = self.recipe.prompts.model_dump(exclude={"limit"})
         prompts["source"] = os.path.normpath(prompts["source"])
-        generation = self.recipe.generation.model_dump(exclude={"concurrency"})
+        generation = self.recipe.generation.model_dump(exclude={"concurrency"}) if self.policy else {}
         return {
             "cai": f"generation code and templates {template_hash()}",
             "constitution": f"{self.constitution.name}@{self.constitution.hash}",
             "seed": self.recipe.seed,
-            "policy": self.policy.fingerprint,
-            "judge": self.judge.fingerprint,
-            "judge.method": self.recipe.judge.method,
-            "judge.principles": self.recipe.judge.principles,
+            "policy": self.policy.fingerprint if self.policy else "the completions are given",
+            "judge": self.judge_names,
+            **{f"judge.{key}": value for key, value in self._judge_section().items()},
             **{f"prompts.{key}": value for key, value in prompts.items()},
             **{f"generation.{key}": value for key, value in generation.items()},
         }
+
+    def _judge_section(self) -> dict[str, Any]:
+        """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
+        section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "allow_python"})
+        if self.recipe.judge.calibration:
+            section["calibration"] = hashlib.sha256(Path(self.recipe.judge.calibration).read_bytes()).hexdigest()[:16]
+        return section
 
 
 def plan(recipe: Recipe) -> Plan:
     """Find and check all that a recipe names, before anything is written or paid for. Raises `ConfigError`."""
     constitution = load_constitution(recipe.constitution)
-    generation = recipe.generation
-    if generation.rounds > len(constitution.critiquing):
-        raise ConfigError(
-            f"generation.rounds: {generation.rounds} rounds draw a principle each without repeating, but constitution "
-            f"'{constitution.name}' has {len(constitution.critiquing)} with critique and revision; lower it"
-        )
-    if not constitution.comparing:
-        raise ConfigError(f"constitution '{constitution.name}' has no principle with a 'preference' for the judge; add one")
+    if lacking := lacking_principles(constitution, recipe.generation.rounds):
+        raise ConfigError(f"generation.rounds: {lacking}")
+    if recipe.dataset.ranking != "none" and (missing := [name for name in ("choix", "scipy") if find_spec(name) is None]):
+        raise ConfigError(f"dataset.ranking needs {' and '.join(missing)}: pip install 'cai-toolkit[judge]'")
     policy = build_engine(recipe.policy)
-    judge = policy if recipe.judge_model == recipe.policy else build_engine(recipe.judge_model)
-    needed = _NEEDS[recipe.judge.method]
-    if needed not in judge.capabilities:
-        raise CapabilityError(
-            f"judge.method: {recipe.judge.method} needs {needed}, which {recipe.judge_model.model} does not offer"
-        )
-    return Plan(recipe, constitution, policy, judge)
+    return Plan(recipe, constitution, policy, plan_judges(recipe, constitution, {(recipe.policy, False): policy}))
+
+
+def plan_judges(
+    recipe: Recipe, constitution: Constitution, engines: dict[tuple[ModelConfig, bool], Engine]
+) -> dict[JudgeConfig, Engine]:
+    """The engines of all judges, made where `engines` has none for the model yet. Raises `ConfigError`."""
+    judge = recipe.judge
+    prepare_checks(constitution.comparing, judge.allow_python)
+    sections = [judge.member(one) for one in judge.members] or [judge]
+    found = {}
+    for section in sections:
+        if section.method != "reward-model" and not usable_principles(section, constitution):
+            what = "check" if section.method == "checks" else "preference"
+            raise ConfigError(f"constitution '{constitution.name}' has no principle with a '{what}' for the judge; add one")
+        if section.method != "checks":
+            found[section] = _judge_engine(recipe, section, engines)
+    if judge.calibration:
+        fingerprint = _judge_names(found)
+        calibration = load_calibration(Path(judge.calibration))
+        check_fits(calibration, judge.method, fingerprint, f"{constitution.name}@{constitution.hash}")
+    return found
+
+
+def _judge_names(judges: dict[JudgeConfig, Engine]) -> str:
+    return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or "checks"
+
+
+def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine]) -> Engine:
+    model, reward = recipe.judge_model(section), section.method == "reward-model"
+    key = model, reward and not model.model.startswith("scripted:")
+    if reward and section.model is None:
+        raise ConfigError("judge.method: reward-model needs a reward model of its own; name it by --judge-model")
+    if key not in engines:
+        engines[key] = build_engine(model, reward)
+    missing = sorted(NEEDS[section.method] - engines[key].capabilities)
+    if missing:
+        raise CapabilityError(f"judge.method: {section.method} needs {missing[0]}, which {model.model} does not offer")
+    return engines[key]
+
+
+def plan_labels(recipe: Recipe) -> Plan:
+    """The same for a run that only judges. Raises `ConfigError`."""
+    constitution = load_constitution(recipe.constitution)
+    return Plan(recipe, constitution, None, plan_judges(recipe, constitution, {}))
+
+
+def lacking_principles(constitution: Constitution, rounds: int) -> str | None:
+    """Why a constitution cannot serve so many rounds, and the flags with which it can serve; None where it can."""
+    there = len(constitution.critiquing)
+    if rounds <= there:
+        return None
+    flags = f"--set generation.rounds={there}"
+    if not there:
+        flags += " --set generation.candidates=2 --set generation.pairs=samples"
+    return (
+        f"{rounds} {'rounds draw' if rounds > 1 else 'round draws'} a principle each without repeating, but constitution "
+        f"'{constitution.name}' has {there or 'none'} with critique and revision; this works: {flags}"
+    )
 
 
 def dry_run(recipe: Recipe) -> tuple[Plan, Estimate]:
@@ -97,23 +163,60 @@ def generate(recipe: Recipe, out: Path | str, mode: Mode = "continue", watch: Wa
     cannot go on. Whatever was finished is kept, and the same call continues.
     """
     tally = Tally()
-    run = partial(_generate, recipe, Path(out), mode, watch, tally)
+    return _run_anywhere(partial(_generate, recipe, Path(out), mode, watch, tally), tally)
+
+
+def label(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
+    """Judge the labelled pairs that `recipe.prompts` names (columns `chosen` and `rejected`), into the folder `out`.
+
+    Of each record, `candidate-0` is the completion that people chose. Returns the manifest, raises as `generate` does.
+    """
+    tally = Tally()
+    return _run_anywhere(partial(_label, recipe, Path(out), mode, watch, tally), tally)
+
+
+def _run_anywhere(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str, Any]:
     return _beside_a_loop(run, tally) if _in_event_loop() else run()
 
 
 def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
-    checked = plan(recipe)
-    rows = read_prompts(recipe.prompts)
+    return _make(plan(recipe), read_prompts(recipe.prompts), out, mode, watch, tally)
+
+
+def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    return _make(plan_labels(recipe), map(_pair_row, read_pairs(recipe.prompts)), out, mode, watch, tally)
+
+
+def _pair_row(row: PairRow) -> Row:
+    if row.pair is None:
+        return Row(row.origin, None, row.error, row.raw)
+    return Row(row.origin, row.pair.prompt, None, "", (row.pair.chosen, row.pair.rejected))
+
+
+def read_records(out: Path) -> list[Record]:
+    """The records of the last pass in a run folder."""
+    database = Database(out / "run" / "journal.sqlite")
+    try:
+        return list(database.records())
+    finally:
+        database.close()
+
+
+def _make(checked: Plan, rows: Iterator[Row], out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    recipe = checked.recipe
     _refuse_folder(recipe, out)
+    if mode == "fresh" and recipe.judge.calibration and Path(recipe.judge.calibration).resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"judge.calibration: --fresh would delete {recipe.judge.calibration} with the rest of {out}; copy it")
     with RunFolder(out, checked.identity, mode) as folder:
-        tally.calls_each = sum(calls_per_prompt(recipe, checked.constitution).values())
+        each = calls_per_prompt(recipe, checked.constitution, checked.policy is None)
+        tally.calls_each, tally.judge_calls_each = sum(each.values()), each["judge"]
         manifest = _Manifest(checked, folder, tally)
         try:
             if not (out / "README.md").exists():  # else they describe the dataset that is there until the new one is
                 _save_recipe(checked, folder)
             with watch(manifest.tally, count_prompts(recipe.prompts)) if watch else nullcontext():
                 _run(checked, folder, manifest.tally, rows)
-            _check_result(recipe, manifest.tally)
+            _check_result(recipe, manifest.tally, folder)
             return _write_dataset(checked, folder, manifest)
         except CaiError as exc:
             manifest.write_failure(exc)
@@ -162,18 +265,33 @@ def _beside_a_loop(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str,
 def _save_recipe(checked: Plan, folder: RunFolder) -> None:
     """Recipe and constitution, such that they make the same requests again: the Hub's models by their commit."""
     recipe = checked.recipe
-    policy = recipe.policy.model_copy(update={"revision": checked.policy.revision})
-    judge = recipe.judge
-    if judge.model is not None:
-        judge = judge.model_copy(update={"revision": checked.judge.revision})
+    revision = checked.policy.revision if checked.policy else recipe.policy.revision
+    policy = recipe.policy.model_copy(update={"revision": revision})
+    judge = _pinned_judge(checked)
     pinned = {"constitution": "constitution.yaml", "policy": policy, "judge": judge}
     folder.write_text("constitution.yaml", to_yaml(checked.constitution))
+    if recipe.judge.calibration:
+        folder.write_text("calibration.yaml", Path(recipe.judge.calibration).read_text(encoding="utf-8"))
     folder.write_text("recipe.yaml", recipe.model_copy(update=pinned).to_yaml())
 
 
+def _pinned_judge(checked: Plan) -> JudgeConfig:
+    judge = checked.recipe.judge
+    if judge.model is not None and judge in checked.judges:
+        judge = judge.model_copy(update={"revision": checked.judges[judge].revision})
+    members = tuple(
+        one.model_copy(update={"revision": checked.judges[judge.member(one)].revision})
+        if one.model and one.method != "checks"
+        else one
+        for one in judge.members
+    )
+    return judge.model_copy(update={"members": members, "calibration": "calibration.yaml" if judge.calibration else None})
+
+
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
-    policy = JournaledEngine(checked.policy, folder.database, "policy", tally)
-    judge = ChoiceJudge(JournaledEngine(checked.judge, folder.database, "judge", tally))
+    policy = JournaledEngine(checked.policy, folder.database, "policy", tally) if checked.policy else None
+    judges = {key: JournaledEngine(engine, folder.database, "judge", tally) for key, engine in checked.judges.items()}
+    judge = build_judge(checked.recipe.judge, checked.constitution, judges.__getitem__)
     generator = Generator(checked.recipe, checked.constitution, policy, judge)
 
     async def run() -> None:
@@ -181,25 +299,29 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
             await Runner(generator, folder.database, tally).run(rows)
         finally:
             if not tally.aborted:  # an engine that is loading its weights would make us wait
-                await checked.policy.close()
-                await checked.judge.close()
+                for engine in filter(None, dict.fromkeys((checked.policy, *checked.judges.values()))):
+                    await engine.close()
 
     asyncio.run(run())
 
 
-def _check_result(recipe: Recipe, tally: Tally) -> None:
+def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:
     if tally.read == 0:
         raise PromptSourceError(f"prompts '{recipe.prompts.source}': there are none in it")
     if tally.done != tally.read:
-        raise EngineError(f"{tally.read - tally.done} of {tally.read} rows are unaccounted for; the same command continues")
+        raise EngineError(f"unaccounted for: {tally.read - tally.done} of {tally.read} rows; the same command continues")
     if not tally.records_made and not tally.records_kept:
         counted = sorted(tally.quarantined.items(), key=lambda item: (-item[1], item[0]))
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counted)
-        raise PromptSourceError(f"none of {tally.read} rows became a record: {reasons}; see run/quarantine.jsonl")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counted)
+        what = f"none of {tally.read} rows became a record" if tally.read > 1 else "the only row became no record"
+        first = next(folder.database.quarantined())
+        cause = " ".join(first.detail.split())[:_CAUSE]
+        file = folder.run / "quarantine.jsonl"
+        raise PromptSourceError(f"{what} ({reasons}); the first, {first.origin}: {cause}; more in {file}")
 
 
 def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dict[str, Any]:
-    from cai.dataset import render_card, write_dataset
+    from cai.dataset import choose_example, render_card, write_dataset
 
     source = _source_hash(checked, folder)
     dataset = manifest.dataset_of(source)
@@ -212,7 +334,7 @@ def _write_dataset(checked: Plan, folder: RunFolder, manifest: _Manifest) -> dic
         _refuse_lost(dataset, manifest.tally)
     manifest.described = {"dataset": dataset, "source_hash": source, "files": _hashes(folder.path / "data")}
     done = manifest.tell("done", folder.write_quarantine(), {})
-    example = next(folder.database.records())
+    example = choose_example(folder.database.records(), checked.recipe.dataset)
     _save_recipe(checked, folder)
     folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
     folder.write_json("manifest.json", done)
@@ -286,9 +408,9 @@ class _Manifest:
                 **checked.constitution.model_dump(include={"name", "version", "license"}),
                 "hash": checked.constitution.hash,
             },
-            "policy": checked.policy.fingerprint,
-            "judge": checked.judge.fingerprint,
-            "judge_is_policy": checked.judge is checked.policy,
+            "policy": checked.policy.fingerprint if checked.policy else None,
+            "judge": checked.judge_names,
+            "judge_is_policy": checked.policy in checked.judges.values(),
             "prompts": {
                 "source": checked.recipe.prompts.source,
                 "read": tally.read,

@@ -68,25 +68,29 @@ class Revision(Struct, frozen=True):
 class PrincipleVerdict(Struct, frozen=True):
     """What one principle says about two completions.
 
-    `logprobs` holds, for each order in which they were shown, the log-probabilities (first, second) of choosing each.
-    `probability` is that of preferring the first, averaged over the orders.
+    `readings` holds a (first, second) for each order in which they were shown, or one where a method has no order: of
+    `choice` and `reasoning` the log-probabilities of choosing each, of `text` the shares of answers that chose it, of
+    `likelihood` the log-ratios, of `score` the expected ratings, of `checks` the scores in [0, 1], of `reward-model` the
+    rewards. `probability` is that of preferring the first, averaged over the orders. `judge` names the method, or the
+    panel's member.
     """
 
     principle_id: str
     weight: float
-    logprobs: tuple[tuple[float, float], ...]
+    readings: tuple[tuple[float, float], ...]
     probability: float
+    judge: str
 
     @property
     def flipped(self) -> bool:
         """Whether the preferred completion depends on the order in which the two were shown."""
-        signs = [first - second for first, second in self.logprobs]
+        signs = [first - second for first, second in self.readings]
         return min(signs) < 0 < max(signs)
 
     def swap(self) -> PrincipleVerdict:
         """The same verdict with the two completions named the other way round."""
-        mirrored = tuple((second, first) for first, second in reversed(self.logprobs))
-        return PrincipleVerdict(self.principle_id, self.weight, mirrored, 1 - self.probability)
+        mirrored = tuple((second, first) for first, second in reversed(self.readings))
+        return PrincipleVerdict(self.principle_id, self.weight, mirrored, 1 - self.probability, self.judge)
 
 
 class Verdict(Struct, frozen=True):

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cai.constitution import Principle
-from cai.engines import ChoiceLogprobs
-from cai.judging.choice import principle_verdict
+from cai.judging.base import leaning, principle_verdict
 from cai.types import Completion, Message, Prompt, Record, Revision, Source, Verdict
 
 HOSTILE = [
@@ -41,9 +39,11 @@ def verdict(first: str, second: str, *readings: tuple[float, float], source: Sou
     """`readings` are a principle's differences (A less B) in the two orders; the probability is that of the judge's code."""
     principles = [
         principle_verdict(
-            Principle(id=f"q{index}", preference="Which?"),
-            ChoiceLogprobs((shown / 2 - 1, -shown / 2 - 1), 0),
-            ChoiceLogprobs((turned / 2 - 1, -turned / 2 - 1), 0),
+            "choice",
+            f"q{index}",
+            1.0,
+            [(shown / 2 - 1, -shown / 2 - 1), (-turned / 2 - 1, turned / 2 - 1)],
+            [leaning(shown), leaning(-turned)],
         )
         for index, (shown, turned) in enumerate(readings)
     ]

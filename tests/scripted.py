@@ -40,6 +40,20 @@ def key(request: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(request)).hexdigest()[:16]
 
 
+def hashed(request: Any) -> Any:
+    """Answers that any change of a request changes; to a judge's question for a letter, a letter."""
+    number = int(key(request), 16)
+    if isinstance(request, GenerateRequest):
+        return "AB"[number % 2] if "one letter" in request.messages[-1].content else f"Words {number}."
+    draw = random.Random(number)
+    return [-draw.expovariate(1.0) for _ in request.choices] if isinstance(request, ChoiceRequest) else -draw.expovariate(0.2)
+
+
+def calm(prompt: Any, completion: str) -> bool:
+    """A check in Python."""
+    return "!" not in completion
+
+
 def note(event: str, request: Any) -> None:
     """Write a line into the file `$CALLS_LOG`, at once and whole, whatever becomes of this process."""
     line = json.dumps({"event": event, "kind": type(request).__name__, "key": key(request)}) + "\n"

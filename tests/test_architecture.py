@@ -15,7 +15,7 @@ ORDER = [
     {"errors"},
     {"documents"},
     {"config"},
-    {"types"},
+    {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
     {"engines"},
     {"judging"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import huggingface_hub
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from cai.config import Recipe
+from cai.config import Method, Recipe
 from cai.constitution import Constitution, Principle, load_constitution
-from cai.dataset import CONFIGS, Statistics, render_card
+from cai.dataset import CONFIGS, Statistics, choose_example, render_card
 from cai.dataset.card import code, quoted
 from cai.types import Record
-from tests.records import HOSTILE, record, revision
+from tests.records import HOSTILE, record, revision, sure
 
 CONSTITUTION = load_constitution("harmless")
 EXAMPLE = record("Write a rude song.", ["You stink."], [revision(1, "You are fine.")])
@@ -28,6 +29,7 @@ def manifest(**dataset) -> dict:
     statistics = Statistics(rows={name: {"train": 9, "test": 1} for name in CONFIGS}, **dataset)
     return {
         "constitution": {"hash": CONSTITUTION.hash},
+        "policy": "the policy's fingerprint",
         "judge_is_policy": False,
         "prompts": {"read": 12, "duplicates": 1, "quarantined": {"too long for the context": 1}},
         "dataset": statistics.to_json(),
@@ -132,8 +134,54 @@ def test_a_policy_that_judged_itself_is_named_so():
     assert "(the policy judged itself)" not in card()
 
 
+def test_labels_on_given_pairs_name_no_policy():
+    given = manifest() | {"policy": None}
+    metadata, page = split(card(given=given, policy={"model": "owner/policy"}, judge={"model": "owner/judge"}))
+    assert "# harmless by `owner/judge`" in page
+    assert metadata["pretty_name"] == "harmless by owner/judge"
+    assert "owner/policy" not in page
+    assert "temperature" not in page
+    assert "pairs of completions from `red-team`, labelled anew" in page
+
+
+@pytest.mark.parametrize("method", [one for one in get_args(Method) if one != "panel"])
+def test_the_card_says_how_the_label_came_to_be(method):
+    _, page = split(card(judge={"method": method, "model": "m"}))
+    assert re.search(rf"(?m)^\| label \| `{method}`: \w.* 4 principles a pair", page)
+    assert "calibrated" not in page
+    assert "calibrated on labelled pairs" in card(judge={"method": method, "model": "m", "calibration": "c.yaml"})
+
+
+def test_a_panels_models_are_all_named():
+    members = [{"name": "a", "model": "owner/one"}, {"name": "b", "model": "owner/two"}, {"name": "c", "model": "owner/one"}]
+    _, page = split(card(judge={"method": "panel", "members": members}))
+    assert "`owner/one, owner/two`" in page
+    assert "the weighted mean of several judges" in page
+
+
 def test_an_example_without_a_revision_shows_none():
     assert "and after critique and revision" not in card(record("p", ["a"], [revision(1, "", "empty")]))
+
+
+def test_an_example_with_a_pair_shows_it_with_the_judges_probability():
+    _, page = split(card(record("p", ["a"], [revision(1, "b")], [sure("candidate-0", "revision-1", 0.23)])))
+    shown = page[page.index("## One example") : page.index("## How it was made")]
+    assert [line for line in shown.splitlines() if line.startswith(">")] == ["> p", "> b", "> a"]
+    assert "The judge preferred, with a probability of 0.77," in shown
+    assert "first answered" not in shown
+
+
+def test_the_example_is_the_first_record_with_a_pair_that_is_kept():
+    plain, tie, unsure, good = (
+        record(str(number), ["a"], [revision(1, "b")], [sure("candidate-0", "revision-1", one)] if one else [])
+        for number, one in enumerate((None, 0.5, 0.55, 0.9))
+    )
+    config = Recipe.model_validate({"dataset": {"min_probability": 0.6}}).dataset
+    assert choose_example(iter([plain, tie, unsure, good]), config) is good
+    assert choose_example(iter([plain, tie, unsure]), config) is plain
+    late = iter([plain] * 1000 + [good])
+    assert choose_example(late, config) is plain
+    assert next(late) is good, "no more are read"
 
 
 @pytest.mark.parametrize(

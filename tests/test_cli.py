@@ -21,7 +21,7 @@ import yaml
 
 from cai.cli import progress
 from cai.cli.main import app
-from cai.cli.terminal import printable, shortened
+from cai.cli.terminal import duration, printable, shortened
 from cai.generation import Tally
 from tests.records import HOSTILE
 from tests.runs import (
@@ -67,13 +67,34 @@ def test_help_names_the_commands_and_generate_shows_examples():
 
 def test_every_example_in_the_help_is_a_command_that_parses():
     epilog = typer.main.get_command(app).commands["generate"].epilog
-    examples = re.findall(r"^ +cai (generate.*?)(?:  .*)?$", epilog, re.M)
+    examples = re.findall(r"^cai (generate.*)$", epilog, re.M)
     assert len(examples) == 3
-    here = {"my.yaml": SMALL, "prompts.jsonl": "benign", "pipelines/demo.yaml": ROOT / "pipelines/demo.yaml"}
+    here = {"my.yaml": SMALL, "prompts.jsonl": "benign"}
     for example in examples:
         args = [here.get(word, word) for word in example.split() if word not in ("-m", "Qwen/Qwen3-4B")]
         done = command(*args, "--dry-run", "-m", RESPOND)
         assert done.returncode == 0, done.stderr
+
+
+def test_help_is_to_be_read_on_a_narrow_terminal():
+    shown = real_command("generate", "--help", env={"COLUMNS": "80"}).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    for line in re.findall(r"^(?:# |cai ).*$", typer.main.get_command(app).commands["generate"].epilog, re.M):
+        assert line in lines
+    assert [name for name in ("Inputs", "Models", "Run folder") if f"╭─ {name} ─" not in shown] == []
+    assert [line for line in lines if "<bool>" in line and "--help" not in line] == []
+    assert "cai recipe keys" in shown
+
+
+def test_the_version_is_told():
+    done = command("--version")
+    assert (done.returncode, bool(re.fullmatch(r"cai \d+\.\d+.*\n", done.stdout))) == (0, True)
+
+
+def test_what_the_hub_retries_is_told_by_our_own_error_alone():
+    code = "import cai.cli.main as m\ntry: m.main()\nfinally:\n from huggingface_hub.utils import logging\n"
+    code += " print(logging.get_verbosity() == logging.ERROR)"
+    assert real_command("--version", code=code).stdout.endswith("True\n")
 
 
 def test_no_arguments_show_the_help():
@@ -105,6 +126,8 @@ def test_a_run_tells_what_was_made_what_it_cost_and_what_to_type_next(tmp_path):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert any(re.fullmatch(r"preference +\d+ +\d+ *", line) for line in lines)
+    assert re.search(r"\d% +shown first preferred to shown second", done.stdout)
+    assert "mean probability of the chosen one (6 pairs)" in done.stdout
     assert f"policy: {6 * 5} calls" in done.stdout
     assert f"judge: {6 * 8} calls" in done.stdout
     assert "flip with the order of the completions" in done.stdout
@@ -145,6 +168,10 @@ def test_the_folder_is_named_after_the_constitution_unless_it_is_given(tmp_path)
     done = command("generate", "benign", "-n", 1, "-c", SMALL, "-m", RESPOND, cwd=tmp_path)
     assert done.returncode == 0
     assert (tmp_path / "runs" / "small" / "README.md").exists()
+    saved = tmp_path / "runs" / "small" / "recipe.yaml"
+    assert command("generate", "--recipe", saved, "-n", 1, "--seed", 2, "-o", "other", cwd=tmp_path).returncode == 0
+    again = command("generate", "--recipe", "other/recipe.yaml", "-n", 1, cwd=tmp_path)
+    assert (again.returncode, "runs/small holds another run" in again.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -171,20 +198,34 @@ def test_nothing_on_standard_input_is_a_failure(tmp_path):
 
 
 def test_a_dry_run_makes_no_call_writes_nothing_and_tells_the_cost(tmp_path, log):
-    done = generate(tmp_path, "benign", "-n", 7, "--dry-run", function="logged", cwd=tmp_path)
+    done = generate(
+        tmp_path, "benign", "-n", 7, "--dry-run", function="logged", cwd=tmp_path, env={"COLUMNS": "200"}, run=real_command
+    )
     assert done.returncode == 0
     recipe = yaml.safe_load(done.stdout[: done.stdout.index("no call was made")])
     assert (recipe["prompts"]["limit"], recipe["policy"]["model"]) == (7, LOGGED)
-    assert re.search(rf"together +{7 * CALLS}\b", done.stdout)
-    assert "7 prompts" in done.stdout
-    assert re.search(r"[\d,]+ prompt tokens", done.stdout)
+    assert re.search(rf"^together +{7 * CALLS} *$", done.stdout, re.M)
+    assert re.search(rf"^policy +{re.escape(LOGGED)} +{7 * 5} +[\d,]+ +{7 * 5 * 256:,}$", done.stdout, re.M)
+    assert re.search(rf"^judge +{re.escape(LOGGED)} +{7 * 8} +[\d,]+ +0$", done.stdout, re.M)
+    assert "7 prompts. Calls of the policy: 7 answer, 14 critique, 14 revision. " in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_counts_rows_that_are_no_prompts_and_reads_standard_input(tmp_path):
     done = generate(tmp_path, "-", "--dry-run", stdin='{"prompt": "a"}\n{"no": 1}\n')
     assert done.returncode == 0
-    assert "1 prompts (1 rows are no prompts and would be set aside)" in done.stdout
+    assert "1 prompt; 1 row without one would be set aside. " in done.stdout
+
+
+def test_a_dry_run_tells_what_the_folder_holds_already(tmp_path, log):
+    dry = ("benign", "-n", 2, "--dry-run")
+    assert " holds " not in generate(tmp_path, *dry, function="logged").stdout
+    assert generate(tmp_path, "benign", "-n", 1, function="logged").returncode == 0
+    told = generate(tmp_path, *dry, function="logged").stdout
+    assert told.endswith(f"{tmp_path}/run holds this run already: {CALLS} finished calls are paid for\n")
+    told = generate(tmp_path, *dry, "--seed", 3, function="logged").stdout
+    assert told.endswith(f"run holds another run (--update keeps what of it still fits): {CALLS} finished calls are paid for\n")
+    assert len(log_lines(log)) == CALLS
 
 
 # --- wrong usage: 2; a run that could not do its job: 1
@@ -202,7 +243,10 @@ def test_a_dry_run_counts_rows_that_are_no_prompts_and_reads_standard_input(tmp_
         (["benign", "--set", "judge.principles=some"], "--set judge.principles=some: judge.principles: "),
         (["benign", "--set", "judge.principles"], "expected key=value"),
         (["benign", "--set", "generation.rounds=99"], "99 rounds draw a principle each"),
-        (["benign", "--recipe", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
+        (
+            ["benign", "--recipe", "missing.yaml"],
+            "no recipe 'missing.yaml': neither a file nor a built-in name; built in: demo",
+        ),
         (["benign", "--fresh", "--update"], "--update keeps what --fresh deletes: give one of them"),
         (["benign", "--fresh", "--update", "--dry-run"], "give one of them"),
         (["benign", "-n", "0"], "-n"),
@@ -225,7 +269,7 @@ def test_wrong_usage_is_told_on_standard_error_and_nothing_is_written(tmp_path, 
         ("empty.jsonl", b"", "there are none in it"),
         ("blank.txt", b"\n \n\n", "there are none in it"),
         ("list.json", b"[]", "there are none in it"),
-        ("none.jsonl", b'{"a": 1}\n', "none of 1 rows became a record: 1 unreadable row"),
+        ("none.jsonl", b'{"a": 1}\n', "the only row became no record (unreadable row: 1); the first, none.jsonl:1: "),
         ("broken.json", b'[{"prompt": "a"}, {', "not valid JSON"),
         ("cut.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0", "damaged or cut short"),
         ("no.parquet", b"PAR1", "not readable as Parquet"),
@@ -244,12 +288,10 @@ def test_some_bad_rows_are_counted_in_the_summary_and_the_run_is_done(tmp_path):
     rows = [{"id": "a", "prompt": "fine"}, {"id": "a", "prompt": "fine"}, {"id": "b", "prompt": "fault:raise"}, {"x": 1}]
     done = generate(tmp_path, written_rows(tmp_path, *rows), function="faulty")
     assert done.returncode == 0
-    left_out = done.stdout[done.stdout.index("left out") : done.stdout.index("cost")]
-    assert re.findall(r"(\d+)  (rows: .*)", left_out) == [
-        ("1", "rows: ValueError"),
-        ("1", "rows: unreadable row"),
-        ("1", "rows: duplicate prompt"),
-    ]
+    left_out = done.stdout[done.stdout.index("left out") : done.stdout.index("cost")].splitlines()
+    assert [" ".join(line.split()) for line in left_out[1:-1]] == [
+        "rows", "1 ValueError", "1 unreadable row", "1 duplicate prompt", "1 of 3 prompts gave a pair"
+    ]  # fmt: skip
     assert len((tmp_path / "run" / "run" / "quarantine.jsonl").read_text().splitlines()) == 2
 
 
@@ -257,7 +299,10 @@ def test_all_bad_rows_are_a_failure(tmp_path):
     rows = [{"id": "b", "prompt": "fault:nan"}, {"id": "c", "prompt": "fault:number"}]
     done = generate(tmp_path, written_rows(tmp_path, *rows), function="faulty")
     assert done.returncode == 1
-    assert "none of 2 rows became a record: 1 no verdict, 1 request failed; see run/quarantine.jsonl" in done.stderr
+    assert (
+        "none of 2 rows became a record (no verdict: 1, request failed: 1); the first, prompts.jsonl:1: "
+        f"expected 2 finite numbers, got [nan, -1.0]; more in {tmp_path}/run/run/quarantine.jsonl\n"
+    ) in done.stderr
 
 
 def test_invalid_utf_8_sets_its_line_aside(tmp_path):
@@ -268,6 +313,18 @@ def test_invalid_utf_8_sets_its_line_aside(tmp_path):
 
 
 # --- the folder
+
+
+def test_a_folder_of_sources_is_no_run_folder_but_hidden_files_do_no_harm(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".gitignore").write_text("*")
+    assert generate(tmp_path, "benign", "-n", 1).returncode == 0
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    for name in "main.py", "a", "b", "c", "d", "e":
+        (tmp_path / "b" / "run" / name).write_text("mine")
+    done = generate(tmp_path / "b", "benign", "-n", 1)
+    assert (done.returncode, "run holds a, b, c, d, e, more, but no run of cai; " in done.stderr) == (2, True)
+    assert len(list((tmp_path / "b" / "run").iterdir())) == 6
 
 
 @pytest.mark.parametrize("name", ["README.md", "data"])
@@ -463,8 +520,45 @@ def test_where_there_is_no_pair_to_show_the_summary_says_so(tmp_path):
     same = model(tmp_path, "def respond(request):\n    return 'the same' if hasattr(request, 'seed') else [0.0, 0.0]\n")
     done = command("generate", "benign", "-n", 2, "-c", SMALL, "-m", same, "-o", tmp_path / "run")
     assert done.returncode == 0
-    assert "a pair" not in done.stdout
-    assert "revisions: unchanged" in done.stdout
+    assert "\na pair" not in done.stdout
+    assert re.search(r"^  revisions\n +4  unchanged$", done.stdout, re.M)
+    assert "without rows, so not there to load: sft, preference, unpaired" in done.stdout
+    assert "0 of 2 prompts gave a pair" in done.stdout
+    assert "no pair was made, mostly for 'revisions: unchanged': a larger model may help" in done.stdout
+    assert "labels" not in done.stdout, "nothing was compared"
+
+
+def test_where_the_labels_follow_the_order_the_summary_says_so_with_no_pair_too(tmp_path):
+    source = "def respond(request):\n    return usual(request) if hasattr(request, 'seed') else [-0.1, -2.0]\n"
+    asked = ("generate", "benign", "-n", 2, "-c", SMALL, "-m", model(tmp_path, source), "-o", tmp_path / "run")
+    done = command(*asked)
+    assert done.returncode == 0
+    assert re.search(r" 100%  flip with the order of the completions ", done.stdout)
+    assert re.search(r" 100%  shown first preferred to shown second ", done.stdout)
+    assert "the judge follows the order, not the text: try another --judge-model" in done.stdout
+    assert "no pair was made, mostly for 'tie': try another --judge-model" in done.stdout
+    done = command(*asked, "--set", "dataset.min_probability=0.9")
+    assert "all 26 calls were already paid for" in done.stdout
+    assert "2 kept from before, no call was needed" in done.stderr
+
+
+def test_a_threshold_that_leaves_no_pair_is_what_to_lower(tmp_path):
+    done = generate(tmp_path, "benign", "-n", 2, "--set", "dataset.min_probability=0.9")
+    hint = "mostly for 'less sure than dataset.min_probability': lower dataset.min_probability"
+    assert hint in " ".join(done.stdout.split())
+
+
+def test_the_lines_of_the_example_hang_under_their_text(tmp_path):
+    done = generate(tmp_path, "benign", "-n", 6, env={"COLUMNS": "60"}, run=real_command)
+    shown = done.stdout[done.stdout.index("a pair") : done.stdout.index("next")].splitlines()[1:-1]
+    assert [line[:12] for line in shown if line[:12].strip()] == ["    prompt  ", "    chosen  ", "  rejected  "]
+    assert len(shown) > 3
+    assert all(len(line) <= 60 and line[12] != " " for line in shown)
+
+
+def test_advice_does_not_stand_before_an_error(tmp_path):
+    done = generate(tmp_path, "benign", "--set", "generation.rounds=99")
+    assert (done.returncode, "note:" in done.stderr) == (2, False)
 
 
 # --- progress
@@ -477,16 +571,43 @@ def lines_of(tally: Tally, total: int | None, monkeypatch: pytest.MonkeyPatch, c
     return capsys.readouterr().err
 
 
-def test_lines_tell_rows_speed_what_is_left_out_and_the_time_left(monkeypatch, capsys):
+def test_lines_tell_rows_speed_and_what_is_left_out(monkeypatch, capsys):
     tally = Tally(
         records_made=3, duplicates=1, quarantined=Counter({"x": 2}), calls_made=40, completion_tokens=900, calls_each=10
     )
-    assert re.search(
-        r"^prompts 6 of 12  40 calls, [\d,]+ tokens/s, 3 left out, .*about 0:00:0\d left$",
-        lines_of(tally, 12, monkeypatch, capsys),
-        re.M,
-    )
+    line = r"^prompts 6 of 12  40 calls, [\d,]+ tokens/s, 3 left out$"
+    assert re.search(line, lines_of(tally, 12, monkeypatch, capsys), re.M)
     assert re.search(r"^prompts 6  40 calls", lines_of(tally, None, monkeypatch, capsys), re.M)
+
+
+def test_the_time_left_is_told_by_the_pace_since_the_first_new_call():
+    tally, pace = Tally(calls_each=10, read=4, calls_replayed=10), progress._Pace()
+    assert pace.left(tally, 4, 0) == "", "nothing is new yet"
+    tally.calls_made = 2
+    assert pace.left(tally, 4, 1000) == "", "loading the model took that long"
+    tally.calls_made = 8
+    assert pace.left(tally, 4, 1060) == ", 45%, about 4 min left"
+    tally.calls_replayed, tally.read = 0, 6
+    assert pace.left(tally, 4, 1060) == ", 45%, about 4 min left", "what is reached stays"
+    tally.records_made = 4
+    assert pace.left(tally, 4, 1100) == ""
+
+
+def test_no_time_left_is_told_where_it_cannot_be():
+    tally, pace = Tally(calls_each=10, read=4, calls_made=2), progress._Pace()
+    assert pace.left(tally, None, 0) == ""
+    tally.calls_made = 30
+    assert pace.left(tally, None, 60) == ""
+    tally.stopping = True
+    assert pace.left(tally, 4, 60) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (89, "89 s"), (152, "3 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")],
+)
+def test_durations_are_told_as_people_tell_them(seconds, told):
+    assert duration(seconds) == told
 
 
 def test_lines_tell_when_a_model_is_loading_and_when_the_run_is_stopping(monkeypatch, capsys):
@@ -542,7 +663,10 @@ def test_doctor_survives_a_broken_torch(tmp_path):
 
 def test_a_run_that_needs_torch_says_what_to_install(tmp_path):
     done = real_command("generate", "benign", "-n", 1, "-o", tmp_path / "run", code=WITHOUT.format(names={"torch": None}))
-    assert (done.returncode, "pip install 'cai-toolkit[local]'" in done.stderr) == (2, True)
+    assert (done.returncode, "torch is not installed: pip install 'cai-toolkit[local]'" in done.stderr) == (2, True)
+    code = WITHOUT.format(names={"torch": None, "transformers": None})
+    done = real_command("generate", "benign", "-n", 1, "-o", tmp_path / "run", code=code)
+    assert (done.returncode, "torch and transformers are not installed: pip" in done.stderr) == (2, True)
 
 
 def test_a_run_without_torch_works_on_another_engine(tmp_path):

@@ -61,6 +61,22 @@ def test_show_merges_what_is_extended_and_what_it_prints_validates(tmp_path: Pat
     )
 
 
+def test_validate_notes_what_the_default_recipe_needs_besides(tmp_path: Path) -> None:
+    head = "name: few\ndescription: d\nlicense: MIT\nprinciples:\n"
+    (tmp_path / "asks.yaml").write_text(f"{head}- {{id: a, preference: p}}\n")
+    (tmp_path / "mends.yaml").write_text(f"{head}- {{id: a, critique: c, revision: r}}\n")
+    asks, mends = cai("validate", tmp_path / "asks.yaml"), cai("validate", tmp_path / "mends.yaml")
+    assert (asks.returncode, mends.returncode) == (0, 0)
+    assert asks.stdout.splitlines()[1:] == [
+        "note: for the default recipe 2 rounds draw a principle each without repeating, but constitution 'few' has none with "
+        "critique and revision; this works: --set generation.rounds=0 --set generation.candidates=2 "
+        "--set generation.pairs=samples"
+    ]
+    notes = mends.stdout.splitlines()[1:]
+    assert [note.rsplit("; ")[-1] for note in notes[:1]] == ["this works: --set generation.rounds=1"]
+    assert notes[1:] == ["note: no principle has a 'preference', which the judge of every recipe needs: add one"]
+
+
 def test_validate_tells_every_fault_with_its_line_and_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: bad\ndescripton: d\nlicense: MIT\nprinciples:\n  - id: a\n    critque: c\n")
     done = cai("validate", tmp_path / "bad.yaml")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
-from cai.config import Recipe, load_recipe, parse_set
-from cai.documents import Document
+from cai.config import RATING, JudgeConfig, Recipe, load_recipe, parse_set
+from cai.documents import Document, parse_scalar
 from cai.errors import ConfigError
 
-RECIPES = Path(__file__).resolve().parent.parent / "pipelines"
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "pipelines"
+PANEL = "judge: {method: panel, members: [{name: a}, {name: b, method: score, weight: 2}]}\n"
 
 
 def load(tmp_path: Path, text: str, *assignments: str) -> Recipe:
@@ -30,8 +35,9 @@ def fault(tmp_path: Path, text: str, *assignments: str) -> str:
 
 
 def sections(model: type[BaseModel] = Recipe) -> list[type[BaseModel]]:
-    inner = [field.annotation for field in model.model_fields.values()]
-    return [model, *(one for one in inner if isinstance(one, type) and issubclass(one, BaseModel))]
+    inner = [one for field in model.model_fields.values() for one in (field.annotation, *typing.get_args(field.annotation))]
+    found = [one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)]
+    return [model, *(deeper for one in found for deeper in sections(one))]
 
 
 @pytest.mark.parametrize("section", sections())
@@ -52,6 +58,30 @@ def test_shipped_recipes_load(path: Path) -> None:
     assert load_recipe(path, []).prompts.limit
 
 
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "pipelines/demo.yaml"])
+def test_a_shipped_recipe_is_found_by_name_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name, []) == load_recipe(RECIPES / "demo.yaml", [])
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / name).write_text("seed: 7\n")
+    assert load_recipe(name, []).seed == 7, "a file that is here wins"
+
+
+@pytest.mark.parametrize("name", ["dmeo", "dmeo.yaml", "elsewhere/demos.yaml"])
+def test_an_unknown_recipe_is_told_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(name, [])
+    known = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
+    assert str(caught.value) == (
+        f"no recipe '{name}': neither a file nor a built-in name (did you mean 'demo'?); built in: {known}"
+    )
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; expected a file or a built-in name"):
+        load_recipe(tmp_path, [])
+
+
 def test_no_file_and_no_flags_are_the_defaults() -> None:
     assert load_recipe(None, []) == Recipe()
 
@@ -67,7 +97,7 @@ def test_an_empty_section_is_the_defaults(tmp_path: Path, text: str) -> None:
     [
         ("seed: 1\njudge:\n  principels: all\n", "r.yaml:3: judge.principels: unknown key (did you mean 'principles'?)"),
         ("jugde: {}\n", "r.yaml:1: jugde: unknown key (did you mean 'judge'?)"),
-        ("max_tokens: 9\n", "r.yaml:1: max_tokens: unknown key (did you mean 'generation.max_tokens'?)"),
+        ("max_tokens: 9\n", "r.yaml:1: max_tokens: unknown key (did you mean 'judge.max_tokens' or 'generation.max_tokens'?)"),
         ("model: x\n", "r.yaml:1: model: unknown key (did you mean 'policy.model' or 'judge.model'?)"),
         ("zzz: 1\n", "r.yaml:1: zzz: unknown key; known keys: constitution, seed, policy, judge, prompts, generation, dataset"),
         ("seed: x\n", "r.yaml:1: seed: expected a whole number, found 'x'"),
@@ -94,17 +124,59 @@ def test_an_empty_section_is_the_defaults(tmp_path: Path, text: str) -> None:
         ("", "r.yaml: expected a mapping of keys to values, found nothing"),
         (
             "generation:\n  candidates: 1\n  pairs: samples\n",
-            "r.yaml:3: generation.pairs: samples compares candidates; set generation.candidates to 2 or more",
+            "r.yaml:3: generation.pairs: pairs of kind 'samples' compare candidates; set generation.candidates to 2 or more",
         ),
         (
             "generation: {candidates: 2, temperature: 0, pairs: both}\n",
-            "r.yaml:1: generation.pairs: both compares candidates, all equal at temperature 0; raise generation.temperature",
+            "r.yaml:1: generation.pairs: pairs of kind 'both' compare candidates, equal at temperature 0; raise ",
         ),
         (
             "generation:\n  rounds: 0\n",
-            "r.yaml:1: generation.pairs: revision compares revisions; set generation.rounds to 1 or more",
+            "r.yaml:2: generation.rounds: pairs of kind 'revision' compare revisions; set generation.rounds to 1 or more, or ",
         ),
         ("judge:\n  revision: main\n", "r.yaml:2: judge.revision: names the revision of judge.model, which is not set"),
+        (
+            "judge: {method: reasonin}\n",
+            "r.yaml:1: judge.method: expected 'choice', 'reasoning', 'likelihood', 'score', 'text',",
+        ),
+        (
+            "judge:\n  method: reasoning\n  clamp: [0.6, 0.4]\n",
+            "r.yaml:3: judge.clamp: expected [low, high] with 0 <= low < 0.5 < high <= 1, found [0.6, 0.4]",
+        ),
+        ("judge: {clamp: [-0.1, 0.6]}\n", "r.yaml:1: judge.clamp: expected [low, high] with 0 <= low < 0.5 < high <= 1"),
+        ("judge: {clamp: [0.4, .nan]}\n", "r.yaml:1: judge.clamp: expected [low, high] with 0 <= low < 0.5 < high <= 1"),
+        ("judge: {samples: 0}\n", "r.yaml:1: judge.samples: expected greater than 0, found 0"),
+        ("judge: {exemplars: -1}\n", "r.yaml:1: judge.exemplars: expected greater than or equal to 0, found -1"),
+        (
+            "judge:\n  members: [{name: a}, {name: b}]\n",
+            "r.yaml:2: judge.members: only a panel has members; set judge.method to panel",
+        ),
+        ("judge: {method: panel}\n", "r.yaml:1: judge.members: a panel needs two members or more, with different names"),
+        (
+            "judge:\n  method: panel\n  members: [{name: a}, {name: a}]\n",
+            "r.yaml:3: judge.members: a panel needs two members or more, with different names",
+        ),
+        (
+            "judge:\n  method: panel\n  members: [{name: a}, {name: b, method: panel}]\n",
+            "r.yaml:3: judge.members: a member of a panel cannot be a panel",
+        ),
+        ("judge: {method: panel, members: [{name: a, weigth: 1}]}\n", "r.yaml:1: judge.members[0].weigth: unknown key"),
+        (
+            "judge: {method: panel, members: [{name: a}, {name: b, weight: 0}]}\n",
+            "r.yaml:1: judge.members[1].weight: expected greater than 0, found 0",
+        ),
+        (
+            "generation:\n  pairs: samples\n  candidates: 4\n  comparisons: best-worst\n",
+            "r.yaml:4: generation.comparisons: best-worst needs a judge that rates each alone: likelihood, score, checks, ",
+        ),
+        (
+            "dataset:\n  ranking: bradley-terry\n",
+            "r.yaml:2: dataset.ranking: bradley-terry ranks candidates that were all compared; set generation.comparisons: all",
+        ),
+        (
+            "generation: {pairs: both, candidates: 4, comparisons: tournament}\ndataset: {ranking: bradley-terry}\n",
+            "r.yaml:2: dataset.ranking: bradley-terry ranks candidates that were all compared",
+        ),
     ],
 )
 def test_a_bad_recipe_is_told_with_file_line_key_and_fix(tmp_path: Path, text: str, message: str) -> None:
@@ -116,7 +188,7 @@ def test_a_bad_recipe_is_told_with_file_line_key_and_fix(tmp_path: Path, text: s
     [
         ("judge.principels=all", "judge.principels: unknown key (did you mean 'principles'?)"),
         ("judgee.principles=all", "judgee: unknown key (did you mean 'judge'?)"),
-        ("temperature=1", "temperature: unknown key (did you mean 'generation.temperature'?)"),
+        ("temperature=1", "temperature: unknown key (did you mean 'judge.temperature' or 'generation.temperature'?)"),
         ("judge.principles=x", "judge.principles: expected a whole number or 'all', found 'x'"),
         ("judge.principles.x=3", "'judge.principles' is a value and has no key 'x'"),
         ("judge=4", "judge: expected a section with keys, found 4"),
@@ -129,6 +201,16 @@ def test_a_bad_recipe_is_told_with_file_line_key_and_fix(tmp_path: Path, text: s
 )
 def test_a_bad_assignment_is_told_with_the_flag_the_key_and_the_fix(tmp_path: Path, assignment: str, message: str) -> None:
     assert fault(tmp_path, "seed: 1\njudge:\n  principles: 2\n", assignment).startswith(f"--set {assignment}: {message}")
+
+
+@pytest.mark.parametrize("text", ["{}", Recipe().to_yaml()])
+def test_of_two_keys_that_do_not_go_together_the_one_that_was_set_last_is_blamed(tmp_path: Path, text: str) -> None:
+    told = fault(tmp_path, text, "generation.candidates=4", "generation.rounds=0")
+    assert told.startswith("--set generation.rounds=0: generation.rounds: pairs of kind 'revision' compare revisions; ")
+    told = fault(tmp_path, text, "generation.candidates=1", "generation.pairs=both")
+    assert told.startswith("--set generation.pairs=both: generation.pairs: pairs of kind 'both' compare candidates; ")
+    told = fault(tmp_path, text, "generation.pairs=both", "generation.candidates=1")
+    assert told.startswith("--set generation.candidates=1: generation.candidates: pairs of kind 'both' compare candidates; ")
 
 
 def test_set_wins_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
@@ -150,26 +232,83 @@ def leaves(model: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+SETTINGS = {
+    "policy.dtype": "float16",
+    "judge.method": "score",
+    "judge.layout": "principle-first",
+    "judge.clamp": "[0.25, 0.75]",
+    "judge.length": "sum",
+    "judge.members": "[{name: a}, {name: b}]",
+    "generation.pairs": "both",
+    "generation.comparisons": "tournament",
+    "dataset.ranking": "bradley-terry",
+}
+"""Values for keys that do not take just any of their type."""
+TEXTS = {
+    "prompts.column",
+    "prompts.subset",
+    "prompts.revision",
+    "policy.revision",
+    "policy.device",
+    "judge.model",
+    "judge.revision",
+    "judge.calibration",
+    "dataset.license",
+}
+"""Keys whose default is null and that take a text."""
+BESIDE = {
+    "generation.pairs": ["generation.candidates=2"],
+    "judge.revision": ["judge.model=m"],
+    "judge.members": ["judge.method=panel"],
+    "dataset.ranking": ["generation.candidates=2", "generation.pairs=samples"],
+}
+"""What has to be said beside a key."""
+
+
+def annotation(key: str) -> Any:
+    model: Any = Recipe
+    for name in key.split("."):
+        model = model.model_fields[name].annotation
+    return model
+
+
 @pytest.mark.parametrize("key", leaves(Recipe()))
 def test_every_key_can_be_set_by_a_flag(key: str) -> None:
     default = leaves(Recipe())[key]
     choices = {bool: "true", int: "7", float: "0.5625", str: "other", type(None): "9"}
-    names = {"policy.dtype": "float16", "judge.method": "choice", "generation.pairs": "both"}
-    texts = {
-        "prompts.column",
-        "prompts.subset",
-        "prompts.revision",
-        "policy.revision",
-        "policy.device",
-        "judge.model",
-        "judge.revision",
-    }
-    text = names.get(key, "'other'" if key in texts | {"dataset.license"} else choices[type(default)])
-    more = {"generation.pairs": ["generation.candidates=2"], "judge.revision": ["judge.model=m"]}.get(key, [])
+    text = SETTINGS.get(key) or ("'other'" if key in TEXTS else choices[type(default)])
+    more = BESIDE.get(key, [])
     resolved = leaves(load_recipe(None, [parse_set(one) for one in (*more, f"{key}={text}")]))
-    assert str(resolved[key]) == text.strip("'").replace("true", "True")
+    assert resolved[key] == TypeAdapter(annotation(key)).validate_python(parse_scalar(text)) != default
     changed = {name for name, value in resolved.items() if value != leaves(Recipe())[name]}
-    assert changed - {one.split("=")[0] for one in more} == ({key} if key != "judge.method" else set())
+    assert changed - {one.split("=")[0] for one in more} == {key}
+
+
+def read_attributes() -> Counter[str]:
+    """The names of all attributes that code reads, but for those that only a validator of the recipe looks at."""
+    found: Counter[str] = Counter()
+    for file in (ROOT / "cai").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        checks = {
+            id(inner)
+            for outer in ast.walk(tree)
+            if isinstance(outer, ast.FunctionDef) and "validator" in "".join(map(ast.dump, outer.decorator_list))
+            for inner in ast.walk(outer)
+        }
+        found.update(
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks
+        )
+    found.update(re.findall(r"recipe\.\w+\.(\w+)", (ROOT / "cai/dataset/card.md.jinja").read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.mark.parametrize("section", sections())
+def test_no_key_is_ignored_by_all_code(section: type[BaseModel]) -> None:
+    """That each key of `judge`, `generation` and `dataset` changes something is in test_pipeline and test_dataset."""
+    read = read_attributes()
+    assert [name for name in section.model_fields if not read[name]] == []
 
 
 def test_paths_are_looked_for_beside_the_recipe_and_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +333,35 @@ def test_paths_are_looked_for_beside_the_recipe_and_then_here(tmp_path: Path, mo
 
 def test_the_judge_has_the_policys_settings_and_its_own_model() -> None:
     recipe = Recipe.model_validate({"policy": {"model": "a", "revision": "r", "batch_size": 3}})
-    assert recipe.judge_model is recipe.policy
-    other = Recipe.model_validate({**recipe.model_dump(), "judge": {"model": "b"}}).judge_model
+    assert recipe.judge_model(recipe.judge) is recipe.policy
+    other = recipe.judge_model(JudgeConfig(model="b"))
     assert (other.model, other.revision, other.batch_size) == ("b", None, 3)
+    assert recipe.judge_model(JudgeConfig(model="b", revision="s")).revision == "s"
+
+
+def test_a_member_of_a_panel_has_the_panels_settings_and_what_it_says_itself(tmp_path: Path) -> None:
+    text = """
+judge:
+  {method: panel, model: a, revision: r, samples: 3, layout: principle-first, calibration: null, members: [
+    {name: one}, {name: two, method: score}, {name: three, model: b}, {name: four, model: b, revision: s}]}
+"""
+    recipe = load(tmp_path, text)
+    members = [recipe.judge.member(one) for one in recipe.judge.members]
+    assert [(one.method, one.model, one.revision) for one in members] == [
+        ("choice", "a", "r"),
+        ("score", "a", "r"),
+        ("choice", "b", None),
+        ("choice", "b", "s"),
+    ]
+    assert {(one.samples, one.layout, one.members) for one in members} == {(3, "principle-first", ())}
+    own = load(tmp_path, PANEL)
+    assert own.judge_model(own.judge.member(own.judge.members[0])) is own.policy
+
+
+@pytest.mark.parametrize("method", RATING)
+def test_best_worst_goes_with_every_judge_that_rates_each_alone(tmp_path: Path, method: str) -> None:
+    text = f"generation: {{pairs: samples, candidates: 4, comparisons: best-worst}}\njudge: {{method: {method}}}\n"
+    assert load(tmp_path, text).generation.comparisons == "best-worst"
 
 
 TEXT = st.text(min_size=1, max_size=20).filter(lambda text: not re.search(r"[\ud800-\udfff]", text))
@@ -206,7 +371,18 @@ RECIPE = st.fixed_dictionaries(
         "constitution": TEXT,
         "seed": st.integers(),
         "policy": st.fixed_dictionaries({"model": TEXT, "revision": st.none() | TEXT, "exact": st.booleans()}),
-        "judge": st.fixed_dictionaries({"model": TEXT, "principles": st.just("all") | st.integers(1, 99)}),
+        "judge": st.fixed_dictionaries(
+            {
+                "model": TEXT,
+                "principles": st.just("all") | st.integers(1, 99),
+                "clamp": st.tuples(st.floats(0, 0.49), st.floats(0.51, 1)),
+                "calibration": st.none() | TEXT,
+            }
+        )
+        | st.builds(
+            lambda names: {"method": "panel", "members": [{"name": name, "model": name} for name in names]},
+            st.lists(TEXT, min_size=2, max_size=3, unique=True),
+        ),
         "prompts": st.fixed_dictionaries({"source": TEXT | st.just("-"), "column": st.none() | TEXT}),
         "generation": st.fixed_dictionaries({"temperature": st.floats(0, 5), "top_p": st.floats(0.01, 1)}),
         "dataset": st.fixed_dictionaries({"license": st.none() | TEXT | st.sampled_from(["no", "1.0", "2026-01-01", "null"])}),

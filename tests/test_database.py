@@ -279,3 +279,25 @@ def test_another_format_is_refused_and_left_alone(tmp_path):
 def test_a_file_that_cannot_be_made_is_a_store_error(tmp_path):
     with pytest.raises(StoreError, match="unable to open"):
         Database(tmp_path / "missing" / "journal.sqlite")
+
+
+# --- completions that are given
+
+
+def test_a_record_counts_only_for_the_completions_that_were_given_with_its_prompt(database):
+    one = prompt("a")
+    database.begin_pass()
+    assert database.claim(0, one, ("x", "y")) == "new"
+    database.add_record(record(one), ("x", "y"))
+    for completions, claim in ((("x", "y"), "kept"), (("y", "x"), "new"), (("x", "z"), "new"), ((), "new")):
+        database.begin_pass()
+        assert database.claim(0, one, completions) == claim
+        assert len(list(database.records())) == (claim == "kept")
+
+
+def test_a_pair_read_twice_is_a_duplicate_and_other_completions_make_another_pair(database):
+    database.begin_pass()
+    assert database.claim(0, prompt("a"), ("x", "y")) == "new"
+    assert database.claim(1, prompt("a"), ("x", "y")) == "duplicate"
+    assert database.claim(2, prompt("a"), ("x", "z")) == "taken"
+    assert database.claim(3, prompt("a")) == "taken"

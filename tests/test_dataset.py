@@ -50,6 +50,7 @@ def _some_record(number: int, draw: random.Random) -> Record:
 def manifest_of(statistics: Statistics) -> dict[str, Any]:
     return {
         "constitution": {"hash": CONSTITUTION.hash},
+        "policy": "the policy's fingerprint",
         "judge_is_policy": True,
         "prompts": {"read": 1, "duplicates": 0, "quarantined": {}},
         "dataset": statistics.to_json(),
@@ -59,7 +60,7 @@ def manifest_of(statistics: Statistics) -> dict[str, Any]:
 def write(records: list[Record], out: Path, config: DatasetConfig = CONFIG) -> Statistics:
     statistics = write_dataset(iter(records), out / "data", config)
     example = records[0] if records else record()
-    card = render_card(manifest_of(statistics), Recipe(dataset=config), CONSTITUTION, example)
+    card = render_card(manifest_of(statistics), Recipe().model_copy(update={"dataset": config}), CONSTITUTION, example)
     (out / "README.md").write_text(card, encoding="utf-8")
     return statistics
 
@@ -162,8 +163,8 @@ def test_every_record_is_in_the_trace_and_reads_with_pandas(records, out):
         assert [list(each["cleaned"]) for each in row["revisions"]] == [list(each.cleaned) for each in one.revisions]
         assert [each["probability"] for each in row["verdicts"]] == [each.probability for each in one.verdicts]
         for each, kept in zip(row["verdicts"], one.verdicts, strict=True):
-            seen = [tuple(tuple(reading) for reading in judged["logprobs"]) for judged in each["principles"]]
-            assert seen == [judged.logprobs for judged in kept.principles]
+            seen = [tuple(tuple(reading) for reading in judged["readings"]) for judged in each["principles"]]
+            assert seen == [judged.readings for judged in kept.principles]
     flat = frame.explode("verdicts")["verdicts"].dropna()
     assert flat.map(lambda each: each["probability"]).between(0, 1).all()
 
@@ -240,10 +241,10 @@ def naive(records: list[Record], config: DatasetConfig) -> dict[str, float]:
     return {
         "candidates_truncated": fmean(each.finish_reason == "length" for one in records for each in one.candidates),
         "order_flips": fmean(
-            (each.logprobs[0][0] - each.logprobs[0][1]) * (each.logprobs[1][0] - each.logprobs[1][1]) < 0 for each in judged
+            (each.readings[0][0] - each.readings[0][1]) * (each.readings[1][0] - each.readings[1][1]) < 0 for each in judged
         ),
         "first_shown": fmean(
-            score for each in judged for score in (half(*each.logprobs[0]), half(*reversed(each.logprobs[1])))
+            score for each in judged for score in (half(*each.readings[0]), half(*reversed(each.readings[1])))
         ),
         "revision_preferred": fmean(half(0.5, probability) for probability in revised),
         "chosen_probability": fmean(one for one, _, _ in kept),
@@ -291,3 +292,54 @@ def test_records_are_read_once_and_one_by_one(tmp_path):
             yield one
 
     assert write_dataset(lazily(), tmp_path, CONFIG).records == alive == 5
+
+
+def ranked_records() -> list[Record]:
+    return [
+        record(
+            f"prompt {number}",
+            ["one", "two", "three"],
+            verdicts=[
+                sure("candidate-0", "candidate-1", 0.7, "samples"),
+                sure("candidate-0", "candidate-2", 0.9, "samples"),
+                sure("candidate-1", "candidate-2", 0.6, "samples"),
+            ],
+        )
+        for number in range(12)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("test_fraction", 0.5),
+        ("min_probability", 0.8),
+        ("ranking", "bradley-terry"),
+        ("shard_rows", 3),
+        ("license", "cc-by-4.0"),
+    ],
+)
+def test_no_key_of_the_dataset_is_ignored(tmp_path, key, value):
+    assert key in DatasetConfig.model_fields
+
+    def written(name: str, config: DatasetConfig) -> Any:
+        write(ranked_records(), tmp_path / name, config)
+        return files(tmp_path / name), (tmp_path / name / "README.md").read_text(encoding="utf-8")
+
+    base = written("base", DatasetConfig())
+    assert base == written("again", DatasetConfig())
+    assert base != written("changed", DatasetConfig.model_validate({key: value}))
+
+
+def test_every_key_of_the_dataset_is_tried_above():
+    tried = {case[0] for case in test_no_key_of_the_dataset_is_ignored.pytestmark[0].args[1]}
+    assert tried == set(DatasetConfig.model_fields)
+
+
+def test_a_ranked_dataset_holds_one_pair_a_prompt_and_all_verdicts_in_its_trace(tmp_path):
+    statistics = write(ranked_records(), tmp_path, DatasetConfig(ranking="bradley-terry", test_fraction=0))
+    assert statistics.rows["preference"] == {"train": 12}
+    loaded = load(tmp_path, "preference")["train"]
+    assert {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in loaded} == {("one", "three")}
+    (file,) = (tmp_path / "data" / "trace").glob("train-*")
+    assert all(len(row["verdicts"]) == 3 for row in pq.read_table(file).to_pylist())

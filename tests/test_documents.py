@@ -65,7 +65,25 @@ def fault(text: str, model: type[BaseModel] = Outer) -> str:
         ("- title\n", "f.yaml: expected a mapping of keys to values, found list"),
         ("title", "f.yaml: expected a mapping of keys to values, found str"),
         ("title: a\ninner: [", "f.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
-        ("title: a\n\tinner: 3", "f.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
+        (
+            "title: a\n\tinner: 3",
+            "f.yaml:2: not valid YAML: found character '\\t' that cannot start any token; indent line 2 with spaces",
+        ),
+        (
+            "inner:\n  size: 1\n    mode: fast\n",
+            "f.yaml:3: not valid YAML: mapping values are not allowed here; check the indentation of line 3, "
+            "and put a text that holds ': ' in quotes",
+        ),
+        (
+            "inner:\n    size: 1\n  mode: fast\n",
+            "f.yaml:3: not valid YAML: expected <block end>, but found '<block mapping start>'; "
+            "check the indentation of line 3",
+        ),
+        (
+            "inners:\n  - size: 1\n   mode: fast\n",
+            "f.yaml:3: not valid YAML: expected <block end>, but found '<block mapping start>'; "
+            "check the indentation of line 3",
+        ),
         ("title: a\n---\ntitle: b\n", "f.yaml:2: not valid YAML: but found another document"),
         ("title: a\nb: \x00", "f.yaml:2: not valid YAML: the character '\\x00' is not allowed"),
         ("title: a\nb: \ud800", "f.yaml:2: not valid YAML: the character '\\ud800' is not allowed"),

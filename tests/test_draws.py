@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.constitution import Principle
-from cai.generation.draws import derive_seed, draw_evenly, draw_weighted
+from cai.generation.draws import draw_evenly, draw_weighted
+from cai.seeds import derive_seed
 
 seeds = st.integers(0, 2**63 - 1)
 names = st.text(max_size=20)

@@ -13,7 +13,7 @@ from cai.engines import ChoiceRequest, ScriptedEngine
 from cai.errors import RowError
 from cai.generation.estimate import estimate
 from cai.generation.record import Generator
-from cai.judging import ChoiceJudge
+from cai.judging.choice import ChoiceJudge
 from cai.prompts import Row, read_prompts
 from cai.types import Message, Prompt
 
@@ -44,7 +44,7 @@ async def test_the_calls_are_those_a_run_makes_when_no_revision_fails(generation
         return f"A text of seed {request.seed}."
 
     engine = ScriptedEngine(respond)
-    generator = Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine))
+    generator = Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine, asked.judge, CONSTITUTION))
     for row in read_prompts(asked.prompts):
         await generator.make_record(row.prompt)
     told = estimate(asked, CONSTITUTION, read_prompts(asked.prompts))
@@ -63,7 +63,7 @@ def test_tokens_are_within_a_tenth_of_those_of_texts_of_full_length():
         return [-0.5, -0.6] if kind == "judge" else words[request.seed % 1500 :][:200]
 
     engine = ScriptedEngine(count)
-    generator = Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine))
+    generator = Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine, asked.judge, CONSTITUTION))
     for row in read_prompts(asked.prompts):
         asyncio.run(generator.make_record(row.prompt))
     told = estimate(asked, CONSTITUTION, read_prompts(asked.prompts))

@@ -136,11 +136,21 @@ def test_a_folder_with_files_of_our_names_that_are_not_ours_is_left_alone(tmp_pa
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_folder_with_other_files_is_welcome(tmp_path):
+@pytest.mark.parametrize("mode", ["continue", "update", "fresh"])
+def test_a_folder_with_other_files_is_no_run_folder(tmp_path, mode):
     (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, but no run of cai; nothing was touched; use another -o"):
+        RunFolder(tmp_path, ONE, mode)
+    assert files(tmp_path) == {"notes.txt"}
+
+
+def test_hidden_files_and_what_is_put_beside_a_run_do_no_harm(tmp_path):
+    (tmp_path / ".gitignore").write_text("mine")
     (tmp_path / "run").mkdir()
     RunFolder(tmp_path, ONE).close()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder(tmp_path, ONE).close()
+    assert {".gitignore", "notes.txt"} <= files(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_says_so():

@@ -17,6 +17,8 @@ from cai.engines import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Reward,
+    RewardRequest,
     ScriptedEngine,
 )
 from cai.errors import Interrupted, RequestError, VerdictError
@@ -121,8 +123,38 @@ async def test_a_principle_more_pays_only_for_itself_and_the_order_stays(databas
 
 async def test_a_log_likelihood_is_kept(database):
     engine, asked, _ = journaled(database, -12.5)
-    assert await engine.loglikelihood(SURE) == await engine.loglikelihood(SURE) == Loglikelihood(-12.5, 2)
+    assert await engine.loglikelihood(SURE) == await engine.loglikelihood(SURE) == Loglikelihood(-12.5, 2, 0)
     assert len(asked.requests) == 1
+
+
+async def test_a_reward_is_kept(database):
+    engine, asked, tally = journaled(database, 2.5)
+    rated = RewardRequest((*SURE.messages, Message("assistant", "an answer")))
+    assert await engine.reward(rated) == await engine.reward(rated) == Reward(2.5, 0)
+    assert asked.requests == [rated]
+    assert (tally.calls_made, tally.calls_replayed) == (1, 1)
+
+
+class Computing:
+    """An engine that says what it computed."""
+
+    fingerprint, capabilities = "computing", frozenset({"loglikelihood", "reward"})
+
+    async def loglikelihood(self, request: Any) -> Loglikelihood:
+        return Loglikelihood(-3.5, 2, 40)
+
+    async def reward(self, request: Any) -> Reward:
+        return Reward(-0.5, 60)
+
+
+async def test_the_tokens_that_were_computed_are_counted_once(database):
+    tally = Tally()
+    engine = JournaledEngine(Computing(), database, "judge", tally)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert await engine.loglikelihood(SURE) == Loglikelihood(-3.5, 2, 40)
+        assert await engine.reward(RewardRequest(SURE.messages)) == Reward(-0.5, 60)
+    assert (tally.prompt_tokens, tally.calls_made, tally.calls_replayed) == (100, 2, 2)
+    assert database.usage() == {"judge": RoleUsage(2, 100, 0)}
 
 
 @pytest.mark.parametrize("number", [0.1 + 0.2, 1e-320, 1.7976931348623157e308, -0.0, 3])
@@ -193,6 +225,9 @@ class Broken:
     async def loglikelihood(self, request: Any) -> Any:
         return self.answers
 
+    async def reward(self, request: Any) -> Any:
+        return self.answers
+
 
 def broken(database: Database, answers: Any) -> JournaledEngine:
     engine: Engine = Broken(answers)  # type: ignore[assignment]
@@ -202,7 +237,7 @@ def broken(database: Database, answers: Any) -> JournaledEngine:
 @pytest.mark.parametrize("bad", [(float("nan"), -1.0), (-1.0, float("-inf")), (-1.0,), (-1.0, "-1"), (-1.0, None), ()])
 async def test_a_bad_number_is_a_verdict_error_and_its_good_neighbours_are_kept(database, bad):
     answers = [ChoiceLogprobs(logprobs, 5) for logprobs in ((-1.0, -2.0), bad, (-3.0, -4.0))]
-    with pytest.raises(VerdictError, match="expected 2 finite log-probabilities, got"):
+    with pytest.raises(VerdictError, match="expected 2 finite numbers, got"):
         await broken(database, answers).choice_logprobs(QUESTIONS[:3], ("A", "B"))
     assert database.usage() == {"judge": RoleUsage(2, 10, 0)}
     asked = broken(database, [ChoiceLogprobs((-5.0, -6.0), 5)])
@@ -213,7 +248,14 @@ async def test_a_bad_number_is_a_verdict_error_and_its_good_neighbours_are_kept(
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 async def test_a_log_likelihood_that_is_no_number_is_refused(database, bad):
     with pytest.raises(VerdictError):
-        await broken(database, Loglikelihood(bad, 1)).loglikelihood(SURE)
+        await broken(database, Loglikelihood(bad, 1, 0)).loglikelihood(SURE)
+    assert database.count_calls() == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1"])
+async def test_a_reward_that_is_no_number_is_refused(database, bad):
+    with pytest.raises(VerdictError, match="expected 1 finite numbers"):
+        await broken(database, Reward(bad, 1)).reward(RewardRequest(SURE.messages))
     assert database.count_calls() == 0
 
 

@@ -25,7 +25,7 @@ def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, cai, cai.prompts, cai.constitution as c\n"
         "assert str(pathlib.Path(cai.__file__)).startswith(sys.argv[1]), cai.__file__\n"
-        "print(c.built_in_names(), cai.prompts.built_in_sets())\n"
+        "print(c.built_in_names(), cai.prompts.built_in_sets(), cai.load_recipe('demo', []).prompts.limit)\n"
         "recipe = cai.Recipe.model_validate({'policy': {'model': sys.argv[2]}, 'prompts': {'limit': 3}})\n"
         "print(cai.generate(recipe, pathlib.Path('run'))['dataset']['records'])\n"
     )
@@ -39,5 +39,5 @@ def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "['concise-and-clear', 'harmless', 'helpful-honest-harmless'] ['benign', 'red-team']" in done.stdout
+    assert "['concise-and-clear', 'harmless', 'helpful-honest-harmless'] ['benign', 'red-team'] 16" in done.stdout
     assert done.stdout.strip().endswith("3")

@@ -9,13 +9,14 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 
 from cai import dataset, pipeline
-from cai.config import Recipe
+from cai.config import GenerationConfig, JudgeConfig, PanelMember, Recipe
 from cai.engines import ScriptedEngine
 from cai.errors import (
     CapabilityError,
@@ -26,10 +27,14 @@ from cai.errors import (
     PromptSourceError,
     StoreError,
 )
+from cai.generation import Generator
+from cai.judging import build_judge
 from cai.pipeline import generate, plan
+from cai.types import Message, Prompt
 from tests.records import HOSTILE as HOSTILE_PROMPTS
 from tests.runs import (
     CALLS,
+    SCRIPTED,
     SMALL,
     command,
     data_bytes,
@@ -127,10 +132,163 @@ def test_a_constitution_without_a_question_for_the_judge_is_refused(tmp_path):
         plan(asked(constitution=str(tmp_path / "none.yaml"), generation={"rounds": 1}))
 
 
+@pytest.mark.parametrize(
+    ("principles", "told"),
+    [
+        ([{"id": "a", "preference": "p"}], "2 rounds draw a principle each without repeating, but constitution 'few' has none"),
+        ([{"id": "a", "critique": "c", "revision": "r", "preference": "p"}], "but constitution 'few' has 1 with critique"),
+    ],
+)
+def test_too_few_principles_are_told_with_flags_that_work(tmp_path, principles, told):
+    written = {"name": "few", "description": "d", "license": "l", "principles": principles}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(written))
+    asked_for = ["generate", "benign", "-n", 1, "-c", tmp_path / "few.yaml", "-m", recipe().policy.model]
+    failed = command(*asked_for, "-o", tmp_path / "run")
+    assert (failed.returncode, told in failed.stderr) == (2, True)
+    flags = failed.stderr.partition("; this works: ")[2].split()
+    assert command(*asked_for, "-o", tmp_path / "run", *flags).returncode == 0
+
+
 def test_an_engine_that_cannot_judge_is_refused(monkeypatch):
     monkeypatch.setattr("cai.engines.ScriptedEngine.capabilities", frozenset({"generate"}))
     with pytest.raises(CapabilityError, match=r"judge\.method: choice needs choice_logprobs, which scripted:.* does not offer"):
         plan(asked())
+
+
+def test_a_reward_model_has_to_be_named():
+    with pytest.raises(ConfigError, match="reward-model needs a reward model of its own; name it by --judge-model"):
+        plan(asked(judge={"method": "reward-model"}))
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"),
+    [
+        ("reasoning", "choice_logprobs"),
+        ("likelihood", "loglikelihood"),
+        ("score", "choice_logprobs"),
+        ("reward-model", "reward"),
+    ],
+)
+def test_what_a_method_needs_is_asked_of_its_engine(monkeypatch, method, needed):
+    monkeypatch.setattr("cai.engines.ScriptedEngine.capabilities", frozenset({"generate"}))
+    section = {"method": method, "model": f"scripted:{SCRIPTED}:respond"}
+    with pytest.raises(CapabilityError, match=rf"judge\.method: {method} needs {needed}, which scripted:.* does not offer"):
+        plan(asked(judge=section))
+    panel = {"method": "panel", "members": [{"name": "one", "method": "text"}, {"name": "two", **section}]}
+    with pytest.raises(CapabilityError, match=rf"{method} needs {needed}"):
+        plan(asked(judge=panel))
+
+
+def test_members_of_a_panel_with_the_same_model_share_its_engine():
+    other = f"scripted:{SCRIPTED}:respond"
+    members = [
+        {"name": "a"},
+        {"name": "b", "method": "score"},
+        {"name": "c", "model": other},
+        {"name": "d", "method": "checks"},
+    ]
+    with_checks = SMALL.read_text() + "  - id: brief\n    check: {max_words: 3}\n"
+    checked = plan_of(with_checks, judge={"method": "panel", "members": members})
+    assert len(checked.judges) == 3, "checks need none"
+    assert len(set(checked.judges.values())) == 2
+    assert checked.policy in checked.judges.values()
+
+
+# --- no key without an effect
+
+
+EXEMPLAR = """
+exemplars:
+  - {prompt: "Why?", completion: "No.", principle: kind, critique: "It is not kind.", revision: "Let us see."}
+"""
+CHECK = """
+  - id: mine
+    check: {python: "tests.scripted:calm"}
+"""
+OTHER = f"scripted:{SCRIPTED}:respond"
+LABELS = {"method": "panel", "members": [{"name": "one"}, {"name": "two", "method": "score"}]}
+JUDGE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "model": ({}, {"model": OTHER}),
+    "revision": ({"model": OTHER}, {"revision": "main"}),
+    "method": ({}, {"method": "score"}),
+    "principles": ({}, {"principles": 2}),
+    "layout": ({}, {"layout": "principle-first"}),
+    "exemplars": ({}, {"exemplars": 1}),
+    "samples": ({"method": "reasoning"}, {"samples": 2}),
+    "temperature": ({"method": "text"}, {"temperature": 0.1}),
+    "max_tokens": ({"method": "reasoning"}, {"max_tokens": 9}),
+    "clamp": ({"method": "reasoning"}, {"clamp": [0.1, 0.9]}),
+    "length": ({"method": "likelihood"}, {"length": "sum"}),
+    "allow_python": ({}, {"allow_python": True}),
+    "calibration": ({}, {"calibration": "none.yaml"}),
+    "members": (LABELS, {"members": [{"name": "one"}, {"name": "two", "method": "text"}]}),
+}
+MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "name": ({}, {"name": "another"}),
+    "model": ({}, {"model": OTHER}),
+    "revision": ({"model": OTHER}, {"revision": "main"}),
+    "method": ({}, {"method": "text"}),
+    "weight": ({}, {"weight": 3.0}),
+}
+GENERATION_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "candidates": ({}, {"candidates": 2}),
+    "rounds": ({}, {"rounds": 1}),
+    "pairs": ({"candidates": 2}, {"pairs": "both"}),
+    "comparisons": ({"candidates": 4, "pairs": "samples"}, {"comparisons": "tournament"}),
+    "exemplars": ({}, {"exemplars": 0}),
+    "max_tokens": ({}, {"max_tokens": 9}),
+    "temperature": ({}, {"temperature": 0.1}),
+    "top_p": ({}, {"top_p": 0.9}),
+}
+
+
+def plan_of(constitution: str, **sections: Any) -> pipeline.Plan:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "mine.yaml")
+        path.write_text(constitution)
+        return plan(recipe("hashed", constitution=str(path), **sections))
+
+
+def outcome(constitution: str = SMALL.read_text() + EXEMPLAR, **sections: Any) -> Any:
+    """All that comes of a recipe: its record of one prompt, the revisions of its models, or why it is refused."""
+    try:
+        checked = plan_of(constitution, **sections)
+    except ConfigError as exc:
+        return str(exc)
+    judge = build_judge(checked.recipe.judge, checked.constitution, checked.judges.__getitem__)
+    made = Generator(checked.recipe, checked.constitution, checked.policy, judge)
+    record = asyncio.run(made.make_record(Prompt("id", (Message("user", "Why is the sky blue?"),))))
+    return record, [checked.recipe.judge_model(section).revision for section in checked.judges]
+
+
+@pytest.mark.parametrize("key", JudgeConfig.model_fields)
+def test_no_key_of_the_judge_is_ignored(key):
+    base, change = JUDGE_KEYS[key]
+    constitution = SMALL.read_text() + (CHECK if key == "allow_python" else EXEMPLAR)
+    before = outcome(constitution, judge=base)
+    assert isinstance(before, str) == (key == "allow_python"), before
+    assert before == outcome(constitution, judge=base), "only the key makes a difference"
+    assert before != outcome(constitution, judge={**base, **change})
+
+
+@pytest.mark.parametrize("key", PanelMember.model_fields)
+def test_no_key_of_a_member_is_ignored(key):
+    base, change = MEMBER_KEYS[key]
+    first, second = (
+        outcome(judge={"method": "panel", "members": [{"name": "one"}, {"name": "two", **member}]})
+        for member in (base, {**base, **change})
+    )
+    assert not isinstance(first, str)
+    assert first != second
+
+
+@pytest.mark.parametrize("key", sorted(set(GenerationConfig.model_fields) - {"concurrency"}))
+def test_no_key_of_the_generation_is_ignored(key):
+    """What `concurrency` does is in test_runner."""
+    base, change = GENERATION_KEYS[key]
+    before = outcome(generation=base)
+    assert not isinstance(before, str)
+    assert before != outcome(generation={**base, **change})
 
 
 # --- a recipe that changed
@@ -167,6 +325,9 @@ def test_more_prompts_pay_only_for_themselves_and_fewer_leave_the_others_out(tmp
     [
         ({"seed": 1}, ["seed: 0 there, 1 now"]),
         ({"judge": {"principles": "all"}}, ["judge.principles: 4 there, 'all' now"]),
+        ({"judge": {"layout": "principle-first", "exemplars": 1}}, ["judge.layout: ", "judge.exemplars: 0 there, 1 now"]),
+        ({"judge": {"method": "score"}}, ["judge.method: 'choice' there, 'score' now"]),
+        ({"generation": {"comparisons": "tournament"}}, ["generation.comparisons: 'all' there, 'tournament' now"]),
         ({"generation": {"rounds": 1}, "prompts": {"column": "prompt"}}, ["generation.rounds", "prompts.column"]),
         ({"generation": {"temperature": 0.1}}, ["generation.temperature"]),
         ({"constitution": "harmless"}, ["constitution: 'small@", "there, 'harmless@"]),
@@ -291,7 +452,7 @@ def test_bad_rows_are_set_aside_and_counted_and_the_others_become_records(tmp_pa
 
 def test_a_run_in_which_nothing_worked_fails_and_says_why(tmp_path):
     source = written_rows(tmp_path, {"id": "r", "prompt": "fault:raise"}, {"prompt": 5}, {"prompt": 6})
-    with pytest.raises(PromptSourceError, match="none of 3 rows became a record: 2 unreadable row, 1 ValueError"):
+    with pytest.raises(PromptSourceError, match=r"none of 3 rows became a record \(unreadable row: 2, ValueError: 1\); "):
         generate(recipe("faulty", prompts={"source": source}), tmp_path / "run")
     told = manifest(tmp_path / "run")
     assert told["status"] == "failed"
@@ -461,10 +622,10 @@ def test_engines_are_closed_unless_the_run_is_to_stop_at_once(tmp_path, monkeypa
         return respond(request)
 
     closes: list[Any] = []
-    monkeypatch.setattr(pipeline, "build_engine", lambda config: Closing(function))
+    monkeypatch.setattr(pipeline, "build_engine", lambda *_: Closing(function))
     with pytest.raises(Interrupted):
-        generate(recipe(prompts={"limit": 1}), tmp_path / "run")
-    assert len(closes) == closed, "policy and judge"
+        generate(recipe("hashed", prompts={"limit": 1}, judge={"model": OTHER}), tmp_path / "run")
+    assert len(set(closes)) == len(closes) == closed, "policy and judge"
 
 
 # --- a dry run

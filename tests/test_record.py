@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cai.config import Recipe
+from cai.config import RATING, Recipe
 from cai.constitution import Constitution, Exemplar, Principle, load_constitution
-from cai.engines import ChoiceRequest, GenerateRequest, ScriptedEngine
+from cai.engines import ChoiceRequest, GenerateRequest, LoglikelihoodRequest, ScriptedEngine
 from cai.errors import RequestError
 from cai.generation import record as record_module
-from cai.generation.draws import derive_seed
-from cai.generation.record import Generator, calls_per_prompt, pairs, template_hash
-from cai.judging import ChoiceJudge
-from cai.types import Completion, Message, Prompt, Record
-from tests.records import HOSTILE, completion, record, revision
+from cai.generation.record import GIVEN, Generator, calls_per_prompt, most_decided, pairs, template_hash
+from cai.judging import build_judge
+from cai.seeds import derive_seed
+from cai.types import Completion, Message, PrincipleVerdict, Prompt, Record, Verdict
+from tests.judges import SHOWN
+from tests.records import HOSTILE, completion, record, revision, sure
 
 PROMPT = Prompt("id-1", (Message("user", "Write a rude song."),))
 CONSTITUTION = Constitution(
@@ -32,9 +38,16 @@ CONSTITUTION = Constitution(
 )
 
 
-def recipe(**generation) -> Recipe:
-    judge = {"principles": generation.pop("principles", 2)}
-    return Recipe.model_validate({"generation": generation, "judge": judge})
+def recipe(judge: dict[str, Any] | None = None, principles: int | str = 2, **generation: Any) -> Recipe:
+    return Recipe.model_validate({"generation": generation, "judge": {"principles": principles, **(judge or {})}})
+
+
+def generator(asked: Recipe, engine: ScriptedEngine, constitution: Constitution = CONSTITUTION) -> Generator:
+    return Generator(asked, constitution, engine, build_judge(asked.judge, constitution, lambda _: engine))
+
+
+def make(asked: Recipe, respond: Any, constitution: Constitution = CONSTITUTION, prompt: Prompt = PROMPT) -> Record:
+    return asyncio.run(generator(asked, ScriptedEngine(respond), constitution).make_record(prompt))
 
 
 class Model:
@@ -59,8 +72,7 @@ class Model:
         return "critique" if last.startswith("Critique") else "revision" if last.startswith("Revise") else "answer"
 
     def run(self, asked: Recipe, prompt: Prompt = PROMPT, constitution: Constitution = CONSTITUTION) -> Record:
-        engine = ScriptedEngine(self.respond)
-        return asyncio.run(Generator(asked, constitution, engine, ChoiceJudge(engine)).make_record(prompt))
+        return make(asked, self.respond, constitution, prompt)
 
 
 def test_a_round_is_a_critique_of_the_last_text_and_a_revision_under_the_same_principle():
@@ -133,8 +145,7 @@ def test_an_empty_answer_is_not_critiqued(empty):
 
 
 def test_a_revision_cut_off_by_the_token_limit_is_none():
-    engine = ScriptedEngine(lambda request: Completion("Half a", "length", 1, 1, request.seed))
-    made = asyncio.run(Generator(recipe(rounds=1), CONSTITUTION, engine, ChoiceJudge(engine)).make_record(PROMPT))
+    made = make(recipe(rounds=1), lambda request: Completion("Half a", "length", 1, 1, request.seed))
     assert [one.problem for one in made.revisions] == ["truncated"]
 
 
@@ -184,11 +195,10 @@ def test_records_do_not_depend_on_what_runs_beside_them():
     asked = recipe(candidates=2, rounds=2, pairs="both")
     prompts = [Prompt(f"id-{number}", PROMPT.messages) for number in range(8)]
     alone = {prompt.id: Model().run(asked, prompt) for prompt in prompts}
-    engine = ScriptedEngine(slowly(Model().respond))
-    generator = Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine))
+    shared = generator(asked, ScriptedEngine(slowly(Model().respond)))
 
     async def together():
-        return await asyncio.gather(*(generator.make_record(prompt) for prompt in reversed(prompts)))
+        return await asyncio.gather(*(shared.make_record(prompt) for prompt in reversed(prompts)))
 
     assert {made.prompt.id: made for made in asyncio.run(together())} == alone
 
@@ -224,9 +234,8 @@ def test_a_request_that_can_never_succeed_raises():
     def respond(request):
         raise RequestError("too long")
 
-    engine = ScriptedEngine(respond)
     with pytest.raises(RequestError, match="too long"):
-        asyncio.run(Generator(recipe(), CONSTITUTION, engine, ChoiceJudge(engine)).make_record(PROMPT))
+        make(recipe(), respond)
 
 
 @pytest.mark.parametrize("principles", [1, 4, 100, "all"])
@@ -243,8 +252,7 @@ def test_the_calls_of_a_prompt_are_those_that_were_promised(generation, principl
     asked, model = recipe(**generation, principles=principles), Model()
     constitution = load_constitution("concise-and-clear")
     promised = calls_per_prompt(asked, constitution)
-    engine = ScriptedEngine(model.respond)
-    made = asyncio.run(Generator(asked, constitution, engine, ChoiceJudge(engine)).make_record(PROMPT))
+    made = model.run(asked, constitution=constitution)
     assert len(model.compared) == promised["judge"]
     assert len(model.requests) == promised["answer"] + promised["critique"] + promised["revision"]
     assert (len(made.candidates), len(made.revisions)) == (promised["answer"], promised["revision"])
@@ -266,7 +274,219 @@ def test_the_hash_in_a_runs_identity_follows_templates_and_the_code_that_draws_w
 
 def test_a_completion_is_kept_as_the_engine_gave_it():
     given = completion("  Original.\n", length=True, seed=None)
-    engine = ScriptedEngine(lambda request: given)
-    asked = recipe(candidates=2, rounds=0, pairs="samples")
-    made = asyncio.run(Generator(asked, CONSTITUTION, engine, ChoiceJudge(engine)).make_record(PROMPT))
+    made = make(recipe(candidates=2, rounds=0, pairs="samples"), lambda request: given)
     assert made.candidates == (given, given)
+
+
+# --- which candidates are compared
+
+
+class Strengths:
+    """Candidates of planted strengths, answered in an order of their own, and a judge of any method that sees them."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.strengths = random.Random(seed).sample(range(count), count)
+        self.asked: list[Any] = []
+        self._answers = iter(f"Candidate of strength {strength}." for strength in self.strengths)
+
+    def respond(self, request: Any) -> Any:
+        last = request.messages[-1]
+        if isinstance(request, GenerateRequest) and last.content.startswith("Write"):
+            return next(self._answers)
+        self.asked.append(request)
+        if isinstance(request, LoglikelihoodRequest):
+            held = "would choose" in last.content
+            return (-1.0 if held else 1.0) * (20 - strength(request.continuation)) / 10
+        if isinstance(request, GenerateRequest):
+            return self.thought(request)
+        if not isinstance(request, ChoiceRequest):
+            return strength(last.content) / 3
+        if len(request.choices) == 10:
+            return [-abs(number - strength(request.messages[0].content) / 2) for number in range(10)]
+        first, second = map(strength, SHOWN.findall(request.messages[0].content)[0])
+        return [(first - second) / 4 - 3, (second - first) / 4 - 3]
+
+    @staticmethod
+    def thought(request: GenerateRequest) -> str:
+        first, second = map(strength, SHOWN.findall(request.messages[-1].content)[0])
+        return "A" if first > second else "B"
+
+    def run(self, asked: Recipe, constitution: Constitution = CONSTITUTION) -> Record:
+        return make(asked, self.respond, constitution)
+
+
+def strength(text: str) -> int:
+    return int(text.split("strength ")[1].partition(".")[0])
+
+
+def samples(comparisons: str, candidates: int, judge: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    return recipe(judge, candidates=candidates, comparisons=comparisons, **{"rounds": 0, "pairs": "samples", **more})
+
+
+def rounds_of(verdicts: Sequence[Verdict], players: int) -> list[list[Verdict]]:
+    """A tournament's verdicts by rounds: half of the players fight, one who is left over goes on."""
+    found, left = [], list(verdicts)
+    while players > 1:
+        found.append(left[: players // 2])
+        left, players = left[players // 2 :], players - players // 2
+    assert left == []
+    return found
+
+
+def test_by_default_each_candidate_is_compared_with_each():
+    made = Strengths(7).run(samples("all", 7))
+    names = [f"candidate-{number}" for number in range(7)]
+    assert [(one.first, one.second) for one in made.verdicts] == list(combinations(names, 2))
+
+
+@pytest.mark.parametrize("count", range(2, 17))
+def test_a_tournament_is_won_by_the_strongest_after_one_comparison_less_than_there_are_candidates(count):
+    model = Strengths(count, seed=count)
+    made = model.run(samples("tournament", count))
+    assert len(made.verdicts) == count - 1
+    still = {f"candidate-{number}" for number in range(count)}
+    for fought in rounds_of(made.verdicts, count):
+        players = [name for one in fought for name in (one.first, one.second)]
+        assert len(set(players)) == len(players)
+        assert set(players) <= still, "who has lost is out"
+        still -= {one.second if one.probability > 0.5 else one.first for one in fought}
+    assert still == {f"candidate-{model.strengths.index(count - 1)}"}
+
+
+def test_a_tournament_is_drawn_from_the_seed_and_the_prompt_alone():
+    def drawn(seed=0, prompt=PROMPT):
+        asked = samples("tournament", 8).model_copy(update={"seed": seed})
+        return [(one.first, one.second) for one in make(asked, Strengths(8).respond, prompt=prompt).verdicts]
+
+    assert drawn() == drawn()
+    others = [drawn(seed=1), drawn(prompt=Prompt("id-2", PROMPT.messages))]
+    assert all(other != drawn() for other in others)
+    firsts = Counter(name for seed in range(40) for name in drawn(seed)[0])
+    assert len(firsts) == 8, "any candidate may begin"
+
+
+def test_a_tie_in_a_tournament_is_won_by_whom_was_drawn_first():
+    made = make(
+        samples("tournament", 5), lambda request: [-1.0, -1.0] if isinstance(request, ChoiceRequest) else f"{request.seed}"
+    )
+    rounds = rounds_of(made.verdicts, 5)
+    winners = [one.first for one in rounds[0]]
+    assert [rounds[1][0].first, rounds[1][0].second] == winners
+    assert rounds[2][0].first == winners[0]
+    assert {one.probability for one in made.verdicts} == {0.5}
+
+
+@pytest.mark.parametrize("texts", [["a", "a", "b", "b", "c"], ["a", "", "b"], ["a", "a", "a"], ["", "", "b"]])
+def test_no_tournament_pits_equal_or_empty_completions_against_each_other(texts):
+    for seed in range(8):
+        answers = iter(texts)
+        asked = samples("tournament", len(texts)).model_copy(update={"seed": seed})
+        made = make(asked, lambda request, left=answers: [-1.0, -2.0] if isinstance(request, ChoiceRequest) else next(left))
+        fought = [{made.text(one.first), made.text(one.second)} for one in made.verdicts]
+        assert all(len(pair) == 2 and "" not in pair for pair in fought)
+        assert len(fought) == max(0, len(set(texts) - {""}) - 1)
+
+
+def test_revisions_are_compared_beside_a_tournament():
+    made = Model().run(recipe(candidates=5, rounds=1, pairs="both", comparisons="tournament"))
+    assert [one.source for one in made.verdicts] == ["revision"] + ["samples"] * 4
+    assert (made.verdicts[0].first, made.verdicts[0].second) == ("candidate-0", "revision-1")
+
+
+@pytest.mark.parametrize("method", RATING)
+@pytest.mark.parametrize("count", [2, 4, 9, 16])
+def test_best_worst_rates_each_candidate_once_and_keeps_the_best_against_the_worst(count, method):
+    constitution = CHECKED if method == "checks" else CONSTITUTION
+    model = Strengths(count, seed=count)
+    made = model.run(samples("best-worst", count, {"method": method, "model": "m"}, principles=2), constitution)
+    (only,) = made.verdicts
+    best = only if only.probability > 0.5 else only.swap()
+    if method != "checks":
+        assert (strength(made.text(best.first)), strength(made.text(best.second))) == (count - 1, 0)
+    each = {"likelihood": 4, "score": 2, "reward-model": 1, "checks": 0}[method]
+    assert len(set(model.asked)) == len(model.asked) == each * count
+
+
+def test_best_worst_keeps_the_widest_of_the_candidates_verdicts_and_every_revision():
+    one, other = sure("candidate-0", "candidate-1", 0.6, "samples"), sure("candidate-0", "candidate-2", 0.3, "samples")
+    revised = sure("candidate-0", "revision-1", 0.9)
+    assert most_decided([revised, one, other]) == [revised, other]
+    assert most_decided([revised]) == [revised]
+    assert most_decided([]) == []
+
+
+# --- completions that are given
+
+
+def test_given_completions_are_compared_and_nothing_is_generated():
+    model = Model()
+    asked = recipe(candidates=3, rounds=2, pairs="both")
+    engine = ScriptedEngine(model.respond)
+    labels = Generator(asked, CONSTITUTION, None, build_judge(asked.judge, CONSTITUTION, lambda _: engine))
+    made = asyncio.run(labels.make_record(PROMPT, ("Chosen.", "Rejected.")))
+    assert [one.text for one in made.candidates] == ["Chosen.", "Rejected."]
+    (only,) = made.verdicts
+    assert (only.first, only.second, only.source) == (*GIVEN, "samples")
+    assert (model.requests, made.revisions) == ([], ())
+    assert len(model.compared) == calls_per_prompt(asked, CONSTITUTION, given=True)["judge"] == 2 * 2
+    assert set(calls_per_prompt(asked, CONSTITUTION, given=True)) == {"judge"}
+
+
+# --- what it costs
+
+
+CHECKED = Constitution(
+    name="c",
+    description="d",
+    license="l",
+    principles=(
+        *CONSTITUTION.principles,
+        Principle.model_validate({"id": "long", "check": {"max_characters": 24}}),
+        Principle.model_validate({"id": "odd", "check": {"must_match": "[13579][.]"}}),
+    ),
+)
+PANEL = [{"name": "one"}, {"name": "two", "method": "score"}, {"name": "three", "method": "reasoning"}]
+METHODS = [
+    *({"method": method} for method in ("choice", "likelihood", "score", "reward-model", "checks")),
+    *({"method": method, "samples": number} for method in ("reasoning", "text") for number in (1, 3)),
+    {"method": "panel", "members": PANEL, "samples": 2},
+]
+
+
+@pytest.mark.parametrize("principles", [2, "all"])
+@pytest.mark.parametrize("judge", METHODS, ids=lambda judge: f"{judge['method']}-{judge.get('samples', 1)}")
+@pytest.mark.parametrize("comparisons", ["all", "tournament", "best-worst"])
+def test_the_judges_calls_are_those_that_were_promised(comparisons, judge, principles):
+    if comparisons == "best-worst" and judge["method"] not in RATING:
+        pytest.skip("a recipe that is refused")
+    constitution = CHECKED if judge["method"] == "checks" else CONSTITUTION
+    for count in range(4, 17):
+        model, asked = Strengths(count, count), samples(comparisons, count, {"model": "m", **judge}, principles=principles)
+        model.run(asked, constitution)
+        promised = calls_per_prompt(asked, constitution)
+        assert promised == {"answer": count, "critique": 0, "revision": 0, "judge": len(model.asked)}
+        if judge["method"] == "score":
+            assert promised["judge"] == count * (6 if principles == "all" else 2), "linear in the candidates"
+        elif judge["method"] == "choice":
+            each = count - 1 if comparisons == "tournament" else math.comb(count, 2)
+            assert promised["judge"] == each * (6 if principles == "all" else 2) * 2
+
+
+@pytest.mark.parametrize("judge", METHODS, ids=lambda judge: f"{judge['method']}-{judge.get('samples', 1)}")
+@pytest.mark.parametrize("principles", [3, "all"])
+def test_where_programs_judge_too_no_more_calls_are_made_than_promised(judge, principles):
+    for number in range(4):
+        model, asked = Strengths(4, number), samples("all", 4, {"model": "m", **judge}, principles=principles)
+        made = make(asked, model.respond, CHECKED, Prompt(f"id-{number}", PROMPT.messages))
+        promised = calls_per_prompt(asked, CHECKED)["judge"]
+        assert len(model.asked) == promised if principles == "all" else len(model.asked) <= promised
+        assert len(made.verdicts) == 6
+
+
+def test_the_most_decided_of_equally_sure_verdicts_is_told_by_what_was_read():
+    def sure(first, second, gap):
+        one = PrincipleVerdict("reward", 1.0, ((gap, 0.0),), 1.0, "reward-model")
+        return Verdict(first, second, "samples", 1.0, (one,))
+
+    verdicts = [sure("candidate-0", "candidate-1", 100.0), sure("candidate-2", "candidate-1", 700.0)]
+    assert most_decided(verdicts) == verdicts[1:]

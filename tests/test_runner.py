@@ -19,9 +19,9 @@ from cai.constitution import load_constitution
 from cai.engines import ChoiceRequest, GenerateRequest, ScriptedEngine
 from cai.errors import ConfigError, ContextLengthError, EngineError, Interrupted, PromptSourceError, RowError, StoreError
 from cai.generation import Generator, JournaledEngine, Runner, Tally
-from cai.generation.draws import derive_seed
-from cai.judging import ChoiceJudge
+from cai.judging.choice import ChoiceJudge
 from cai.prompts import Row
+from cai.seeds import derive_seed
 from cai.store import Database
 from cai.types import Message, Prompt
 from tests.runs import recipe, wait_until
@@ -48,7 +48,8 @@ class Pass:
     def __init__(self, database: Database, function: Callable[[Any], Any] = respond, recipe: Recipe = RECIPE) -> None:
         self.database, self.tally = database, Tally()
         engine = JournaledEngine(ScriptedEngine(function), database, "policy", self.tally)
-        self.generator = Generator(recipe, load_constitution(recipe.constitution), engine, ChoiceJudge(engine))
+        constitution = load_constitution(recipe.constitution)
+        self.generator = Generator(recipe, constitution, engine, ChoiceJudge(engine, recipe.judge, constitution))
 
     async def run(self, rows: Iterable[Row]) -> Tally:
         await Runner(self.generator, self.database, self.tally).run(iter(rows))

@@ -8,9 +8,18 @@ import math
 import pytest
 
 from cai.config import ModelConfig
-from cai.engines import GenerateRequest, Loglikelihood, LoglikelihoodRequest, ScriptedEngine, build_engine
+from cai.engines import (
+    Engine,
+    GenerateRequest,
+    Loglikelihood,
+    LoglikelihoodRequest,
+    Reward,
+    RewardRequest,
+    ScriptedEngine,
+    build_engine,
+)
 from cai.engines.scripted import load_scripted
-from cai.errors import ConfigError, RequestError
+from cai.errors import CapabilityError, ConfigError, RequestError
 from cai.types import Completion, Message
 
 ASKED = (Message("system", "Be brief."), Message("user", "How are  you?"))
@@ -65,7 +74,42 @@ async def test_choices_are_asked_prompt_by_prompt():
 
 async def test_log_likelihood_counts_the_words_of_the_continuation():
     found = await ScriptedEngine(lambda request: -3).loglikelihood(LoglikelihoodRequest(ASKED, "one two"))
-    assert found == Loglikelihood(-3.0, 2)
+    assert found == Loglikelihood(-3.0, 2, 0)
+
+
+async def test_a_reward_is_the_functions_number():
+    asked = []
+    engine = ScriptedEngine(lambda request: asked.append(request) or 3)
+    assert await engine.reward(RewardRequest(ASKED)) == Reward(3.0, 0)
+    assert asked == [RewardRequest(ASKED)]
+
+
+@pytest.mark.parametrize("answer", [None, "x", math.nan, [1.0]])
+async def test_a_reward_request_wants_a_number(answer):
+    with pytest.raises(RequestError, match="to a RewardRequest; expected a number"):
+        await ScriptedEngine(lambda request: answer).reward(RewardRequest(ASKED))
+
+
+class Poet(Engine):
+    """An engine that can do one thing only."""
+
+    capabilities = frozenset({"generate"})
+    fingerprint = "poet@1"
+    revision = None
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        return Completion("roses", "stop", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [("choice_logprobs", ([ASKED], "AB")), ("loglikelihood", (LoglikelihoodRequest(ASKED, "x"),)), ("reward", (ASKED,))],
+)
+async def test_what_an_engine_does_not_define_it_says_it_does_not_offer(call, arguments):
+    assert (await Poet().generate(GENERATE)).text == "roses"
+    await Poet().close()
+    with pytest.raises(CapabilityError, match=f"poet@1 does not offer {call}; it offers generate"):
+        await getattr(Poet(), call)(*arguments)
 
 
 @pytest.mark.parametrize("answer", [None, 3, ["a"], b"text"])

@@ -23,23 +23,24 @@ def test_swap_is_an_involution_to_the_last_digit(given_readings):
 
 
 def test_swap_names_the_completions_the_other_way_round():
-    one = Verdict("a", "b", "samples", 0.75, (PrincipleVerdict("q", 2.0, ((-0.5, -1.5), (-1.0, -2.0)), 0.75),))
-    turned = PrincipleVerdict("q", 2.0, ((-2.0, -1.0), (-1.5, -0.5)), 0.25)
+    one = Verdict("a", "b", "samples", 0.75, (PrincipleVerdict("q", 2.0, ((-0.5, -1.5), (-1.0, -2.0)), 0.75, "choice"),))
+    turned = PrincipleVerdict("q", 2.0, ((-2.0, -1.0), (-1.5, -0.5)), 0.25, "choice")
     assert one.swap() == Verdict("b", "a", "samples", 0.25, (turned,))
 
 
 @pytest.mark.parametrize(
-    ("logprobs", "flipped"),
+    ("readings", "flipped"),
     [
         (((-1.0, -2.0), (-1.0, -3.0)), False),
         (((-2.0, -1.0), (-3.0, -1.0)), False),
         (((-1.0, -2.0), (-2.0, -1.0)), True),
         (((-1.0, -1.0), (-2.0, -1.0)), False),
         (((-1.0, -1.0), (-1.0, -1.0)), False),
+        (((1.0, 7.0),), False),
     ],
 )
-def test_flipped_is_a_preference_that_turns_with_the_order(logprobs, flipped):
-    one = PrincipleVerdict("q", 1.0, logprobs, 0.5)
+def test_flipped_is_a_preference_that_turns_with_the_order(readings, flipped):
+    one = PrincipleVerdict("q", 1.0, readings, 0.5, "choice")
     assert one.flipped is flipped
     assert one.swap().flipped is flipped
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+import sys
 from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -10,11 +14,14 @@ from hypothesis import strategies as st
 
 from cai.config import DatasetConfig
 from cai.dataset import views
+from cai.dataset.ranking import strengths
 from cai.dataset.statistics import Statistics
-from cai.types import Message, Prompt, Record
+from cai.errors import ConfigError
+from cai.types import Message, PrincipleVerdict, Prompt, Record, Verdict
 from tests.records import HOSTILE, completion, record, revision, sure, verdict
 
 CONFIG = DatasetConfig()
+RANKED = DatasetConfig(ranking="bradley-terry")
 
 
 def dropped(rows) -> list[str]:
@@ -160,6 +167,113 @@ def test_equal_texts_of_two_candidates_are_one_completion():
     assert len(rows) == 2
 
 
+# --- a ranking
+
+
+def planted(logits: list[float], noise: float = 0.0, seed: int = 0) -> Record:
+    """A record in which each candidate is compared with each; the judge's log-odds are the strengths' difference."""
+    draw = random.Random(seed)
+    verdicts = []
+    for one, other in combinations(range(len(logits)), 2):
+        probability = 1 / (1 + math.exp(logits[other] - logits[one] + draw.gauss(0, noise)))
+        verdicts.append(sure(f"candidate-{one}", f"candidate-{other}", probability, "samples"))
+    return record(candidates=[f"text {number}" for number in range(len(logits))], verdicts=verdicts, prompt_id="id")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 16])
+def test_planted_strengths_are_found_again(count):
+    logits = random.Random(count).sample([step / 4 for step in range(-8, 8)], count)
+    found = strengths(planted(logits).verdicts)
+    mean = sum(logits) / count
+    assert [found[f"candidate-{number}"] for number in range(count)] == pytest.approx(
+        [logit - mean for logit in logits], abs=0.25
+    )
+    order = sorted(range(count), key=logits.__getitem__)
+    assert sorted(found, key=found.__getitem__) == [f"candidate-{number}" for number in order]
+    assert sum(found.values()) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_strengths_are_found_in_order_by_a_judge_that_errs(seed):
+    logits = [0.0, 3.0, -3.0, 1.5, -1.5]
+    found = strengths(planted(logits, noise=0.5, seed=seed).verdicts)
+    assert sorted(found, key=found.__getitem__) == [f"candidate-{number}" for number in (2, 4, 0, 3, 1)]
+
+
+def test_strengths_of_a_judge_that_is_certain_are_finite():
+    found = strengths([sure("candidate-0", "candidate-1", 1.0), sure("candidate-1", "candidate-2", 1.0)])
+    assert all(map(math.isfinite, found.values()))
+    assert found["candidate-0"] > found["candidate-1"] > found["candidate-2"]
+
+
+def test_strengths_do_not_depend_on_how_verdicts_are_turned_or_ordered():
+    made = planted([0.3, -1.0, 2.0, 0.7], noise=1.0)
+    turned = [verdict.swap() for verdict in reversed(made.verdicts)]
+    assert strengths(turned) == pytest.approx(strengths(made.verdicts))
+
+
+def test_of_ranked_candidates_one_pair_is_left_the_best_against_the_worst():
+    made = planted([0.5, -1.0, 2.0, 1.0])
+    assert len(list(views.preference(made, CONFIG))) == 6
+    (row,) = views.preference(made, RANKED)
+    assert (row["chosen"], row["rejected"]) == (assistant("text 2"), assistant("text 1"))
+    assert (row["pair_id"], row["source"]) == ("id/candidate-1/candidate-2", "samples")
+    found = strengths(made.verdicts)
+    logit = found["candidate-2"] - found["candidate-1"]
+    assert row["chosen_probability"] == pytest.approx(1 / (1 + math.exp(-logit)))
+    assert [row["label"] for row in views.unpaired(made, RANKED)] == [True, False]
+
+
+def test_a_ranking_outvotes_the_one_verdict_on_its_pair():
+    """The first wins against all others; that it lost once, to the last, does not make the last one better."""
+    made = planted([3.0, 1.0, 0.0, -3.0])
+    odd = [sure("candidate-0", "candidate-3", 0.45, "samples") if one.second == "candidate-3" and one.first == "candidate-0"
+           else one for one in made.verdicts]  # fmt: skip
+    made = Record(made.prompt, made.candidates, (), tuple(odd))
+    (pair,) = views.pairs(made, RANKED)
+    assert (pair.chosen, pair.rejected) == ("text 0", "text 3")
+    assert pair.chosen_probability > 0.5 > pair.verdict.probability == 0.45
+
+
+def test_revisions_stand_beside_a_ranking_and_a_record_without_samples_is_as_it_was():
+    made = record(
+        candidates=["a", "b", "c"],
+        revisions=[revision(1, "revised")],
+        verdicts=[sure("candidate-0", "revision-1", 0.2), *planted([0.0, 1.0, 2.0]).verdicts],
+    )
+    found = [(pair.chosen, pair.rejected) for pair in views.pairs(made, RANKED)]
+    assert found == [("revised", "a"), ("c", "a")]
+    assert list(views.preference(revised(0.3), RANKED)) == list(views.preference(revised(0.3), CONFIG))
+    assert dropped(views.preference(record(), RANKED)) == ["nothing to compare"]
+
+
+def test_ranked_pairs_are_left_out_for_the_same_reasons():
+    assert dropped(views.preference(planted([0.0, 0.0, 0.0]), RANKED)) == ["tie"]
+    unsure = DatasetConfig(ranking="bradley-terry", min_probability=0.9)
+    assert dropped(views.preference(planted([0.0, 0.2, 0.4]), unsure)) == ["less sure than dataset.min_probability"]
+    made = planted([0.0, 1.0])
+    cut = Record(made.prompt, (made.candidates[0], completion("text 1", length=True)), (), made.verdicts)
+    assert dropped(views.preference(cut, RANKED)) == ["chosen is cut off by the token limit"]
+
+
+def test_a_ranking_whose_best_and_worst_were_not_compared_is_counted():
+    """Two candidates say the same, so they were not compared; a judge that contradicts itself puts them at both ends."""
+    made = record(
+        candidates=["same", "same", "other"],
+        verdicts=[sure("candidate-0", "candidate-2", 0.9, "samples"), sure("candidate-1", "candidate-2", 0.1, "samples")],
+    )
+    assert len(list(views.preference(made, RANKED))) == 1, "a row, or a reason why there is none"
+
+
+def test_without_choix_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "choix", None)
+    with pytest.raises(ConfigError, match=r"dataset\.ranking: bradley-terry needs choix: pip install 'cai-toolkit\[judge\]'"):
+        strengths([sure("candidate-0", "candidate-1", 0.7)])
+
+
+# --- texts and splits
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_reach_the_rows_to_the_letter(text):
     made = record(text, [text], [revision(1, f"{text}!")], [sure("candidate-0", "revision-1", 0.1)])
@@ -221,11 +335,29 @@ def test_statistics_count_what_the_views_drop():
     assert means["first_shown"] == round((0 + 1 + 1 + 1 + 0.5 + 0) / 6, 4)
 
 
+def test_statistics_count_the_records_that_gave_a_pair():
+    statistics = Statistics()
+    for probability in (0.5, 0.2, 0.9):
+        statistics.add(revised(probability), CONFIG)
+    statistics.add(record(), CONFIG)
+    found = statistics.to_json()
+    assert (found["records"], found["paired"]) == (4, 2)
+
+
 def test_ties_count_as_half_of_a_preference_for_the_revision():
     statistics = Statistics()
     for probability in (0.5, 0.2, 0.9, 0.4):
         statistics.add(revised(probability), CONFIG)
     assert statistics.to_json()["means"]["revision_preferred"] == 0.625
+
+
+def test_readings_of_a_judge_that_shows_no_order_count_for_no_order():
+    statistics = Statistics()
+    rated = PrincipleVerdict("q", 1.0, ((3.0, 7.0),), 0.2, "score")
+    made = record(revisions=[revision(1, "c")], verdicts=[Verdict("candidate-0", "revision-1", "revision", 0.2, (rated,))])
+    statistics.add(made, CONFIG)
+    means = statistics.to_json()["means"]
+    assert (means["order_flips"], means["first_shown"], means["revision_preferred"]) == (None, None, 1.0)
 
 
 def test_statistics_of_nothing_are_no_numbers():

@@ -40,7 +40,9 @@ def show(name: Annotated[str, typer.Argument(help="A built-in name or a path.")]
 def validate(path: Annotated[str, typer.Argument(help="A path or a built-in name.")]) -> None:
     """Check a constitution; errors name file, line, key and the fix. Exit code 2 where it is not valid."""
     from cai.cli.terminal import printable
+    from cai.config import Recipe
     from cai.constitution import load_constitution
+    from cai.pipeline import lacking_principles
 
     one = load_constitution(path)
     print(
@@ -48,3 +50,7 @@ def validate(path: Annotated[str, typer.Argument(help="A path or a built-in name
         f"({len(one.critiquing)} for critique and revision, {len(one.comparing)} for comparison), "
         f"{len(one.exemplars)} exemplars"
     )
+    if lacking := lacking_principles(one, Recipe().generation.rounds):
+        print(f"note: for the default recipe {lacking}")
+    if not one.comparing:
+        print("note: no principle has a 'preference', which the judge of every recipe needs: add one")

@@ -21,7 +21,7 @@ def doctor() -> None:
     console = Console(highlight=False)
     console.print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
-        console.print(f"  {package:<16} {_version(package)}")
+        console.print(f"  {package:<16} {version(package)}")
     for kind, parts in (("engines", REQUIREMENTS), ("extras", _EXTRAS)):
         console.print(f"\n[bold]{kind}[/]")
         for name, (needed, extra) in parts.items():
@@ -39,7 +39,8 @@ def _state(needed: tuple[str, ...], extra: str) -> str:
     return f"[red]missing {', '.join(missing)}[/]: pip install 'cai-toolkit\\[{extra}]'" if missing else "[green]usable[/]"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of a package that is installed, else a dash."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cai.cli import constitution, doctor
+from cai.cli import constitution, doctor, judge
+from cai.cli import recipe as recipes
 from cai.errors import CaiError, ConfigError, Interrupted
 
 app = typer.Typer(
@@ -24,35 +25,85 @@ app = typer.Typer(
     help="Train a language model from a written constitution instead of from human labels.",
 )
 app.add_typer(constitution.app, name="constitution")
+app.add_typer(judge.app, name="judge")
+app.add_typer(recipes.app, name="recipe")
 app.command("doctor")(doctor.doctor)
+_INPUTS, _MODELS, _FOLDER = "Inputs", "Models", "Run folder"
 
-_EXAMPLE = """
-    cai generate                                                          built-in prompts, a small real model
+_EXAMPLES = """
+Examples:
 
-    cai generate prompts.jsonl -c my.yaml -m Qwen/Qwen3-4B -o runs/mine    your own
+# built-in prompts, a small real model
+cai generate
 
-    cai generate --recipe pipelines/demo.yaml --set judge.principles=all   a recipe, with one key changed
+# your own prompts, principles and model
+cai generate prompts.jsonl -c my.yaml -m Qwen/Qwen3-4B -o runs/mine
+
+# a recipe, with one key changed
+cai generate --recipe demo --set judge.principles=all
+
+All keys of a recipe: cai recipe keys. One written out: cai recipe show demo.
 """
 
 
-@app.command(epilog=f"Examples:\n{_EXAMPLE}")
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"cai {doctor.version('cai-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", metavar="", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before any command."""
+
+
+def _option(*names: str, panel: str, metavar: str = "", help: str) -> Any:
+    """An option in a panel of the help; without a metavar it is a flag."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+
+
+@app.command(epilog=_EXAMPLES)
 def generate(
     prompts: Annotated[
         str | None,
-        typer.Argument(help="A file, a `datasets` folder, a Hub id, - (stdin), or a built-in set: red-team, benign."),
+        typer.Argument(
+            help="A file, a `datasets` folder, a Hub id, - (stdin), or a built-in set: red-team, benign.",
+            metavar="PROMPTS",
+        ),
     ] = None,
-    constitution: Annotated[str | None, typer.Option("-c", "--constitution", help="Built-in name or path.")] = None,
-    model: Annotated[str | None, typer.Option("-m", "--model", help="The policy: alias, folder, Hub id, scripted:…")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge; by default the policy's model.")] = None,
-    limit: Annotated[int | None, typer.Option("-n", help="Use the first N rows of the prompts.", min=1)] = None,
-    out: Annotated[str | None, typer.Option("-o", "--out", help="The run folder; default runs/CONSTITUTION.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The run's seed.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML); flags win over it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Recipe changed: keep finished calls, redo the rest.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; asks if finished calls would be lost.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe, calls and tokens; call nothing.")] = False,
+    constitution: Annotated[
+        str | None,
+        _option("-c", "--constitution", panel=_INPUTS, metavar="NAME|FILE", help="The principles; built in: harmless."),
+    ] = None,
+    limit: Annotated[int | None, _option("-n", panel=_INPUTS, metavar="N", help="Use the first N rows of the prompts.")] = None,
+    recipe: Annotated[
+        str | None,
+        _option("--recipe", panel=_INPUTS, metavar="NAME|FILE", help="A recipe: built in (demo) or YAML; flags win over it."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, _option("--set", panel=_INPUTS, metavar="KEY=VALUE", help="Any key of the recipe; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, _option("--seed", panel=_INPUTS, metavar="N", help="The run's seed.")] = None,
+    model: Annotated[
+        str | None,
+        _option("-m", "--model", panel=_MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, scripted:…"),
+    ] = None,
+    judge_model: Annotated[
+        str | None, _option("--judge-model", panel=_MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
+    ] = None,
+    out: Annotated[
+        str | None, _option("-o", "--out", panel=_FOLDER, metavar="FOLDER", help="Where to; default runs/CONSTITUTION.")
+    ] = None,
+    update: Annotated[
+        bool, _option("--update", panel=_FOLDER, help="Recipe changed: keep finished calls, redo the rest.")
+    ] = False,
+    fresh: Annotated[bool, _option("--fresh", panel=_FOLDER, help="Start over; asks if finished calls would be lost.")] = False,
+    yes: Annotated[bool, _option("--yes", "-y", panel=_FOLDER, help="Do not ask.")] = False,
+    dry_run: Annotated[bool, _option("--dry-run", panel=_FOLDER, help="Print recipe, calls and tokens; call nothing.")] = False,
 ) -> None:
     """Make a preference dataset from a constitution and prompts.
 
@@ -60,6 +111,7 @@ def generate(
     """
     from cai.cli import generate as command
     from cai.config import load_recipe, parse_set
+    from cai.constitution import load_constitution
 
     flags = {
         "prompts.source": ("PROMPTS", prompts),
@@ -74,12 +126,12 @@ def generate(
     resolved = load_recipe(recipe, overrides)
     if update and fresh:
         raise ConfigError("--update keeps what --fresh deletes: give one of them")
-    if dry_run:
-        command.show_dry_run(resolved)
-        return
     if out is not None and not out.strip():
         raise ConfigError("-o is empty: expected a folder")
-    folder = Path(os.path.expanduser(out)) if out else Path("runs") / Path(resolved.constitution).stem
+    folder = Path(os.path.expanduser(out)) if out else Path("runs") / load_constitution(resolved.constitution).name
+    if dry_run:
+        command.show_dry_run(resolved, folder)
+        return
     if fresh and not yes:
         command.confirm_loss(folder)
     command.run(resolved, folder, "fresh" if fresh else "update" if update else "continue")
@@ -88,6 +140,7 @@ def generate(
 def main() -> None:
     """The `cai` command. Exit codes: 0 done, 1 the run could not do its job, 2 wrong usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it retries is told by our own error, once
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 import threading
 import time
@@ -10,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cai.cli.terminal import duration
 from cai.generation import Tally
 
 _LINE_EVERY = 15.0
@@ -32,36 +32,50 @@ def watch(tally: Tally, total: int | None) -> Iterator[None]:
         thread.join()
 
 
+class _Pace:
+    """How fast a pass goes from its first new call on: loading the model, and what was kept, tell nothing of that."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        """The share that is done, as last seen; it never falls, although what a tally tells is rough."""
+        self._since: tuple[float, float] | None = None
+
+    def left(self, tally: Tally, total: int | None, now: float) -> str:
+        """`, 40%, about 6 min left`, or an empty string where that cannot be told."""
+        self.share = max(self.share, tally.share(total) or 0.0)
+        if not tally.calls_made or tally.stopping:
+            return ""
+        self._since = self._since or (now, self.share)
+        began, before = self._since
+        if not before < self.share < 1:
+            return ""
+        return f", {self.share:.0%}, about {duration((now - began) * (1 - self.share) / (self.share - before))} left"
+
+
 def _bar(tally: Tally, total: int | None, stop: threading.Event) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
-    began = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    began, pace = time.monotonic(), _Pace()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task: TaskID = progress.add_task("prompts", total=None if total is None else 1.0, state="")
         ended = False
         while not ended:
             ended = stop.wait(0.2)
-            description, state = _prompts(tally, total), _state(tally, began)
-            progress.update(task, completed=tally.share(total) or 0.0, description=description, state=state)
+            left = pace.left(tally, total, time.monotonic())
+            description, state = _prompts(tally, total), _state(tally, began) + left
+            progress.update(task, completed=pace.share, description=description, state=state)
 
 
 def _lines(tally: Tally, total: int | None, stop: threading.Event) -> None:
-    began = time.monotonic()
+    began, pace = time.monotonic(), _Pace()
     ended = False
     while not ended:
         ended = stop.wait(_LINE_EVERY)
-        left = _time_left(tally, total, time.monotonic() - began)
+        left = pace.left(tally, total, time.monotonic())
         print(f"{_prompts(tally, total)}  {_state(tally, began)}{left}", file=sys.stderr, flush=True)
 
 
 def _prompts(tally: Tally, total: int | None) -> str:
     return f"prompts {tally.done:,}" + ("" if total is None else f" of {total:,}")
-
-
-def _time_left(tally: Tally, total: int | None, seconds: float) -> str:
-    share = tally.share(total)
-    if not share or share == 1 or not tally.calls_made or tally.stopping:
-        return ""
-    return f", {share:.0%}, about {datetime.timedelta(seconds=round(seconds / share - seconds))} left"
 
 
 def _state(tally: Tally, began: float) -> str:
@@ -71,7 +85,9 @@ def _state(tally: Tally, began: float) -> str:
         return f"stopping: {tally.in_flight} calls in flight finish; Ctrl-C again stops at once"
     seconds = time.monotonic() - began
     if not tally.calls_made and tally.in_flight:
-        return f"{seconds:.0f} s, loading the model and waiting for first answers"
+        return f"{duration(seconds)}, loading the model and waiting for first answers"
+    if not tally.calls_made and tally.records_kept:
+        return f"{tally.records_kept:,} kept from before, no call was needed"
     parts = [f"{tally.calls_made:,} calls", f"{tally.completion_tokens / max(seconds, 1e-9):,.0f} tokens/s"]
     if tally.quarantined or tally.duplicates:
         parts.append(f"{tally.quarantined.total() + tally.duplicates} left out")

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cai.documents import Part
@@ -19,8 +19,19 @@ def _name(value: str) -> str:
     return value
 
 
+def _pattern(value: str) -> str:
+    import regex
+
+    try:
+        regex.compile(value)
+    except (regex.error, RecursionError, OverflowError) as exc:
+        raise ValueError(f"not a regular expression: {exc}") from exc
+    return value
+
+
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, AfterValidator(_name)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class Example(Part):
@@ -31,8 +42,39 @@ class Example(Part):
     rejected: Text
 
 
+class Check(Part):
+    """What a program verifies of a completion; exactly one of the keys."""
+
+    max_words: PositiveInt | None = None
+    """The most words, separated by white space."""
+    min_words: PositiveInt | None = None
+    """The fewest words."""
+    max_characters: PositiveInt | None = None
+    """The most characters."""
+    min_characters: PositiveInt | None = None
+    """The fewest characters."""
+    must_match: Pattern | None = None
+    """A regular expression that must be found in it."""
+    must_not_match: Pattern | None = None
+    """A regular expression that must not be found in it."""
+    valid_json: bool | None = None
+    """Whether the whole of it is to be valid JSON."""
+    language: Annotated[str, StringConstraints(pattern="^[a-z]{2,3}$")] | None = None
+    """Its language, by ISO 639-1 code (`en`)."""
+    max_grade: float | None = Field(default=None, allow_inf_nan=False)
+    """The most years of school that reading it asks for (Flesch-Kincaid)."""
+    python: Annotated[str, StringConstraints(pattern=r"^[\w.]+:\w+$")] | None = None
+    """`package.module:function`, called with the prompt's messages and the completion; returns a bool or a number in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Check:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(Check.model_fields)}")
+        return self
+
+
 class Principle(Part):
-    """One rule. It has a critique and a revision request, or a preference question, or all three."""
+    """One rule. It has a critique and a revision request, or a preference question or a check, or all of these."""
 
     id: Name
     """Lower-case, unique in the constitution."""
@@ -42,6 +84,8 @@ class Principle(Part):
     """Asks the model to rewrite its last completion."""
     preference: Text | None = None
     """Asks a judge which of two completions is better."""
+    check: Check | None = None
+    """What a program verifies in place of a judge."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Its share in a verdict, and how often it is drawn for a critique, relative to the others."""
     tags: tuple[Name, ...] = ()
@@ -61,8 +105,12 @@ class Principle(Part):
         if (self.critique is None) != (self.revision is None):
             missing = "revision" if self.revision is None else "critique"
             raise ValueError(f"principle '{self.id}' has no '{missing}': critique and revision go together")
-        if self.critique is None and self.preference is None:
-            raise ValueError(f"principle '{self.id}' needs a critique and a revision, or a preference, or all three")
+        if self.preference is not None and self.check is not None:
+            raise ValueError(f"principle '{self.id}' has a preference and a check: a judge or a program decides; remove one")
+        if self.critique is None and self.preference is None and self.check is None:
+            raise ValueError(
+                f"principle '{self.id}' needs a critique and a revision, or a preference, or all three, or a check"
+            )
         return self
 
 
@@ -111,8 +159,8 @@ class Constitution(Part):
 
     @property
     def comparing(self) -> tuple[Principle, ...]:
-        """The principles with a preference question."""
-        return tuple(principle for principle in self.principles if principle.preference)
+        """The principles with a preference question or a check."""
+        return tuple(principle for principle in self.principles if principle.preference or principle.check)
 
     def principle(self, principle_id: str) -> Principle:
         """The principle of that id; raises KeyError."""
@@ -127,4 +175,6 @@ class Constitution(Part):
         seen = self.model_dump(include={"principles", "exemplars"}, mode="json")
         for principle in seen["principles"]:
             del principle["note"], principle["tags"], principle["examples"]
+            if principle["check"] is None:
+                del principle["check"]
         return hashlib.sha256(msgspec.json.encode(seen, order="deterministic")).hexdigest()[:16]

@@ -43,8 +43,9 @@ _principle_verdict = pa.struct(
     [
         ("principle_id", pa.string()),
         ("weight", pa.float64()),
-        ("logprobs", pa.list_(pa.list_(pa.float64()))),
+        ("readings", pa.list_(pa.list_(pa.float64()))),
         ("probability", pa.float64()),
+        ("judge", pa.string()),
     ]
 )
 _verdict = pa.struct(

@@ -31,9 +31,13 @@ class Mean:
 
 @dataclass
 class Statistics:
-    """Counts and means over the records of a dataset; lengths are in characters, a tie is half of a preference."""
+    """Counts and means over the records of a dataset; lengths are in characters, a tie is half of a preference.
+
+    `paired` are the records with a pair that is kept.
+    """
 
     records: int = 0
+    paired: int = 0
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     cleaned: Counter[str] = field(default_factory=Counter)
@@ -60,27 +64,29 @@ class Statistics:
             if revision.problem:
                 self.dropped[f"revisions: {revision.problem}"] += 1
         self._add_verdicts(record)
-        for pair in views.pairs(record, config):
-            if not isinstance(pair, views.Dropped):
-                self.chosen_probability.add(pair.chosen_probability)
-                self.chosen_length.add(len(pair.chosen))
-                self.rejected_length.add(len(pair.rejected))
+        kept = [pair for pair in views.pairs(record, config) if not isinstance(pair, views.Dropped)]
+        self.paired += bool(kept)
+        for pair in kept:
+            self.chosen_probability.add(pair.chosen_probability)
+            self.chosen_length.add(len(pair.chosen))
+            self.rejected_length.add(len(pair.rejected))
 
     def _add_verdicts(self, record: Record) -> None:
         for verdict in record.verdicts:
             if verdict.source == "revision":
                 self.revision_preferred.add(_above(0.5, verdict.probability))
             for one in verdict.principles:
-                self.order_flips.add(one.flipped)
-                (first, second), *turned = one.logprobs
-                self.first_shown.add(_above(first, second))
-                for first, second in turned:
-                    self.first_shown.add(_above(second, first))
+                if len(one.readings) == 2:
+                    (first, second), (turned_first, turned_second) = one.readings
+                    self.order_flips.add(one.flipped)
+                    self.first_shown.add(_above(first, second))
+                    self.first_shown.add(_above(turned_second, turned_first))
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest holds it; zero counts are left out."""
         return {
             "records": self.records,
+            "paired": self.paired,
             "rows": self.rows,
             "revisions": self.revisions,
             "dropped": {reason: count for reason, count in sorted(self.dropped.items()) if count},

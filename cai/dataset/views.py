@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from cai.config import DatasetConfig
+from cai.dataset.ranking import strengths
+from cai.judging.base import leaning, probability
 from cai.types import Messages, PreferencePair, Record, Verdict
 
 Row = dict[str, Any]
@@ -54,9 +56,10 @@ def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dr
     """The judged pairs that carry a preference."""
     if not record.verdicts:
         yield Dropped("nothing to compare")
-    for verdict in record.verdicts:
-        pair = _preferred(record, verdict)
-        if pair.chosen_probability == 0.5:
+    for pair in ranked(record) if config.ranking != "none" else (_preferred(record, one) for one in record.verdicts):
+        if isinstance(pair, Dropped):
+            yield pair
+        elif pair.chosen_probability == 0.5:
             yield Dropped("tie")
         elif pair.chosen_probability <= config.min_probability:
             yield Dropped("less sure than dataset.min_probability")
@@ -64,6 +67,23 @@ def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dr
             yield Dropped("chosen is cut off by the token limit")
         else:
             yield pair
+
+
+def ranked(record: Record) -> Iterator[PreferencePair | Dropped]:
+    """Of the candidates the best against the worst by Bradley and Terry's strengths; and every other judged pair."""
+    samples = [verdict for verdict in record.verdicts if verdict.source == "samples"]
+    yield from (_preferred(record, verdict) for verdict in record.verdicts if verdict.source != "samples")
+    if not samples:
+        return
+    found = strengths(samples)
+    best, worst = max(found, key=found.__getitem__), min(found, key=found.__getitem__)
+    for verdict in samples:  # of equal texts only one was compared, so there may be no verdict on these two
+        if {verdict.first, verdict.second} == {best, worst}:
+            turned = verdict if verdict.first == best else verdict.swap()
+            likely = probability(leaning(found[best] - found[worst]))
+            yield PreferencePair(record.text(best), record.text(worst), likely, turned)
+            return
+    yield Dropped("tie")  # all are as strong, or the worst is the best's very text
 
 
 def _preferred(record: Record, verdict: Verdict) -> PreferencePair:

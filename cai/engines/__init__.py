@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from cai.config import ModelConfig
 from cai.engines.base import (
@@ -14,12 +13,11 @@ from cai.engines.base import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Reward,
+    RewardRequest,
 )
 from cai.engines.scripted import ScriptedEngine, load_scripted
 from cai.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cai.engines.transformers import TransformersEngine
 
 REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "transformers": (("torch", "transformers"), "local"),
@@ -36,6 +34,8 @@ __all__ = [
     "GenerateRequest",
     "Loglikelihood",
     "LoglikelihoodRequest",
+    "Reward",
+    "RewardRequest",
     "ScriptedEngine",
     "build_engine",
     "describe_devices",
@@ -48,8 +48,8 @@ def missing_packages(engine: str) -> list[str]:
     return [package for package in REQUIREMENTS[engine][0] if find_spec(package) is None]
 
 
-def build_engine(config: ModelConfig) -> Engine:
-    """The engine for a model; weights are loaded with the first request, but what is missing is said now.
+def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
+    """The engine for a model, or for a reward model; weights are loaded with the first request, what is missing is said now.
 
     Raises `ConfigError` for a model that cannot be, or one whose extra is not installed.
     """
@@ -58,7 +58,7 @@ def build_engine(config: ModelConfig) -> Engine:
         case "scripted":
             return load_scripted(rest)
         case "":
-            return _transformers(config)
+            return _transformers(config, reward)
         case _:
             raise ConfigError(
                 f"model '{config.model}': unknown scheme '{scheme}:'; expected an alias (smollm2-135m), a folder, "
@@ -66,12 +66,16 @@ def build_engine(config: ModelConfig) -> Engine:
             )
 
 
-def _transformers(config: ModelConfig) -> TransformersEngine:
+def _transformers(config: ModelConfig, reward: bool) -> Engine:
     if missing := missing_packages("transformers"):
         raise ConfigError(
-            f"model '{config.model}' runs on transformers, but {' and '.join(missing)} is not installed: "
-            "pip install 'cai-toolkit[local]'"
+            f"model '{config.model}' runs on transformers, but {' and '.join(missing)} {'are' if missing[1:] else 'is'} "
+            "not installed: pip install 'cai-toolkit[local]'"
         )
+    if reward:
+        from cai.engines.reward_model import RewardModelEngine
+
+        return RewardModelEngine(config)
     from cai.engines.transformers import TransformersEngine
 
     return TransformersEngine(config)

@@ -6,26 +6,25 @@ Everything here is synchronous and runs on the engine's one worker thread.
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from cai.config import ModelConfig
 from cai.engines.base import GenerateRequest
+from cai.engines.prefixes import Prefix, PrefixCache
 from cai.models import ModelPlace, cache_folder, locate
 
 _MIN_SHARED = 32
 """Below this many shared tokens, a prefix pass costs more than it saves."""
-_KEPT_PREFIXES = 8
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,17 +38,17 @@ class Tail(NamedTuple):
 class LocalModel:
     """Weights, device and dtype; `stop()` ends a running generation at its next token."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Load the weights; a GGUF file is first converted to safetensors, once, in the cache folder."""
+    def __init__(self, config: ModelConfig, place: ModelPlace | None = None) -> None:
+        """Load the weights (from `place`, where that is known); a GGUF file is first converted, once, in the cache folder."""
         self.device = torch.device(config.device or best_device())
         self.dtype = resolve_dtype(config)
-        source, revision = _as_pretrained(locate(config.model, config.revision))
+        source, revision = _as_pretrained(place or locate(config.model, config.revision))
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         if (head := self.model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_make_contiguous)
         self._share = not config.exact
-        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._generated, self._scored = PrefixCache(self.model), PrefixCache(self.model)  # neither pushes out the other's
         self._stopping = False
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
@@ -91,22 +90,22 @@ class LocalModel:
 
     def score(self, tails: Sequence[Tail]) -> tuple[list[list[float]], int]:
         """For each tail, the summed natural log-probability of each of its targets; and the tokens computed."""
-        rows = [[*tail.tokens, *target[:-1]] for tail in tails for target in _distinct_stems(tail)]
+        stems = [stem for tail in tails for stem in _stems(tail.targets)]
+        rows = [[*tail.tokens, *stem] for tail in tails for stem in _stems(tail.targets)]
         shared = self._shared_length(rows, min(len(tail.tokens) for tail in tails))
-        reach = max(len(target) for tail in tails for target in tail.targets)
         width = max(map(len, rows))
         ids, mask = self._pad(rows, shared, width)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        prefix = self._scored.get(rows[0][:shared]) if shared else Prefix([], 0)
         logits = self.model(
             ids[:, shared:],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._expanded(rows[0][:shared], len(rows)) if shared else None,
+            past_key_values=prefix.expanded(self.model.config, len(rows)) if shared else None,
             use_cache=bool(shared),
-            logits_to_keep=min(reach, width - shared),
+            logits_to_keep=min(max(map(len, stems)) + 1, width - shared),
         ).logits
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        return _read_scores(tails, logprobs), shared + sum(len(row) - shared for row in rows)
+        return _read_scores(tails, logits), prefix.computed + sum(len(row) - shared for row in rows)
 
     def _shared_length(self, rows: Sequence[list[int]], within: int) -> int:
         """How many first tokens all rows share, short of `within` and of each row's last; 0 where it is not worth it."""
@@ -135,43 +134,18 @@ class LocalModel:
             mask[index, width - len(row) + shared :] = 1
         return ids.to(self.device), mask.to(self.device)
 
-    def _compute_prefix(self, tokens: list[int]) -> Prefix:
-        """Keys and values of a beginning, batch 1, layer by layer."""
-        cache = DynamicCache(config=self.model.config)
-        self.model(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [(layer.keys, layer.values) for layer in cache.layers]
-
-    def _kept_prefix(self, tokens: list[int]) -> Prefix:
-        """The same for few-shot dialogues, which every batch begins with; the last few are kept."""
-        key = tuple(tokens)
-        if key not in self._prefixes:
-            self._prefixes[key] = self._compute_prefix(tokens)
-            if len(self._prefixes) > _KEPT_PREFIXES:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(key)
-        return self._prefixes[key]
-
     def _static_cache(self, prompts: Sequence[list[int]], shared: int, length: int) -> StaticCache | None:
         """A preallocated cache that begins with the shared tokens: nothing is copied as the sequences grow."""
         if not self._cache_is_plain:
             return None
         cache = StaticCache(config=self.model.config, max_cache_len=length)
         if shared:
-            for layer, (keys, values) in zip(cache.layers, self._kept_prefix(prompts[0][:shared]), strict=True):
+            for layer, (keys, values) in zip(cache.layers, self._generated.get(prompts[0][:shared]).layers, strict=True):
                 size = (len(prompts), -1, -1, -1)
                 layer.lazy_initialization(keys.expand(*size), values.expand(*size))
                 layer.keys[:, :, :shared] = keys
                 layer.values[:, :, :shared] = values
                 layer.cumulative_length.fill_(shared)
-        return cache
-
-    def _expanded(self, prefix: list[int], rows: int) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in zip(cache.layers, self._compute_prefix(prefix), strict=True):
-            assert isinstance(layer, DynamicLayer)
-            layer.lazy_initialization(keys, values)
-            layer.keys = keys.expand(rows, -1, -1, -1)
-            layer.values = values.expand(rows, -1, -1, -1)
         return cache
 
 
@@ -180,26 +154,37 @@ def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) ->
     return tuple(arg.contiguous() for arg in args)
 
 
-def _distinct_stems(tail: Tail) -> list[list[int]]:
-    """Targets of one token are all read off one row; longer ones need a row each."""
-    return tail.targets[:1] if all(len(target) == 1 for target in tail.targets) else tail.targets
+def _stems(targets: Sequence[list[int]]) -> list[list[int]]:
+    """What has to be computed to score all targets: each without its last token, unless another one goes on from there."""
+    stems = [target[:-1] for target in targets]
+    longest = [one for one in stems if not any(len(other) > len(one) and other[: len(one)] == one for other in stems)]
+    return [one for index, one in enumerate(longest) if one not in longest[:index]]
 
 
-def _read_scores(tails: Sequence[Tail], logprobs: torch.Tensor) -> list[list[float]]:
-    """`logprobs` is (rows, kept, vocabulary): the last position predicts the last token of the row's target."""
+def _read_scores(tails: Sequence[Tail], logits: torch.Tensor) -> list[list[float]]:
+    """`logits` is (rows, kept, vocabulary); the last position of a row is that after its whole stem."""
     scores, row = [], 0
     for tail in tails:
-        if all(len(target) == 1 for target in tail.targets):
-            scores.append([float(logprobs[row, -1, target[0]]) for target in tail.targets])
+        found: dict[tuple[int, ...], float] = {}
+        for stem in _stems(tail.targets):
+            logprobs = torch.log_softmax(logits[row, -len(stem) - 1 :].float(), dim=-1)
+            for target in tail.targets:
+                if stem[: len(target) - 1] == target[:-1]:
+                    picked = logprobs[range(len(target)), target]
+                    found[tuple(target)] = float(picked.double().sum())
             row += 1
-            continue
-        sums = []
-        for target in tail.targets:
-            steps = logprobs[row, -len(target) :].gather(-1, torch.tensor(target, device=logprobs.device)[:, None])
-            sums.append(float(steps.double().sum()))
-            row += 1
-        scores.append(sums)
+        scores.append([_exclusive(tuple(target), found) for target in tail.targets])
     return scores
+
+
+def _exclusive(target: tuple[int, ...], logprobs: dict[tuple[int, ...], float]) -> float:
+    """The log-probability of a target that is not the beginning of another one: "1" and not "10"."""
+    own = logprobs[target]
+    beyond = [other for other in logprobs if len(other) > len(target) and other[: len(target)] == target]
+    nearest = [one for one in beyond if not any(len(other) < len(one) and one[: len(other)] == other for other in beyond)]
+    longer = [logprobs[one] for one in nearest]
+    share = sum(math.exp(value - own) for value in longer)
+    return own + math.log1p(-min(share, 1 - 1e-9)) if longer else own
 
 
 class _Sampler(LogitsProcessor):
@@ -281,9 +266,9 @@ def describe_devices() -> list[str]:
     return [*names, f"cpu, {torch.get_num_threads()} threads", f"dtype auto on {best_device()}: {dtype}"]
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig, place: ModelPlace | None = None) -> Any:
     """The model's tokenizer."""
-    source, revision = _as_pretrained(locate(config.model, config.revision))
+    source, revision = _as_pretrained(place or locate(config.model, config.revision))
     return AutoTokenizer.from_pretrained(source, revision=revision)
 
 

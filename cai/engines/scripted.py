@@ -5,7 +5,7 @@ def respond(request):
         return "a completion"                       # or a Completion
     if isinstance(request, ChoiceRequest):
         return [-0.1, -2.3]                         # a log-probability for each of request.choices
-    return -12.5                                    # a LoglikelihoodRequest: the log-probability
+    return -12.5                                    # a LoglikelihoodRequest: the log-probability; a RewardRequest: the reward
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from cai.engines.base import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Reward,
+    RewardRequest,
 )
 from cai.errors import ConfigError, RequestError, nearest
 from cai.types import Completion, Messages
 
-Request = GenerateRequest | ChoiceRequest | LoglikelihoodRequest
+Request = GenerateRequest | ChoiceRequest | LoglikelihoodRequest | RewardRequest
 
 
 class ScriptedEngine:
     """Answers each request with what `function` returns for it; the function may be async and may raise."""
 
-    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood", "reward"})
 
     revision: str | None = None
 
@@ -82,7 +84,14 @@ class ScriptedEngine:
         answer = await self._ask(request)
         if not isinstance(answer, int | float) or math.isnan(answer):
             raise RequestError(f"the scripted function returned {answer!r:.60} to a LoglikelihoodRequest; expected a number")
-        return Loglikelihood(float(answer), _words(request.continuation))
+        return Loglikelihood(float(answer), _words(request.continuation), 0)
+
+    async def reward(self, request: RewardRequest) -> Reward:
+        """The function's number."""
+        answer = await self._ask(request)
+        if not isinstance(answer, int | float) or math.isnan(answer):
+            raise RequestError(f"the scripted function returned {answer!r:.60} to a RewardRequest; expected a number")
+        return Reward(float(answer), 0)
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -1,18 +1,11 @@
-"""Everything random, as a hash of (run seed, prompt id, step): the same whatever runs beside it or ran before."""
+"""Which principles are drawn, from a seed alone."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 
 from cai.constitution import Principle
-
-
-def derive_seed(run_seed: int, prompt_id: str, *step: str | int) -> int:
-    """A number below 2**63 for one step of one prompt."""
-    text = ascii((run_seed, prompt_id, *step))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def draw_weighted(principles: Sequence[Principle], count: int, seed: int) -> list[Principle]:

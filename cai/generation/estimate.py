@@ -45,7 +45,7 @@ def estimate(recipe: Recipe, constitution: Constitution, rows: Iterable[Row]) ->
     shots = _mean_tokens([few_shot(constitution, constitution.exemplars[: recipe.generation.exemplars])])
     criticise = _mean_tokens([critique_request((), "", principle) for principle in constitution.critiquing])
     revise = _mean_tokens([revision_request("", principle) for principle in constitution.critiquing])
-    compare = _mean_tokens([question((), "", "", principle) for principle in constitution.comparing])
+    compare = _mean_tokens([question((), "", "", principle) for principle in constitution.comparing if principle.preference])
     critiques = each["critique"] * asked + calls["critique"] * (shots + most + criticise)
     revisions = each["revision"] * asked + calls["revision"] * (shots + 2 * most + criticise + revise)
     return Estimate(

@@ -17,6 +17,8 @@ from cai.engines import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Reward,
+    RewardRequest,
 )
 from cai.errors import Interrupted, RequestError, VerdictError
 from cai.generation.tally import Tally
@@ -110,11 +112,23 @@ class JournaledEngine:
         key = self._key(request)
         if found := self._database.call_results([key]):
             self._tally.calls_replayed += 1
-            return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int]))
+            return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
         result = await self._call(lambda: self._engine.loglikelihood(request))
         if problem := _problem((result.logprob,), 1):
             raise VerdictError(problem)
-        self._keep([Call(key, self._role, result.tokens, 0, _encoder.encode(result))])
+        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+        return result
+
+    async def reward(self, request: RewardRequest) -> Reward:
+        """The journal's, or the engine's, journaled."""
+        key = self._key(request)
+        if found := self._database.call_results([key]):
+            self._tally.calls_replayed += 1
+            return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
+        result = await self._call(lambda: self._engine.reward(request))
+        if problem := _problem((result.reward,), 1):
+            raise VerdictError(problem)
+        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
         return result
 
     async def close(self) -> None:
@@ -148,4 +162,4 @@ def _decode_completion(answer: bytes) -> Completion:
 def _problem(logprobs: Sequence[Any], expected: int) -> str | None:
     if len(logprobs) == expected and all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
         return None
-    return f"expected {expected} finite log-probabilities, got {list(logprobs)!r:.200}"
+    return f"expected {expected} finite numbers, got {list(logprobs)!r:.200}"

@@ -94,7 +94,7 @@ class Runner:
                 await self._one(position, row, row.prompt)
 
     def _is_new(self, position: int, row: Row, prompt: Prompt) -> bool:
-        match self._database.claim(position, prompt):
+        match self._database.claim(position, prompt, row.given):
             case "kept":
                 self._tally.records_kept += 1
             case "duplicate":
@@ -107,7 +107,7 @@ class Runner:
 
     async def _one(self, position: int, row: Row, prompt: Prompt) -> None:
         try:
-            record = await self._generator.make_record(prompt)
+            record = await self._generator.make_record(prompt, row.given)
         except Interrupted:
             return
         except RequestError as exc:
@@ -123,7 +123,7 @@ class Runner:
         except Exception as exc:  # the boundary of one record: a bug on one row must not lose the others
             self._set_aside(position, row, type(exc).__name__, str(exc))
             return
-        self._database.add_record(record)
+        self._database.add_record(record, row.given)
         self._tally.records_made += 1
 
     def _set_aside(self, position: int, row: Row, reason: str, detail: str) -> None:

@@ -1,5 +1,105 @@
-"""Judges: one file a method, all giving a `Verdict`."""
+"""Judges: one file a method, all giving a `Verdict`. `build_judge` chooses by `judge.method`."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cai.config import JudgeConfig, Method
+from cai.constitution import Constitution, Principle
+from cai.engines import Capability, Engine
+from cai.judging.base import Judge
+from cai.judging.calibration import CalibratedJudge, load_calibration
+from cai.judging.checks import ChecksJudge
 from cai.judging.choice import ChoiceJudge
+from cai.judging.combined import Member, PanelJudge, WithChecks
+from cai.judging.likelihood import LikelihoodJudge
+from cai.judging.reasoning import ReasoningJudge
+from cai.judging.reward_model import RewardModelJudge
+from cai.judging.score import ScoreJudge
+from cai.judging.text import TextJudge
 
-__all__ = ["ChoiceJudge"]
+__all__ = ["NEEDS", "Judge", "build_judge", "judge_calls", "usable_principles"]
+
+NEEDS: dict[Method, frozenset[Capability]] = {
+    "choice": frozenset({"choice_logprobs"}),
+    "reasoning": frozenset({"generate", "choice_logprobs"}),
+    "likelihood": frozenset({"loglikelihood"}),
+    "score": frozenset({"choice_logprobs"}),
+    "text": frozenset({"generate"}),
+    "checks": frozenset(),
+    "reward-model": frozenset({"reward"}),
+    "panel": frozenset(),
+}
+"""What each method asks of its engine; a panel's members ask for themselves."""
+
+
+def build_judge(config: JudgeConfig, constitution: Constitution, engine: Callable[[JudgeConfig], Engine]) -> Judge:
+    """The judge of a recipe; `engine` gives the engine of a judge section (a panel has one for each member)."""
+    if config.method == "panel":
+        members = [(member, config.member(member)) for member in config.members]
+        judge: Judge = PanelJudge(
+            [Member(one.name, one.weight, build_judge(own, constitution, engine)) for one, own in members]
+        )
+    else:
+        model = None if config.method == "checks" else _model_judge(config, constitution, engine(config))
+        judge = (
+            WithChecks(model, ChecksJudge(), config.method == "reward-model")
+            if _has_checks(config, constitution)
+            else model or ChecksJudge()
+        )
+    return CalibratedJudge(judge, load_calibration(Path(config.calibration))) if config.calibration else judge
+
+
+def _model_judge(config: JudgeConfig, constitution: Constitution, engine: Engine) -> Judge:
+    match config.method:
+        case "choice":
+            return ChoiceJudge(engine, config, constitution)
+        case "reasoning":
+            return ReasoningJudge(engine, config)
+        case "likelihood":
+            return LikelihoodJudge(engine, config)
+        case "score":
+            return ScoreJudge(engine)
+        case "text":
+            return TextJudge(engine, config)
+        case _:
+            return RewardModelJudge(engine)
+
+
+def _has_checks(config: JudgeConfig, constitution: Constitution) -> bool:
+    return any(principle.check for principle in usable_principles(config, constitution))
+
+
+def usable_principles(config: JudgeConfig, constitution: Constitution) -> tuple[Principle, ...]:
+    """The principles that a judge of this method can judge by."""
+    if config.method == "checks":
+        return tuple(principle for principle in constitution.comparing if principle.check)
+    return constitution.comparing
+
+
+def judge_calls(config: JudgeConfig, constitution: Constitution, completions: int, comparisons: int) -> int:
+    """The model calls of `comparisons` comparisons among `completions` completions; a call is one prompt to the judge.
+
+    What `text` draws again, since it was no answer, comes on top.
+    """
+    if config.method == "panel":
+        return sum(judge_calls(config.member(one), constitution, completions, comparisons) for one in config.members)
+    able = usable_principles(config, constitution)
+    asked = [principle for principle in able if not principle.check]
+    drawn = len(asked) if config.principles == "all" else min(config.principles, len(asked))
+    match config.method:
+        case "choice":
+            return comparisons * drawn * 2
+        case "reasoning":
+            return comparisons * drawn * 2 * config.samples * 2
+        case "text":
+            return comparisons * drawn * 2 * config.samples
+        case "likelihood":
+            return completions * drawn * 2
+        case "score":
+            return completions * drawn
+        case "reward-model":
+            return completions
+        case _:
+            return 0

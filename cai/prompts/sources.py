@@ -25,12 +25,16 @@ _COUNTABLE = 1 << 28
 
 
 class Row(NamedTuple):
-    """One row of a source; exactly one of `prompt` and `error` is there. `raw` is for the quarantine."""
+    """One row of a source; exactly one of `prompt` and `error` is there. `raw` is for the quarantine.
+
+    `given` are completions that came with the prompt: of a labelled pair the better one, then the worse one.
+    """
 
     origin: str
     prompt: Prompt | None
     error: RowError | None
     raw: str
+    given: tuple[str, ...] = ()
 
 
 def built_in_sets() -> list[str]:

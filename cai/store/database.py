@@ -161,9 +161,12 @@ class Database:
         with self.transaction():
             self._db.execute("DELETE FROM records")
 
-    def claim(self, position: int, prompt: Prompt) -> Claim:
-        """Note a prompt of this pass, and say what there is of it already. A record counts only for the very same prompt."""
-        text, digest = _digest(prompt.messages), _digest(prompt)
+    def claim(self, position: int, prompt: Prompt, given: tuple[str, ...] = ()) -> Claim:
+        """Note a prompt of this pass, and say what there is of it already.
+
+        A record counts only for the very same prompt and the same completions that were given with it.
+        """
+        text, digest = _digest((prompt.messages, given)), _digest((prompt, given))
         with self._guard():
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -174,9 +177,9 @@ class Database:
             kept = "SELECT 1 FROM records WHERE prompt_id=? AND digest=?"
             return "kept" if self._db.execute(kept, (prompt.id, digest)).fetchone() else "new"
 
-    def add_record(self, record: Record) -> None:
+    def add_record(self, record: Record, given: tuple[str, ...] = ()) -> None:
         """Keep a finished record, in place of an older one of that id."""
-        row = (record.prompt.id, _digest(record.prompt), self._encoder.encode(record))
+        row = (record.prompt.id, _digest((record.prompt, given)), self._encoder.encode(record))
         with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO records VALUES (?,?,?)", row)
 

@@ -23,7 +23,8 @@ from cai.errors import ConfigError, StoreError
 from cai.store.database import Database
 
 Mode = Literal["continue", "update", "fresh"]
-_RESULTS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml")
+_OPTIONAL = ("calibration.yaml", "evaluation.json", "evaluation.html")
+_RESULTS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml", *_OPTIONAL)
 _LOCK, _OWNER, _JOURNAL, _IDENTITY = "lock", "owner", "journal.sqlite", "identity.json"
 
 
@@ -65,6 +66,8 @@ class RunFolder:
         try:
             if before != identity:
                 database.forget_records()
+                for name in ("evaluation.json", "evaluation.html"):  # they tell of other verdicts
+                    _remove(self.path / name)
                 self.write_json(f"run/{_IDENTITY}", identity)
         except BaseException:
             with suppress(StoreError):
@@ -132,11 +135,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all; what UTF-8 cannot hold (a file name's odd bytes) is written as an escape."""
-        target = self.path / name
-        part = target.with_name(target.name + ".part")
-        with _disk_errors(target):
-            part.write_text(text, encoding="utf-8", errors="backslashreplace")
-            part.replace(target)
+        write_whole(self.path / name, text)
 
     def write_quarantine(self) -> dict[str, int]:
         """Write `run/quarantine.jsonl` and count its rows by reason; no file where there is nothing."""
@@ -187,7 +186,7 @@ def would_lose(path: Path) -> str | None:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A folder with files of the names that we write, but not by us, is never written into."""
+    """A folder with files of others is never written into; hidden ones do not count."""
     if any("\ud800" <= char <= "\udfff" for char in str(path)):
         raise ConfigError(f"{str(path)!r}: expected a name of valid Unicode, for -o")
     if path.exists() and not path.is_dir():
@@ -195,11 +194,21 @@ def _refuse_foreign(path: Path) -> None:
     run = path / "run"
     if any((run / name).exists() for name in (_LOCK, _JOURNAL, _IDENTITY)):
         return
-    there = [name for name in _RESULTS if os.path.lexists(path / name)]
+    names = os.listdir(path) if path.exists() else []
+    there = sorted(name for name in names if name != "run" and not name.startswith("."))
     if run.is_file() or (run.is_dir() and any(run.iterdir())):
         there.append("run")
     if there:
-        raise ConfigError(f"{path} holds {', '.join(there)}, but no run of cai; nothing was touched; use another -o")
+        shown = ", ".join([*there[:5], *(["more"] if there[5:] else [])])
+        raise ConfigError(f"{path} holds {shown}, but no run of cai; nothing was touched; use another -o")
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises `StoreError`."""
+    part = target.with_name(target.name + ".part")
+    with _disk_errors(target):
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.replace(target)
 
 
 def _remove(path: Path) -> None:

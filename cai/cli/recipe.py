@@ -1,0 +1,69 @@
+"""`cai recipe keys | show`."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+app = typer.Typer(no_args_is_help=True, help="Look at recipes, and at every key that one may have.")
+_WIDTH = 79
+_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", types.NoneType: "null"}
+
+
+@app.command(epilog="Example: cai recipe show demo > mine.yaml")
+def show(name: Annotated[str | None, typer.Argument(help="A built-in name (demo) or a YAML file.", metavar="")] = None) -> None:
+    """Print a recipe with every key spelled out; without a name, the defaults."""
+    from cai.config import load_recipe
+
+    print(load_recipe(name, []).to_yaml(), end="")
+
+
+@app.command(epilog="Example: cai generate --set judge.principles=all")
+def keys() -> None:
+    """Print every key of a recipe with its type, its default and what it does, for a YAML file or for --set."""
+    from cai.config import Recipe
+
+    print("\n".join(_described(Recipe)))
+
+
+def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    from cai.documents import Part
+
+    indent = "  " if prefix else ""
+    for name, field in model.model_fields.items():
+        default, about = field.get_default(), field.description or ""
+        if isinstance(default, Part):
+            yield f"\n{name}"
+            yield from _wrapped(about, "  ")
+            yield from _described(type(default), f"{name}.")
+        else:
+            line = f"{indent}{prefix}{name}: {json.dumps(default)}  ({_type(field.annotation)})"
+            yield from [line] if len(line) <= _WIDTH else _wrapped(line.strip(), indent)
+            yield from _wrapped(about, f"{indent}    ")
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _type(annotation: Any) -> str:
+    """A key's type in words: `whole number or 'all'`."""
+    if typing.get_origin(annotation) is Annotated:
+        return _type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f"'{choice}'" for choice in typing.get_args(annotation))
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {_type(parts[0])}" if parts[-1] is ... else f"[{', '.join(map(_type, parts))}]"
+    if parts:
+        return " or ".join(map(_type, parts))
+    return _WORDS.get(annotation) or f"section with {', '.join(annotation.model_fields)}"

@@ -1,0 +1,57 @@
+"""A tokenizer with its chat template, through which no text can speak the template's own tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jinja2
+
+from cai.config import ModelConfig
+from cai.engines.local_model import load_tokenizer
+from cai.errors import ConfigError, RequestError
+from cai.models import ModelPlace
+from cai.types import Messages
+
+
+class ChatTokenizer:
+    """Dialogues as text and text as tokens."""
+
+    def __init__(self, config: ModelConfig, place: ModelPlace | None = None) -> None:
+        """Load the model's tokenizer. Raises `ConfigError` where it has no chat template."""
+        self._model = config.model
+        self.tokenizer: Any = load_tokenizer(config, place)
+        if not self.tokenizer.chat_template:
+            raise ConfigError(f"model '{config.model}' has no chat template; use an instruct model, or add chat_template.jinja")
+        tokens = sorted(map(re.escape, self._control_tokens()), key=len, reverse=True)
+        self._special = re.compile("|".join(tokens)) if tokens else None
+
+    def _control_tokens(self) -> list[str]:
+        """Tokens that only the chat template may speak; added tokens such as line breaks are text."""
+        template = str(self.tokenizer.chat_template)
+        added = [(str(token), token.special) for token in self.tokenizer.added_tokens_decoder.values()]
+        return [text for text, special in added if text.strip() and (special or (len(text) > 1 and text in template))]
+
+    def neutral(self, text: str) -> str:
+        """The text with a space inside each control token."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._special else text
+
+    def render(self, messages: Messages, answer: bool = True) -> str:
+        """The dialogue as the template writes it, ready for the assistant's answer (or the rest of its last message)."""
+        turns = [{"role": message.role, "content": self.neutral(message.content)} for message in messages]
+        goes_on = answer and messages[-1].role == "assistant"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answer and not goes_on, continue_final_message=goes_on
+            )
+        except (jinja2.TemplateError, ValueError) as exc:
+            raise RequestError(f"the chat template of '{self._model}' refuses this dialogue: {exc}") from exc
+        return str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens, none added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
