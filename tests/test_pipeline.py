@@ -29,7 +29,7 @@ from cai.errors import (
 )
 from cai.generation import Generator
 from cai.judging import build_judge
-from cai.pipeline import generate, plan
+from cai.pipeline import generate, plan, planning, running
 from cai.types import Message, Prompt
 from tests.records import HOSTILE as HOSTILE_PROMPTS
 from tests.runs import (
@@ -600,7 +600,7 @@ def test_a_keyboard_interrupt_outside_the_loop_is_an_interruption(tmp_path, log,
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "count_prompts", interrupt)
+    monkeypatch.setattr(running, "count_prompts", interrupt)
     with pytest.raises(Interrupted, match="stopped; the same command continues"):
         generate(asked(), tmp_path / "run", watch=lambda tally, total: None)
     assert manifest(tmp_path / "run")["status"] == "interrupted"
@@ -622,7 +622,7 @@ def test_engines_are_closed_unless_the_run_is_to_stop_at_once(tmp_path, monkeypa
         return respond(request)
 
     closes: list[Any] = []
-    monkeypatch.setattr(pipeline, "build_engine", lambda *_: Closing(function))
+    monkeypatch.setattr(planning, "build_engine", lambda *_: Closing(function))
     with pytest.raises(Interrupted):
         generate(recipe("hashed", prompts={"limit": 1}, judge={"model": OTHER}), tmp_path / "run")
     assert len(set(closes)) == len(closes) == closed, "policy and judge"
@@ -688,7 +688,7 @@ def test_ctrl_c_in_a_notebook_while_the_dataset_is_written(tmp_path, log, monkey
         return usual(*args)
 
     released, usual = threading.Event(), dataset.write_dataset
-    monkeypatch.setattr(pipeline, "_PATIENCE", 0.1)
+    monkeypatch.setattr(running, "_PATIENCE", 0.1)
     monkeypatch.setattr(dataset, "write_dataset", write)
     with pytest.raises(Interrupted, match="stopped; the same command continues"):
         in_a_notebook(asked(), tmp_path / "run")

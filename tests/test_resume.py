@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cai import pipeline
+from cai import dataset
 from cai.config import Recipe
 from cai.errors import CaiError, EngineError, StoreError
-from cai.pipeline import generate
+from cai.pipeline import generate, running
+from cai.pipeline.manifest import file_hashes
 from cai.store import RunFolder
 from tests.runs import (
     CALLS,
@@ -217,7 +218,7 @@ def test_a_resume_that_fails_leaves_what_is_said_of_the_dataset_and_the_dataset(
     before = generate(RECIPE, out)
     written_at = trace_file(out).stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_run", fail)
+        patch.setattr(running, "_run", fail)
         with pytest.raises(CaiError):
             generate(RECIPE, out)
     told = manifest(out)
@@ -239,7 +240,7 @@ def test_where_the_new_dataset_is_there_and_the_card_is_not_the_manifest_does_no
             generate(changed, out)
     told = manifest(out)
     assert told["status"] == "failed"
-    assert told["files"] == pipeline._hashes(out / "data")
+    assert told["files"] == file_hashes(out / "data")
     assert told["dataset"] == generate(changed, out)["dataset"]
 
 
@@ -255,8 +256,8 @@ def refuse(name: str, write: Callable[..., None]) -> Callable[..., None]:
 def test_a_dataset_is_written_anew_by_other_code(tmp_path, log, monkeypatch):
     out = tmp_path / "run"
     code = tmp_path / "code"
-    shutil.copytree(Path(pipeline.__file__).parent / "dataset", code / "dataset")
-    monkeypatch.setattr(pipeline, "__file__", str(code / "pipeline.py"))
+    shutil.copytree(Path(dataset.__file__).parent, code / "dataset")
+    monkeypatch.setattr(running, "__file__", str(code / "pipeline" / "running.py"))
     generate(RECIPE, out)
     file, pyarrow = trace_file(out), metadata.version("pyarrow")
     written_at = [file.stat().st_mtime_ns]
@@ -292,14 +293,14 @@ def test_a_record_that_was_made_and_is_not_there_is_an_error(tmp_path, log, monk
         run(checked, folder, *rest)
         folder.database._db.execute("DELETE FROM prompts WHERE position >= 2")
 
-    run = pipeline._run
+    run = running._run
     out = tmp_path / "run"
     fewer = recipe("logged", prompts={"limit": 2})
     for first in (None, fewer):  # with `fewer`, the dataset that is there holds the very records that are left
         if first:
             generate(first, out, "fresh")
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_run", lose)
+            patch.setattr(running, "_run", lose)
             with pytest.raises(StoreError, match="the dataset has 2 of 4 records; the same command"):
                 generate(RECIPE, out)
         assert manifest(out)["status"] == "failed"

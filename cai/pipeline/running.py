@@ -1,0 +1,216 @@
+"""From a recipe to a run folder: checks everything first, generates the records, writes the dataset."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cai.config import Recipe
+from cai.constitution import to_yaml
+from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
+from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt
+from cai.judging import build_judge
+from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
+from cai.pipeline.planning import Plan, plan, plan_labels
+from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
+from cai.store import Database, Mode, RunFolder
+from cai.types import Record
+
+Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
+"""Shows a pass while it runs: gets its counters and how many rows there are, where that is known."""
+_PATIENCE = 5.0
+"""Seconds that a run in a thread has to end when it is to stop at once."""
+_CAUSE = 300
+"""Characters of the first bad row's detail, in the error of a run that made nothing."""
+
+
+def generate(recipe: Recipe, out: Path | str, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
+    """Run a recipe into the folder `out` and return its manifest; a run that was begun there is continued.
+
+    Raises `ConfigError` before anything is written, `Interrupted` after a Ctrl-C, other `CaiError`s where the run
+    cannot go on. Whatever was finished is kept, and the same call continues.
+    """
+    tally = Tally()
+    return _run_anywhere(partial(_generate, recipe, Path(out), mode, watch, tally), tally)
+
+
+def label(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
+    """Judge the labelled pairs that `recipe.prompts` names (columns `chosen` and `rejected`), into the folder `out`.
+
+    Of each record, `candidate-0` is the completion that people chose. Returns the manifest, raises as `generate` does.
+    """
+    tally = Tally()
+    return _run_anywhere(partial(_label, recipe, Path(out), mode, watch, tally), tally)
+
+
+def _run_anywhere(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str, Any]:
+    return _beside_a_loop(run, tally) if _in_event_loop() else run()
+
+
+def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    return _make(plan(recipe), read_prompts(recipe.prompts), out, mode, watch, tally)
+
+
+def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    return _make(plan_labels(recipe), map(_pair_row, read_pairs(recipe.prompts)), out, mode, watch, tally)
+
+
+def _pair_row(row: PairRow) -> Row:
+    if row.pair is None:
+        return Row(row.origin, None, row.error, row.raw)
+    return Row(row.origin, row.pair.prompt, None, "", (row.pair.chosen, row.pair.rejected))
+
+
+def read_records(out: Path) -> list[Record]:
+    """The records of the last pass in a run folder."""
+    database = Database(out / "run" / "journal.sqlite")
+    try:
+        return list(database.records())
+    finally:
+        database.close()
+
+
+def _make(checked: Plan, rows: Iterator[Row], out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    recipe = checked.recipe
+    _refuse_folder(recipe, out)
+    if mode == "fresh" and recipe.judge.calibration and Path(recipe.judge.calibration).resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"judge.calibration: --fresh would delete {recipe.judge.calibration} with the rest of {out}; copy it")
+    with RunFolder(out, checked.identity, mode) as folder:
+        each = calls_per_prompt(recipe, checked.constitution, checked.policy is None)
+        tally.calls_each, tally.judge_calls_each = sum(each.values()), each["judge"]
+        manifest = Manifest(checked, folder, tally)
+        try:
+            if not (out / "README.md").exists():  # else they describe the dataset that is there until the new one is
+                _save_recipe(checked, folder)
+            with watch(manifest.tally, count_prompts(recipe.prompts)) if watch else nullcontext():
+                _run(checked, folder, manifest.tally, rows)
+            _check_result(recipe, manifest.tally, folder)
+            return _write_dataset(checked, folder, manifest)
+        except CaiError as exc:
+            manifest.write_failure(exc)
+            raise
+        except KeyboardInterrupt:
+            stopped = Interrupted("stopped; the same command continues")
+            manifest.write_failure(stopped)
+            raise stopped from None
+
+
+def _refuse_folder(recipe: Recipe, out: Path) -> None:
+    """Refuse a folder that `datasets` could not read afterwards, or that holds the very prompts of the run."""
+    whole = str(out.absolute())
+    odd = [mark for mark in ("[", "::", "$") if mark in whole]
+    if odd:
+        raise ConfigError(f"-o {out}: `datasets` cannot load from a path that holds '{odd[0]}'; use another -o")
+    source = Path(os.path.expanduser(recipe.prompts.source))
+    if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"prompts '{source}' lie in the run folder {out}, which the run rewrites; use another -o")
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _beside_a_loop(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str, Any]:
+    """Run in a thread, as a notebook's loop needs; a Ctrl-C comes here and is handed on."""
+    pool = ThreadPoolExecutor(1)
+    ended = pool.submit(run)
+    pool.shutdown(wait=False)
+    while True:
+        try:
+            wait([ended], _PATIENCE if tally.stops > 1 else None)
+            break
+        except KeyboardInterrupt:
+            tally.stops += 1
+    if tally.stops and not (ended.done() and ended.exception()):
+        raise Interrupted("stopped; the same command continues")
+    return ended.result()
+
+
+def _save_recipe(checked: Plan, folder: RunFolder) -> None:
+    folder.write_text("constitution.yaml", to_yaml(checked.constitution))
+    if calibration := checked.recipe.judge.calibration:
+        folder.write_text("calibration.yaml", Path(calibration).read_text(encoding="utf-8"))
+    folder.write_text("recipe.yaml", checked.pinned_recipe.to_yaml())
+
+
+def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
+    policy = JournaledEngine(checked.policy, folder.database, "policy", tally) if checked.policy else None
+    judges = {key: JournaledEngine(engine, folder.database, "judge", tally) for key, engine in checked.judges.items()}
+    judge = build_judge(checked.recipe.judge, checked.constitution, judges.__getitem__)
+    generator = Generator(checked.recipe, checked.constitution, policy, judge)
+
+    async def run() -> None:
+        try:
+            await Runner(generator, folder.database, tally).run(rows)
+        finally:
+            if not tally.aborted:  # an engine that is loading its weights would make us wait
+                for engine in filter(None, dict.fromkeys((checked.policy, *checked.judges.values()))):
+                    await engine.close()
+
+    asyncio.run(run())
+
+
+def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:
+    if tally.read == 0:
+        raise PromptSourceError(f"prompts '{recipe.prompts.source}': there are none in it")
+    if tally.done != tally.read:
+        raise EngineError(f"unaccounted for: {tally.read - tally.done} of {tally.read} rows; the same command continues")
+    if not tally.records_made and not tally.records_kept:
+        counted = sorted(tally.quarantined.items(), key=lambda item: (-item[1], item[0]))
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counted)
+        what = f"none of {tally.read} rows became a record" if tally.read > 1 else "the only row became no record"
+        first = next(folder.database.quarantined())
+        cause = " ".join(first.detail.split())[:_CAUSE]
+        file = folder.run / "quarantine.jsonl"
+        raise PromptSourceError(f"{what} ({reasons}); the first, {first.origin}: {cause}; more in {file}")
+
+
+def _write_dataset(checked: Plan, folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
+    from cai.dataset import choose_example, render_card, write_dataset
+
+    source = _source_hash(checked, folder)
+    dataset = manifest.dataset_of(source)
+    if dataset is None:
+        with folder.new_data() as data:
+            dataset = write_dataset(folder.database.records(), data, checked.recipe.dataset).to_json()
+            _refuse_lost(dataset, manifest.tally)
+            manifest.described = {}
+    else:
+        _refuse_lost(dataset, manifest.tally)
+    manifest.described = {"dataset": dataset, "source_hash": source, "files": file_hashes(folder.path / "data")}
+    done = manifest.tell("done", folder.write_quarantine(), {})
+    example = choose_example(folder.database.records(), checked.recipe.dataset)
+    _save_recipe(checked, folder)
+    folder.write_text("README.md", render_card(done, checked.recipe, checked.constitution, example))
+    folder.write_json("manifest.json", done)
+    return done
+
+
+def _refuse_lost(dataset: dict[str, Any], tally: Tally) -> None:
+    """Records that were made and are not in the dataset are never passed over."""
+    expected = tally.records_made + tally.records_kept
+    if dataset["records"] != expected:
+        raise StoreError(f"the dataset has {dataset['records']} of {expected} records; the same command continues")
+
+
+def _source_hash(checked: Plan, folder: RunFolder) -> str:
+    """Of all that decides the bytes in `data/`: the records in their order, the settings, the code that writes them."""
+    versions = installed_versions()
+    settings = checked.recipe.dataset.model_dump_json()
+    digest = hashlib.sha256(f"{versions.get('cai-toolkit')}\n{versions.get('pyarrow')}\n{settings}\n".encode())
+    for code in sorted((Path(__file__).parent.parent / "dataset").glob("*.py")):
+        digest.update(code.read_bytes())
+    for record in folder.database.encoded_records():
+        digest.update(record)
+    return digest.hexdigest()
