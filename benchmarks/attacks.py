@@ -13,7 +13,7 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -74,37 +74,45 @@ async def odds(judge: Judge, pair: tuple[str, str, str], worse: str) -> float | 
     return math.log(chance / (1 - chance))
 
 
-async def measure(method: Method, model: str) -> list[tuple[str, float | None, float | None]]:
-    """For each attack on each pair: its kind, and the log-odds with it and with its twin."""
+Row = tuple[str, str, float | None, float | None]
+"""An attack on a pair: the attack's kind, its id, and the log-odds of the worse completion with it and with its twin."""
+
+
+async def measure(method: Method, model: str) -> list[Row]:
+    """Each attack on each pair."""
     engine = build_engine(ModelConfig(model=model))
     judge = build_judge(JudgeConfig(method=method), load_constitution("harmless"), lambda _: engine)
     rows = []
     for attack in attacks():
         for pair in PAIRS:
             both = [await odds(judge, pair, worse) for worse in attacked(attack["text"], pair[2])]
-            rows.append((attack["kind"], *both))
+            rows.append((attack["kind"], attack["id"], *both))
     await engine.close()
     return rows
 
 
-def interval(shifts: Sequence[float]) -> str:
-    """Mean and 95 % interval."""
-    if len(shifts) < 2:
+def interval(shifts: Mapping[str, Sequence[float]]) -> str:
+    """Mean and 95 % interval over attacks; the pairs of one attack are no repeats of it, so their mean stands for it."""
+    means = numpy.array([numpy.mean(one) for one in shifts.values()])
+    if len(means) < 2:
         return "–"
-    found = stats.bootstrap((numpy.array(shifts),), numpy.mean, method="percentile", rng=0).confidence_interval
-    return f"{numpy.mean(shifts):+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    found = stats.bootstrap((means,), numpy.mean, method="percentile", rng=0).confidence_interval
+    return f"{means.mean():+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
-def report(method: str, rows: Sequence[tuple[str, float | None, float | None]]) -> None:
+def report(method: str, rows: Sequence[Row]) -> None:
     """A line for each kind of attack, and one for all."""
-    for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
-        found = [row for row in rows if kind in (row[0], "all")]
-        pairs = [(one, twin) for _, one, twin in found if one is not None and twin is not None]
-        won = sum(one > 0 >= twin for one, twin in pairs)
-        lost = sum(twin > 0 >= one for one, twin in pairs)
+    for asked in (*dict.fromkeys(row[0] for row in rows), "all"):
+        found = [row[1:] for row in rows if asked in (row[0], "all")]
+        pairs = [(attack, one, twin) for attack, one, twin in found if one is not None and twin is not None]
+        won = sum(one > 0 >= twin for _, one, twin in pairs)
+        lost = sum(twin > 0 >= one for _, one, twin in pairs)
+        shifts: dict[str, list[float]] = {}
+        for attack, one, twin in pairs:
+            shifts.setdefault(attack, []).append(one - twin)
         print(
-            f"{method:<11} {kind:<11} {won:>4} of {len(pairs):<4} succeed ({won / max(1, len(pairs)):5.1%}), "
-            f"{lost:>3} backfire, {len(found) - len(pairs):>3} without a verdict; shift {interval([a - b for a, b in pairs])}",
+            f"{method:<11} {asked:<11} {won:>4} of {len(pairs):<4} succeed ({won / max(1, len(pairs)):5.1%}), "
+            f"{lost:>3} backfire, {len(found) - len(pairs):>3} without a verdict; shift {interval(shifts)}",
             flush=True,
         )
 

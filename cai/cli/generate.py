@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,7 +15,7 @@ from cai.cli import progress
 from cai.cli.summary import show_summary
 from cai.cli.terminal import console, counted, errors, printable
 from cai.config import Recipe
-from cai.errors import ConfigError, Interrupted
+from cai.errors import Interrupted
 from cai.generation import Tally
 from cai.generation.estimate import Estimate
 from cai.store import Mode, would_lose
@@ -68,16 +66,6 @@ def _identity(out: Path) -> object:
         return json.loads((out / "run" / "identity.json").read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def confirm_loss(out: Path) -> None:
-    """Ask before what was paid for is deleted; without a terminal, refuse."""
-    loss = would_lose(out)
-    if loss is None:
-        return
-    if not sys.stdin.isatty():
-        raise ConfigError(f"--fresh would delete {loss} in {out}; add --yes if that is meant")
-    typer.confirm(f"{printable(str(out))} holds {loss}. Delete and start over?", abort=True)
 
 
 def run(recipe: Recipe, out: Path, mode: Mode) -> None:

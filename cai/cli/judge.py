@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cai.errors import ConfigError
+from cai.cli.options import (
+    FOLDER,
+    MODELS,
+    Constitution,
+    Fresh,
+    Limit,
+    RecipeFile,
+    Set,
+    Update,
+    Yes,
+    choose_folder,
+    choose_mode,
+    option,
+    resolve_recipe,
+)
 
 if TYPE_CHECKING:
     from cai.config import Recipe
@@ -19,19 +32,21 @@ app = typer.Typer(no_args_is_help=True, help="Label pairs; measure and calibrate
 Pairs = Annotated[
     str, typer.Argument(metavar="PAIRS", help="A file, `datasets` folder, Hub id or -: rows with `chosen` and `rejected`.")
 ]
-Constitution = Annotated[str | None, typer.Option("-c", "--constitution", help="Built-in name or path.")]
-Model = Annotated[str | None, typer.Option("-m", "--model", help="The judge: alias, folder, Hub id, scripted:…")]
+Model = Annotated[
+    str | None, option("-m", "--model", panel=MODELS, metavar="MODEL", help="The judge: alias, folder, Hub id, scripted:…")
+]
 Method = Annotated[
     str | None,
-    typer.Option(help="choice, reasoning, likelihood, score, text, checks, reward-model or panel."),
+    option(
+        "--method",
+        panel=MODELS,
+        metavar="METHOD",
+        help="choice, reasoning, likelihood, score, text, checks, reward-model or panel.",
+    ),
 ]
-Limit = Annotated[int | None, typer.Option("-n", help="Use the first N rows.", min=1)]
-Out = Annotated[str | None, typer.Option("-o", "--out", help="The run folder; default runs/judge-METHOD.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", help="A recipe: built in (demo) or YAML; flags win over it.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")]
-Update = Annotated[bool, typer.Option("--update", help="Recipe changed: keep finished calls, redo the rest.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; asks if finished calls would be lost.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Out = Annotated[
+    str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="The run folder; default runs/judge-METHOD.")
+]
 
 
 @app.command(
@@ -69,7 +84,9 @@ def calibrate(
     method: Method = None,
     limit: Limit = None,
     out: Out = None,
-    save: Annotated[Path | None, typer.Option(help="The file; default OUT/calibration.yaml.")] = None,
+    save: Annotated[
+        Path | None, option("--save", panel=FOLDER, metavar="FILE", help="The calibration; default OUT/calibration.yaml.")
+    ] = None,
     recipe: RecipeFile = None,
     set_: Set = None,
     update: Update = False,
@@ -118,8 +135,6 @@ def _recipe(
     recipe: str | None,
     assignments: list[str] | None,
 ) -> Recipe:
-    from cai.config import load_recipe, parse_set
-
     flags = {
         "prompts.source": ("PAIRS", pairs),
         "constitution": ("-c", constitution),
@@ -127,19 +142,9 @@ def _recipe(
         "judge.method": ("--method", method),
         "prompts.limit": ("-n", limit),
     }
-    overrides = [parse_set(one) for one in assignments or ()]
-    overrides += [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
-    return load_recipe(recipe, overrides)
+    return resolve_recipe(recipe, assignments or (), flags)
 
 
 def _folder(recipe: Recipe, out: str | None, update: bool, fresh: bool, yes: bool) -> tuple[Path, Mode]:
-    from cai.cli.generate import confirm_loss
-
-    if update and fresh:
-        raise ConfigError("--update keeps what --fresh deletes: give one of them")
-    if out is not None and not out.strip():
-        raise ConfigError("-o is empty: expected a folder")
-    folder = Path(os.path.expanduser(out)) if out else Path("runs") / f"judge-{recipe.judge.method}"
-    if fresh and not yes:
-        confirm_loss(folder)
-    return folder, "fresh" if fresh else "update" if update else "continue"
+    folder = choose_folder(out, f"judge-{recipe.judge.method}")
+    return folder, choose_mode(folder, update, fresh, yes)

@@ -7,13 +7,28 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from cai.cli import constitution, doctor, judge
 from cai.cli import recipe as recipes
+from cai.cli.options import (
+    FOLDER,
+    MODELS,
+    Constitution,
+    Fresh,
+    Limit,
+    RecipeFile,
+    Seed,
+    Set,
+    Update,
+    Yes,
+    choose_folder,
+    choose_mode,
+    option,
+    resolve_recipe,
+)
 from cai.errors import CaiError, ConfigError, Interrupted
 
 app = typer.Typer(
@@ -28,7 +43,6 @@ app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipe")
 app.command("doctor")(doctor.doctor)
-_INPUTS, _MODELS, _FOLDER = "Inputs", "Models", "Run folder"
 
 _EXAMPLES = """
 Examples:
@@ -61,11 +75,6 @@ def _options(
     """Options that stand before any command."""
 
 
-def _option(*names: str, panel: str, metavar: str = "", help: str) -> Any:
-    """An option in a panel of the help; without a metavar it is a flag."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
 @app.command(epilog=_EXAMPLES)
 def generate(
     prompts: Annotated[
@@ -75,42 +84,31 @@ def generate(
             metavar="PROMPTS",
         ),
     ] = None,
-    constitution: Annotated[
-        str | None,
-        _option("-c", "--constitution", panel=_INPUTS, metavar="NAME|FILE", help="The principles; built in: harmless."),
-    ] = None,
-    limit: Annotated[int | None, _option("-n", panel=_INPUTS, metavar="N", help="Use the first N rows of the prompts.")] = None,
-    recipe: Annotated[
-        str | None,
-        _option("--recipe", panel=_INPUTS, metavar="NAME|FILE", help="A recipe: built in (demo) or YAML; flags win over it."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, _option("--set", panel=_INPUTS, metavar="KEY=VALUE", help="Any key of the recipe; repeatable.")
-    ] = None,
-    seed: Annotated[int | None, _option("--seed", panel=_INPUTS, metavar="N", help="The run's seed.")] = None,
+    constitution: Constitution = None,
+    limit: Limit = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
+    seed: Seed = None,
     model: Annotated[
         str | None,
-        _option("-m", "--model", panel=_MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, scripted:…"),
+        option("-m", "--model", panel=MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, scripted:…"),
     ] = None,
     judge_model: Annotated[
-        str | None, _option("--judge-model", panel=_MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
+        str | None, option("--judge-model", panel=MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
     ] = None,
     out: Annotated[
-        str | None, _option("-o", "--out", panel=_FOLDER, metavar="FOLDER", help="Where to; default runs/CONSTITUTION.")
+        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/CONSTITUTION.")
     ] = None,
-    update: Annotated[
-        bool, _option("--update", panel=_FOLDER, help="Recipe changed: keep finished calls, redo the rest.")
-    ] = False,
-    fresh: Annotated[bool, _option("--fresh", panel=_FOLDER, help="Start over; asks if finished calls would be lost.")] = False,
-    yes: Annotated[bool, _option("--yes", "-y", panel=_FOLDER, help="Do not ask.")] = False,
-    dry_run: Annotated[bool, _option("--dry-run", panel=_FOLDER, help="Print recipe, calls and tokens; call nothing.")] = False,
+    update: Update = False,
+    fresh: Fresh = False,
+    yes: Yes = False,
+    dry_run: Annotated[bool, option("--dry-run", panel=FOLDER, help="Print recipe, calls and tokens; call nothing.")] = False,
 ) -> None:
     """Make a preference dataset from a constitution and prompts.
 
     The same command again continues a run that was stopped; no finished model call is made twice.
     """
     from cai.cli import generate as command
-    from cai.config import load_recipe, parse_set
     from cai.constitution import load_constitution
 
     flags = {
@@ -121,20 +119,13 @@ def generate(
         "prompts.limit": ("-n", limit),
         "seed": ("--seed", seed),
     }
-    overrides = [parse_set(one) for one in set_ or ()]
-    overrides += [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
-    resolved = load_recipe(recipe, overrides)
-    if update and fresh:
-        raise ConfigError("--update keeps what --fresh deletes: give one of them")
-    if out is not None and not out.strip():
-        raise ConfigError("-o is empty: expected a folder")
-    folder = Path(os.path.expanduser(out)) if out else Path("runs") / load_constitution(resolved.constitution).name
+    resolved = resolve_recipe(recipe, set_ or (), flags)
+    folder = choose_folder(out, load_constitution(resolved.constitution).name)
+    mode = choose_mode(folder, update, fresh, yes or dry_run)
     if dry_run:
         command.show_dry_run(resolved, folder)
         return
-    if fresh and not yes:
-        command.confirm_loss(folder)
-    command.run(resolved, folder, "fresh" if fresh else "update" if update else "continue")
+    command.run(resolved, folder, mode)
 
 
 def main() -> None:

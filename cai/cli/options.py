@@ -1,0 +1,76 @@
+"""The options that commands share, and the run folder that some of them choose."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cai.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cai.config import Recipe
+    from cai.store import Mode
+
+
+def option(*names: str, panel: str, metavar: str = "", help: str) -> Any:
+    """An option in a panel of the help; without a metavar it is a flag."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+
+
+INPUTS, MODELS, FOLDER = "Inputs", "Models", "Run folder"
+Constitution = Annotated[
+    str | None,
+    option("-c", "--constitution", panel=INPUTS, metavar="NAME|FILE", help="The principles; built in: harmless."),
+]
+Limit = Annotated[int | None, option("-n", panel=INPUTS, metavar="N", help="Use the first N rows.")]
+RecipeFile = Annotated[
+    str | None,
+    option("--recipe", panel=INPUTS, metavar="NAME|FILE", help="A recipe: built in (demo) or YAML; flags win over it."),
+]
+Set = Annotated[list[str] | None, option("--set", panel=INPUTS, metavar="KEY=VALUE", help="Any key of the recipe; repeatable.")]
+Seed = Annotated[int | None, option("--seed", panel=INPUTS, metavar="N", help="The run's seed.")]
+Update = Annotated[bool, option("--update", panel=FOLDER, help="Recipe changed: keep finished calls, redo the rest.")]
+Fresh = Annotated[bool, option("--fresh", panel=FOLDER, help="Start over; asks if finished calls would be lost.")]
+Yes = Annotated[bool, option("--yes", "-y", panel=FOLDER, help="Do not ask.")]
+
+
+def resolve_recipe(recipe: str | None, assignments: Sequence[str], flags: Mapping[str, tuple[str, object]]) -> Recipe:
+    """The recipe with what `--set` assigns on top, and then the flags: by key, the flag and its value or None."""
+    from cai.config import load_recipe, parse_set
+
+    overrides = [parse_set(one) for one in assignments]
+    overrides += [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    return load_recipe(recipe, overrides)
+
+
+def choose_folder(out: str | None, default: str) -> Path:
+    """The folder of `-o`, or the default one below `runs/`. Raises `ConfigError`."""
+    if out is not None and not out.strip():
+        raise ConfigError("-o is empty: expected a folder")
+    return Path(os.path.expanduser(out)) if out else Path("runs") / default
+
+
+def choose_mode(folder: Path, update: bool, fresh: bool, yes: bool) -> Mode:
+    """What is done about a run that is in the folder; asks before what was paid for is deleted. Raises `ConfigError`."""
+    if update and fresh:
+        raise ConfigError("--update keeps what --fresh deletes: give one of them")
+    if fresh and not yes:
+        _confirm_loss(folder)
+    return "fresh" if fresh else "update" if update else "continue"
+
+
+def _confirm_loss(out: Path) -> None:
+    from cai.cli.terminal import printable
+    from cai.store import would_lose
+
+    loss = would_lose(out)
+    if loss is None:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"--fresh would delete {loss} in {out}; add --yes if that is meant")
+    typer.confirm(f"{printable(str(out))} holds {loss}. Delete and start over?", abort=True)
