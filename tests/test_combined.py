@@ -319,7 +319,7 @@ def test_the_panels_shared_model_is_pinned_and_a_members_own_too(tmp_path, monke
         engine.revision = commits[config.model]
         return engine
 
-    monkeypatch.setattr("cai.pipeline.build_engine", build)
+    monkeypatch.setattr("cai.pipeline.planning.build_engine", build)
     both = members(("a", "choice", {}), ("b", "choice", {"model": "own"}))
     one = panel_recipe(tmp_path, ["even"], model="shared", members=both)
     label(one, tmp_path / "run")

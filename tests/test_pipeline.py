@@ -229,6 +229,7 @@ MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "revision": ({"model": OTHER}, {"revision": "main"}),
     "method": ({}, {"method": "text"}),
     "weight": ({}, {"weight": 3.0}),
+    "calibration": ({}, {"calibration": "none.yaml"}),
 }
 GENERATION_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "candidates": ({}, {"candidates": 2}),
