@@ -23,7 +23,7 @@ from cai.constitution import Constitution, load_constitution
 from cai.engines import ChoiceLogprobs
 from cai.engines.transformers import TransformersEngine
 from cai.judging.choice import LETTERS, few_shot, question
-from cai.prompts import read_pairs, read_prompts
+from cai.prompts import Pair, read_pairs, read_prompts
 from cai.types import Message, Messages
 
 PRINCIPLES = 16
@@ -33,7 +33,7 @@ Ask = Callable[[TransformersEngine, list[Messages]], Awaitable[list[ChoiceLogpro
 def pairs(path: str, count: int) -> list[tuple[Messages, str, str]]:
     """The first labelled pairs of a file (or built-in prompts, with made-up completions)."""
     if Path(path).is_file():
-        rows = [row.pair for row in read_pairs(PromptsConfig(source=path)) if row.pair]
+        rows = [Pair(row.prompt, *row.given) for row in read_pairs(PromptsConfig(source=path)) if row.prompt]
         return [(pair.prompt.messages, pair.chosen, pair.rejected) for pair in rows[:count]]
     filler = "One way to go about this is to talk to the person first, and to write down what was agreed. " * 6
     rows_ = [row.prompt.messages for row in read_prompts(PromptsConfig(source=path)) if row.prompt]

@@ -16,7 +16,7 @@ from cai.errors import ConfigError
 from cai.evaluation.calibrating import Fit, check_enough, fit
 from cai.judging.base import leaning, principle_verdict, verdict
 from cai.judging.calibration import JudgeIdentity, apply
-from cai.prompts import Pair, PairRow
+from cai.prompts import Row
 from cai.types import Completion, Message, Prompt, Record
 
 NAMES = (("candidate-0", ""), ("candidate-1", ""))
@@ -285,11 +285,11 @@ def test_the_largest_evidence_that_is_let_pass_gives_finite_numbers():
     assert all(map(math.isfinite, [*weights(found), *found.scale.log_loss, *found.uncalibrated.log_loss]))
 
 
-def pair_rows(pairs: int, prompts: int) -> list[PairRow]:
+def pair_rows(pairs: int, prompts: int) -> list[Row]:
     made = []
     for number in range(pairs):
         prompt = Prompt(str(number), (Message("user", f"Question {number % prompts}?"),))
-        made.append(PairRow(f"row {number}", Pair(prompt, "good", "bad"), None, ""))
+        made.append(Row(f"row {number}", prompt, None, "", ("good", "bad")))
     return made
 
 

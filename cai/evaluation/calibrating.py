@@ -35,7 +35,7 @@ from cai.judging.calibration import (
     evidence,
     order_prior,
 )
-from cai.prompts import PairRow
+from cai.prompts import Row
 from cai.types import Record, Verdict
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ class _Pairs(NamedTuple):
     """n: numbers of the prompts."""
 
 
-def check_enough(rows: Iterable[PairRow]) -> None:
+def check_enough(rows: Iterable[Row]) -> None:
     """Raises `ConfigError` where a source has too few pairs or prompts; reads no more of it than that takes."""
     pairs: set[str] = set()
     prompts: set[object] = set()
     for row in rows:
-        if row.pair:
-            pairs.add(row.pair.prompt.id)
-            prompts.add(row.pair.prompt.messages)
+        if row.prompt:
+            pairs.add(row.prompt.id)
+            prompts.add(row.prompt.messages)
         if len(pairs) >= _PAIRS and len(prompts) >= _FOLDS:
             return
     _need(len(pairs), len(prompts))

@@ -19,7 +19,7 @@ from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_
 from cai.judging import build_judge
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
-from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
+from cai.prompts import Row, count_prompts, read_pairs, read_prompts
 from cai.store import Database, Mode, RunFolder
 from cai.types import Record
 
@@ -59,13 +59,7 @@ def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally:
 
 
 def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
-    return _make(plan_labels(recipe), map(_pair_row, read_pairs(recipe.prompts)), out, mode, watch, tally)
-
-
-def _pair_row(row: PairRow) -> Row:
-    if row.pair is None:
-        return Row(row.origin, None, row.error, row.raw)
-    return Row(row.origin, row.pair.prompt, None, "", (row.pair.chosen, row.pair.rejected))
+    return _make(plan_labels(recipe), read_pairs(recipe.prompts), out, mode, watch, tally)
 
 
 def read_records(out: Path) -> list[Record]:
