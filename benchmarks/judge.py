@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from cai.config import JudgeConfig, ModelConfig, PromptsConfig
-from cai.constitution import Constitution, load_constitution
+from cai.constitution import load_constitution
 from cai.engines import ChoiceLogprobs
 from cai.engines.transformers import TransformersEngine
 from cai.judging.choice import LETTERS, few_shot, question
@@ -38,13 +38,6 @@ def pairs(path: str, count: int) -> list[tuple[Messages, str, str]]:
     filler = "One way to go about this is to talk to the person first, and to write down what was agreed. " * 6
     rows_ = [row.prompt.messages for row in read_prompts(PromptsConfig(source=path)) if row.prompt]
     return [(one, filler, filler[::-1]) for one in rows_[:count]]
-
-
-def with_five_exemplars() -> Constitution:
-    """`harmless` with as many of its exemplars as are asked for, the first one again at the end."""
-    constitution = load_constitution("harmless")
-    exemplars = constitution.exemplars
-    return constitution.model_copy(update={"exemplars": (*exemplars, *exemplars)[: max(5, len(exemplars))]})
 
 
 async def separately(engine: TransformersEngine, questions: list[Messages]) -> list[ChoiceLogprobs]:
@@ -68,7 +61,7 @@ async def shared(engine: TransformersEngine, questions: list[Messages]) -> list[
 
 async def main() -> None:
     shots, path, count, repeats = [*sys.argv[1:], *("0", "benign", "2", "3")[len(sys.argv) - 1 :]]
-    constitution, config = with_five_exemplars(), JudgeConfig(exemplars=int(shots))
+    constitution, config = load_constitution("harmless"), JudgeConfig(exemplars=int(shots))
     principles = [one for one in constitution.comparing if one.preference][:PRINCIPLES]
     begin = few_shot(constitution, config)
     orders = [order for prompt, a, b in pairs(path, int(count)) for order in ((prompt, a, b), (prompt, b, a))]
