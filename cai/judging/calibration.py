@@ -169,7 +169,8 @@ def judge_identity(config: JudgeConfig, fingerprint: str, constitution: Constitu
 
 def check_fits(calibration: Calibration, judge: JudgeIdentity) -> None:
     """Raises `ConfigError` where the calibration was made for another judge, naming all that differs."""
-    pairs = {key: (getattr(calibration, key), getattr(judge, key)) for key in ("method", "judge", "constitution")}
+    fitted = calibration.model_dump()
+    pairs = {key: (fitted[key], now) for key, now in judge._asdict().items() if key != "settings"}
     for key in sorted({*calibration.settings, *judge.settings}):
         pairs[f"judge.{key}"] = calibration.settings.get(key), judge.settings.get(key)
     different = [f"{key}: fitted for {_shown(was)}, this is {_shown(now)}" for key, (was, now) in pairs.items() if was != now]

@@ -183,8 +183,8 @@ def prepare(principles: Sequence[Principle], allow_python: bool) -> None:
             if not allow_python:
                 raise ConfigError(f"{where} runs the code of {check.python}; if you trust it: --set judge.allow_python=true")
             find_function(check.python)
-        for key, package in (("language", "py3langid"), ("max_grade", "textstat")):
-            if getattr(check, key) is not None and not _installed(package):
+        for key, wanted, package in (("language", check.language, "py3langid"), ("max_grade", check.max_grade, "textstat")):
+            if wanted is not None and not _installed(package):
                 raise ConfigError(f"{where} checks {key}, which needs {package}: pip install 'cai-toolkit[judge]'")
 
 

@@ -124,13 +124,12 @@ class Database:
         self._depth -= 1
         if undo and not self._db.in_transaction:  # SQLite undid everything already, as it may on a full disk
             return
-        try:
+        with ExitStack() as failed:  # a transaction that is left open would take in what comes next
+            failed.callback(self._db.rollback)
             if undo:
                 self._db.execute("ROLLBACK TO writes")
             self._db.execute("RELEASE writes" if self._depth else "COMMIT")
-        except BaseException:  # also a Ctrl-C: a transaction that is left open would take in what comes next
-            self._db.rollback()
-            raise
+            failed.pop_all()
 
     def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """The results of those calls that are finished."""
