@@ -1,10 +1,12 @@
-"""An engine whose every finished call is in the journal: asked again, it answers from there and pays nothing."""
+"""An engine whose every finished call is in the journal: asked again, also at the same time, it pays nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,6 +40,7 @@ class JournaledEngine:
     def __init__(self, engine: Engine, database: Database, role: str, tally: Tally) -> None:
         """`role` is `policy` or `judge`: whose cost it is."""
         self._engine, self._database, self._role, self._tally = engine, database, role, tally
+        self._asked: dict[bytes, asyncio.Future[None]] = {}
         self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
 
     @property
@@ -61,6 +64,28 @@ class JournaledEngine:
         digest.update(_encoder.encode(request))
         return digest.digest()
 
+    @asynccontextmanager
+    async def _asking(self, keys: Iterable[bytes]) -> AsyncIterator[dict[bytes, bytes]]:
+        """What the journal has of these calls; while the block asks for the others, nobody else does.
+
+        Who wants one that another is asking for waits, whatever comes of it, and looks again: a call that failed or was
+        cancelled is then its own to make.
+        """
+        wanted = list(dict.fromkeys(keys))
+        while others := {self._asked[key] for key in wanted if key in self._asked}:
+            await asyncio.wait(others)
+        found = self._database.call_results(wanted)
+        self._tally.calls_replayed += len(found)
+        answered = asyncio.get_running_loop().create_future()
+        mine = dict.fromkeys((key for key in wanted if key not in found), answered)
+        self._asked |= mine
+        try:
+            yield found
+        finally:
+            for key in mine:
+                del self._asked[key]
+            answered.set_result(None)
+
     async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result:
         if self._tally.stopping:
             raise Interrupted("stopping")
@@ -78,58 +103,59 @@ class JournaledEngine:
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """The journal's completion, or the engine's, journaled."""
-        key = self._key(request)
-        if found := self._database.call_results([key]):
-            self._tally.calls_replayed += 1
-            return _decode_completion(found[key])
-        answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
-        completion = _decode_completion(answer)
-        self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
-        return completion
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return _decode_completion(found[key])
+            answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
+            completion = _decode_completion(answer)
+            self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
+            return completion
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
-        """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself."""
+        """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself.
+
+        They are kept when the engine has answered all of them: a kill before that loses those that it had computed.
+        """
         keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
-        found = {key: _choice(value) for key, value in self._database.call_results(keys).items()}
-        self._tally.calls_replayed += len(found)
-        missing = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in found]
-        if missing:
-            asked = [prompt for _, prompt in missing]
-            answers = await self._call(lambda: self._engine.choice_logprobs(asked, choices))
-            new = {key: answer for (key, _), answer in zip(missing, answers, strict=True)}
-            problems = {key: _problem(answer.logprobs, len(choices)) for key, answer in new.items()}
-            good = {key: answer for key, answer in new.items() if not problems[key]}
-            self._keep(
-                [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()]
-            )
-            for problem in filter(None, problems.values()):
-                raise VerdictError(problem)
-            found |= new
+        asked = dict(zip(keys, prompts, strict=True))
+        async with self._asking(asked) as journaled:
+            found = {key: _choice(value) for key, value in journaled.items()}
+            missing = {key: prompt for key, prompt in asked.items() if key not in found}
+            if missing:
+                answers = await self._call(lambda: self._engine.choice_logprobs(list(missing.values()), choices))
+                found |= self._keep_choices(dict(zip(missing, answers, strict=True)), len(choices))
         return [found[key] for key in keys]
+
+    def _keep_choices(self, answers: dict[bytes, ChoiceLogprobs], expected: int) -> dict[bytes, ChoiceLogprobs]:
+        """Keeps what is good; raises `VerdictError` where one is not."""
+        problems = {key: _problem(answer.logprobs, expected) for key, answer in answers.items()}
+        good = {key: answer for key, answer in answers.items() if not problems[key]}
+        self._keep([Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()])
+        for problem in filter(None, problems.values()):
+            raise VerdictError(problem)
+        return good
 
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
         """The journal's, or the engine's, journaled."""
-        key = self._key(request)
-        if found := self._database.call_results([key]):
-            self._tally.calls_replayed += 1
-            return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
-        result = await self._call(lambda: self._engine.loglikelihood(request))
-        if problem := _problem((result.logprob,), 1):
-            raise VerdictError(problem)
-        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
-        return result
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
+            result = await self._call(lambda: self._engine.loglikelihood(request))
+            if problem := _problem((result.logprob,), 1):
+                raise VerdictError(problem)
+            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            return result
 
     async def reward(self, request: RewardRequest) -> Reward:
         """The journal's, or the engine's, journaled."""
-        key = self._key(request)
-        if found := self._database.call_results([key]):
-            self._tally.calls_replayed += 1
-            return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
-        result = await self._call(lambda: self._engine.reward(request))
-        if problem := _problem((result.reward,), 1):
-            raise VerdictError(problem)
-        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
-        return result
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
+            result = await self._call(lambda: self._engine.reward(request))
+            if problem := _problem((result.reward,), 1):
+                raise VerdictError(problem)
+            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            return result
 
     async def close(self) -> None:
         """Close the wrapped engine."""

@@ -19,7 +19,7 @@ from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_
 from cai.judging import build_judge
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
-from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
+from cai.prompts import Row, count_prompts, read_pairs, read_prompts
 from cai.store import Database, Mode, RunFolder
 from cai.types import Record
 
@@ -59,13 +59,7 @@ def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally:
 
 
 def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
-    return _make(plan_labels(recipe), map(_pair_row, read_pairs(recipe.prompts)), out, mode, watch, tally)
-
-
-def _pair_row(row: PairRow) -> Row:
-    if row.pair is None:
-        return Row(row.origin, None, row.error, row.raw)
-    return Row(row.origin, row.pair.prompt, None, "", (row.pair.chosen, row.pair.rejected))
+    return _make(plan_labels(recipe), read_pairs(recipe.prompts), out, mode, watch, tally)
 
 
 def read_records(out: Path) -> list[Record]:
@@ -80,8 +74,9 @@ def read_records(out: Path) -> list[Record]:
 def _make(checked: Plan, rows: Iterator[Row], out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
     recipe = checked.recipe
     _refuse_folder(recipe, out)
-    if mode == "fresh" and recipe.judge.calibration and Path(recipe.judge.calibration).resolve().is_relative_to(out.resolve()):
-        raise ConfigError(f"judge.calibration: --fresh would delete {recipe.judge.calibration} with the rest of {out}; copy it")
+    inside = [path for path in checked.calibrations if Path(path).resolve().is_relative_to(out.resolve())]
+    if mode == "fresh" and inside:
+        raise ConfigError(f"judge.calibration: --fresh would delete {inside[0]} with the rest of {out}; copy it")
     with RunFolder(out, checked.identity, mode) as folder:
         each = calls_per_prompt(recipe, checked.constitution, checked.policy is None)
         tally.calls_each, tally.judge_calls_each = sum(each.values()), each["judge"]
@@ -139,15 +134,18 @@ def _beside_a_loop(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str,
 
 def _save_recipe(checked: Plan, folder: RunFolder) -> None:
     folder.write_text("constitution.yaml", to_yaml(checked.constitution))
-    if calibration := checked.recipe.judge.calibration:
-        folder.write_text("calibration.yaml", Path(calibration).read_text(encoding="utf-8"))
+    for name, text in checked.calibration_files.items():
+        folder.write_text(name, text)
     folder.write_text("recipe.yaml", checked.pinned_recipe.to_yaml())
 
 
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
     policy = JournaledEngine(checked.policy, folder.database, "policy", tally) if checked.policy else None
-    judges = {key: JournaledEngine(engine, folder.database, "judge", tally) for key, engine in checked.judges.items()}
-    judge = build_judge(checked.recipe.judge, checked.constitution, judges.__getitem__)
+    engines = dict.fromkeys(checked.judges.values())
+    judges = {engine: JournaledEngine(engine, folder.database, "judge", tally) for engine in engines}
+    judge = build_judge(
+        checked.recipe.judge, checked.constitution, lambda one: judges[checked.judges[one]], checked.calibrations
+    )
     generator = Generator(checked.recipe, checked.constitution, policy, judge)
 
     async def run() -> None:
