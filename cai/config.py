@@ -46,23 +46,35 @@ class PromptsConfig(Part):
     """The configuration of a Hub dataset."""
 
 
+class VllmConfig(Part):
+    """How vLLM runs a model in process (`vllm:MODEL`)."""
+
+    adapter: Text | None = None
+    """The folder of a LoRA adapter that is put on the model."""
+    args: dict[str, Any] = {}
+    """Arguments of vLLM's engine under its own names: `{tensor_parallel_size: 2, gpu_memory_utilization: 0.45}`."""
+
+
 class ModelConfig(Part):
     """A model and how to run it."""
 
     model: Text = "smollm2-135m"
-    """An alias (`smollm2-135m`), a folder, a Hub id, or `scripted:FILE.py:FUNCTION`."""
+    """An alias (`smollm2-135m`), a folder, a Hub id (each also as `vllm:MODEL`), or `scripted:FILE.py:FUNCTION`."""
     revision: Text | None = None
     """The Hub revision (branch, tag or commit)."""
     device: Text | None = None
-    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is."""
+    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is. Not for vLLM, which takes what it was built for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes in it, else float32."""
     batch_size: PositiveInt = 64
-    """The most requests that are generated together."""
+    """The most requests that are generated together (vLLM: `vllm.args.max_num_seqs`)."""
     batch_tokens: PositiveInt = 32768
-    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory."""
+    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory. vLLM has limits
+    of its own."""
     exact: bool = False
     """Compute each request alone, in float32 unless `dtype` says otherwise: the same whatever else runs, and slower."""
+    vllm: VllmConfig = VllmConfig()
+    """How vLLM runs it."""
 
 
 Method = Literal["choice", "reasoning", "likelihood", "score", "text", "checks", "reward-model", "panel"]
@@ -102,6 +114,8 @@ class JudgeConfig(Part):
     """The judge's model; null: the policy's own."""
     revision: Text | None = None
     """The Hub revision of the judge's model."""
+    vllm: VllmConfig | None = None
+    """How vLLM runs the judge's own model; null: with the policy's `args`."""
     method: Method = "choice"
     """`choice` (multiple choice by log-probability), `reasoning` (thoughts before the choice), `text` (a generated letter):
     both orders. `likelihood` (contrastive), `score` (1 to 10), `checks` (programs alone), `reward-model`: each completion
@@ -134,6 +148,8 @@ class JudgeConfig(Part):
     def _revision_of_a_model(self) -> JudgeConfig:
         if self.revision is not None and self.model is None:
             raise _wrong("revision", "names the revision of judge.model, which is not set; set it, or policy.revision")
+        if self.vllm is not None and self.model is None:
+            raise _wrong("vllm", "is for judge.model, which is not set; set it, or policy.vllm")
         return self
 
     @model_validator(mode="after")
@@ -253,7 +269,8 @@ class Recipe(Part):
         """A judge as an engine's configuration: the policy's settings with the judge's model in its place."""
         if judge.model is None:
             return self.policy
-        return self.policy.model_copy(update={"model": judge.model, "revision": judge.revision})
+        shared = VllmConfig(args=self.policy.vllm.args) if judge.model.startswith("vllm:") else VllmConfig()
+        return self.policy.model_copy(update={"model": judge.model, "revision": judge.revision, "vllm": judge.vllm or shared})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""
@@ -294,7 +311,7 @@ def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]
     path = None if path is None else find_recipe(path)
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
-        for dotted in ("constitution", "prompts.source", "judge.calibration"):
+        for dotted in ("constitution", "prompts.source", "judge.calibration", "policy.vllm.adapter", "judge.vllm.adapter"):
             _beside(document.data, path.parent, dotted)
         for member in _members(document.data):
             _beside(member, path.parent, "calibration")

@@ -39,6 +39,10 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def __hash__(self) -> int:
+        """Over its JSON, since a mapping among its fields has no hash."""
+        return hash(self.model_dump_json())
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_stray_truth(cls, value: Any, info: ValidationInfo) -> Any:

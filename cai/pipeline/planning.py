@@ -63,7 +63,7 @@ class Plan:
 
     def _judge_section(self) -> dict[str, Any]:
         """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
-        section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "allow_python"})
+        section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "vllm", "allow_python"})
         for named in (section, *section["members"]):
             if named["calibration"]:
                 named["calibration"] = self.calibrations[named["calibration"]].hash
