@@ -51,7 +51,7 @@ class VllmConfig(Part):
 
     adapter: Text | None = None
     """The folder of a LoRA adapter that is put on the model."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default={})
     """Arguments of vLLM's engine under its own names: `{tensor_parallel_size: 2, gpu_memory_utilization: 0.45}`."""
 
 

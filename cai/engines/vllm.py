@@ -30,6 +30,7 @@ from cai.types import Completion, Messages
 if TYPE_CHECKING:
     from cai.engines.chat import ChatTokenizer
     from cai.engines.local_model import Tail
+    from cai.engines.vllm_process import VllmProcess
 
 _MOST_NAMED = 128
 """The most next tokens that vLLM gives the log-probabilities of, by name, in one request."""
@@ -60,7 +61,8 @@ class VllmEngine(Engine):
         self._starting: Future[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._names = map(str, itertools.count())
-        self._engine: Any = None
+        self._process: VllmProcess | None = None
+        self._engine: Any
         self._chat: ChatTokenizer
 
     @property
@@ -88,11 +90,12 @@ class VllmEngine(Engine):
 
     def _start(self) -> None:
         from cai.engines.chat import ChatTokenizer
-        from cai.engines.vllm_process import start
+        from cai.engines.vllm_process import VllmProcess
 
         try:
             self._chat = ChatTokenizer(self._config, self._place)
-            self._engine = start(self._config, self._place)
+            self._process = VllmProcess(self._config, self._place)
+            self._engine = self._process.engine
         except CaiError:
             raise
         except Exception as exc:  # the boundary of weights and tokenizers, whose faults have no common type
@@ -147,8 +150,8 @@ class VllmEngine(Engine):
             stop=list(request.stop),
         )
         [output] = answer.outputs
-        reason = "stop" if output.finish_reason == "stop" else "length"
-        return Completion(output.text.strip(), reason, len(tokens), len(output.token_ids), request.seed)
+        ended = output.finish_reason == "stop"
+        return Completion(output.text.strip(), "stop" if ended else "length", len(tokens), len(output.token_ids), request.seed)
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Log-probabilities of the choices after each prompt; what the prompts share is computed once."""
@@ -212,9 +215,9 @@ class VllmEngine(Engine):
         """Cancel what waits and end vLLM's process."""
         for task in self._running:
             task.cancel()
-        if self._engine is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.shutdown)
-            self._engine = None
+        if self._process is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._process.stop)
+            self._process = None
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 

@@ -6,6 +6,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # it is started from a thread, which a fork would not survive
 }
 """What is set before vLLM is imported, where the user did not set it."""
+_MARK = "CAI_VLLM_STARTED_BY"
+"""The environment variable by which the processes of one engine are known."""
 _SAID_ELSEWHERE = {
     "model": "the model's name",
     "tokenizer": "the model's name",
@@ -84,22 +89,42 @@ def adapter_rank(adapter: str) -> int:
         raise ConfigError(f"vllm.adapter: rank {rank} is above {_RANKS[-1]}, the most that vLLM runs") from None
 
 
-def start(config: ModelConfig, place: ModelPlace) -> Any:
-    """vLLM's asynchronous engine with the weights loaded, in a process of its own. Takes half a minute, and blocks.
+class VllmProcess:
+    """vLLM's asynchronous `engine`, whose process loads the weights; it ends by `stop`, or when ours does."""
 
-    Raises `ConfigError` for arguments that vLLM refuses, `EngineError` where the process does not come up.
-    """
-    vllm = _vllm()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a Ctrl-C is for us, what is in flight finishes
-    try:
-        settings = vllm.AsyncEngineArgs(**_engine_args(config, place)).create_engine_config()
-    except (ValueError, TypeError, NotImplementedError, AssertionError) as exc:
-        raise ConfigError(f"vLLM refuses model '{config.model}' with vllm.args {config.vllm.args}: {exc}") from exc
-    try:
-        return vllm.AsyncLLMEngine.from_vllm_config(settings, disable_log_stats=True)
-    except Exception as exc:  # whatever ends the process before it answers; it has written why
-        advice = "where memory is short, lower vllm.args.max_model_len or gpu_memory_utilization"
-        raise EngineError(f"vLLM did not start with model '{config.model}': {exc}; {advice}") from exc
+    def __init__(self, config: ModelConfig, place: ModelPlace) -> None:
+        """Start it, which takes half a minute and blocks; in a thread of its own, which then hears no Ctrl-C.
+
+        Raises `ConfigError` for arguments that vLLM refuses, `EngineError` where the process does not come up.
+        """
+        vllm = _vllm()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: after a Ctrl-C what is in flight finishes
+        try:
+            settings = vllm.AsyncEngineArgs(**_engine_args(config, place)).create_engine_config()
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as exc:
+            raise ConfigError(f"vLLM refuses model '{config.model}' with vllm.args {config.vllm.args}: {exc}") from exc
+        self._watch, mark = _watch()
+        os.environ[_MARK] = mark
+        try:
+            self.engine: Any = vllm.AsyncLLMEngine.from_vllm_config(settings, disable_log_stats=True)
+        except Exception as exc:  # whatever ends the process before it answers; it has written why
+            self._watch.communicate()
+            advice = "where memory is short, lower vllm.args.max_model_len or gpu_memory_utilization"
+            raise EngineError(f"vLLM did not start with model '{config.model}': {exc}; {advice}") from exc
+        finally:
+            del os.environ[_MARK]
+
+    def stop(self) -> None:
+        """End the process; blocks for a second or so."""
+        self.engine.shutdown()
+        self._watch.communicate()
+
+
+def _watch() -> tuple[subprocess.Popen[bytes], str]:
+    """A process that ends what carries a mark once we are gone, which vLLM's own processes would outlive; and the mark."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-P", str(Path(__file__).with_name("orphans.py")), _MARK, mark]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True), mark
 
 
 def _vllm() -> Any:
