@@ -217,7 +217,7 @@ class VllmEngine(Engine):
             task.cancel()
         if self._process is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._process.stop)
-            self._process = None
+            self._process = self._engine = None
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
