@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def run(side: str, folder: Path, count: int, max_tokens: int, pair_count: int, r
 def main() -> None:
     sizes = [*sys.argv[1:], *("64", "64", "2", "3")[len(sys.argv) - 1 :]]
     found: dict[str, list[float]] = {}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
         for side in ("cai", "stages", "prefixes", "none"):
             subprocess.run([sys.executable, "-m", "benchmarks.vllm", "--side", side, folder, *sizes], check=True)

@@ -115,7 +115,7 @@ class JudgeConfig(Part):
     revision: Text | None = None
     """The Hub revision of the judge's model."""
     vllm: VllmConfig | None = None
-    """How vLLM runs the judge's own model; null: with the policy's `args`."""
+    """How vLLM runs the judge's own model; null, and for models of a panel's members: with the policy's `args`."""
     method: Method = "choice"
     """`choice` (multiple choice by log-probability), `reasoning` (thoughts before the choice), `text` (a generated letter):
     both orders. `likelihood` (contrastive), `score` (1 to 10), `checks` (programs alone), `reward-model`: each completion
@@ -176,7 +176,8 @@ class JudgeConfig(Part):
         """A member's own judge section."""
         kept = {"method": member.method, "calibration": member.calibration, "members": ()}
         whose = member if member.model else self
-        return self.model_copy(update={**kept, "model": whose.model, "revision": whose.revision})
+        vllm = None if member.model else self.vllm
+        return self.model_copy(update={**kept, "model": whose.model, "revision": whose.revision, "vllm": vllm})
 
 
 class GenerationConfig(Part):

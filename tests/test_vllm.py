@@ -264,6 +264,12 @@ def test_a_judge_has_the_policys_arguments_and_not_its_adapter() -> None:
     assert judge(model="vllm:b") == VllmConfig(args={"max_num_seqs": 3})
     assert judge(model="b") == VllmConfig()
     assert judge(model="vllm:b", vllm={"adapter": "own"}) == VllmConfig(adapter="own")
+    members = [{"name": "one"}, {"name": "two", "model": "vllm:c"}]
+    recipe = Recipe.model_validate(
+        {"policy": policy, "judge": {"method": "panel", "model": "vllm:b", "vllm": {"adapter": "own"}, "members": members}}
+    )
+    one, two = (recipe.judge_model(recipe.judge.member(member)).vllm for member in recipe.judge.members)
+    assert (one, two) == (VllmConfig(adapter="own"), VllmConfig(args={"max_num_seqs": 3}))
 
 
 @pytest.mark.parametrize(("settings", "rank"), [({"r": 4}, 8), ({"r": 16}, 16), ({"r": 8, "rank_pattern": {"q": 33}}, 64)])
