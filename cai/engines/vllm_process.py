@@ -8,7 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ _ENVIRONMENT = {
 """What is set before vLLM is imported, where the user did not set it."""
 _MARK = "CAI_VLLM_STARTED_BY"
 """The environment variable by which the processes of one engine are known."""
+_QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""What these processes, and only they, get besides: warnings of libraries are nothing that a user of ours can act on."""
+_STARTING = threading.Lock()
 _SAID_ELSEWHERE = {
     "model": "the model's name",
     "tokenizer": "the model's name",
@@ -104,20 +110,32 @@ class VllmProcess:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as exc:
             raise ConfigError(f"vLLM refuses model '{config.model}' with vllm.args {config.vllm.args}: {exc}") from exc
         self._watch, mark = _watch()
-        os.environ[_MARK] = mark
         try:
-            self.engine: Any = vllm.AsyncLLMEngine.from_vllm_config(settings, disable_log_stats=True)
+            with _environment({_MARK: mark, **_QUIET}):
+                self.engine: Any = vllm.AsyncLLMEngine.from_vllm_config(settings, disable_log_stats=True)
         except Exception as exc:  # whatever ends the process before it answers; it has written why
             self._watch.communicate()
             advice = "where memory is short, lower vllm.args.max_model_len or gpu_memory_utilization"
             raise EngineError(f"vLLM did not start with model '{config.model}': {exc}; {advice}") from exc
-        finally:
-            del os.environ[_MARK]
 
     def stop(self) -> None:
         """End the process; blocks for a second or so."""
         self.engine.shutdown()
         self._watch.communicate()
+
+
+@contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    """More variables for the processes that start meanwhile; one engine starts at a time."""
+    with _STARTING:
+        before = {name: os.environ[name] for name in more if name in os.environ}
+        os.environ.update(more)
+        try:
+            yield
+        finally:
+            for name in more:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def _watch() -> tuple[subprocess.Popen[bytes], str]:
