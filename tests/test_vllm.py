@@ -135,6 +135,14 @@ async def test_a_draw_depends_on_its_seed_and_not_on_its_neighbours(engine: Vllm
 
 
 @installed
+async def test_more_prompts_with_seeds_than_one_step_takes(engine: VllmEngine) -> None:
+    """Where vLLM computes a part of such a prompt on a CPU, its process dies."""
+    requests = [request(f"{number} {SHARED * 3}", number) for number in range(40)]
+    answers = await asyncio.gather(*map(engine.generate, requests))
+    assert sum(one.prompt_tokens for one in answers) > 8192
+
+
+@installed
 async def test_stop_strings_and_limits_end_a_completion(engine: VllmEngine) -> None:
     whole = await engine.generate(request("A", 3))
     stop = whole.text[3:5]

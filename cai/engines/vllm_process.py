@@ -45,6 +45,7 @@ _ONLY_SPEED = {
     "block_size",
     "data_parallel_size",
     "disable_log_stats",
+    "enable_chunked_prefill",
     "enable_prefix_caching",
     "enforce_eager",
     "gpu_memory_utilization",
@@ -181,4 +182,5 @@ def _cpu_args(config: VllmConfig) -> dict[str, Any]:
         return {}
     told = "VLLM_CPU_KVCACHE_SPACE" in os.environ or "gpu_memory_utilization" in config.args
     cache = {} if told else {"kv_cache_memory_bytes": min(_CPU_CACHE, psutil.virtual_memory().available // 4)}
-    return {"enforce_eager": True, "block_size": 32, **cache}
+    whole = {"enable_chunked_prefill": False}  # a part of a prompt with a seed ends the process: its generator cannot go back
+    return {"enforce_eager": True, "block_size": 32, **whole, **cache}
