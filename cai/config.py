@@ -45,26 +45,38 @@ class PromptsConfig(Part):
     """The configuration of a Hub dataset."""
 
 
+class VllmConfig(Part):
+    """How vLLM runs a model in process (`vllm:MODEL`)."""
+
+    adapter: Text | None = None
+    """The folder of a LoRA adapter that is put on the model."""
+    args: dict[str, Any] = Field(default={})
+    """Arguments of vLLM's engine under its own names: `{tensor_parallel_size: 2, gpu_memory_utilization: 0.45}`."""
+
+
 class ModelConfig(Part):
     """A model and how to run it."""
 
     model: Text = "smollm2-135m"
-    """An alias (`smollm2-135m`), a folder, a Hub id, the URL of a server (`http://127.0.0.1:8000/v1`), or
-    `scripted:FILE.py:FUNCTION`."""
+    """An alias (`smollm2-135m`), a folder, a Hub id (each also as `vllm:MODEL`), the URL of a server
+    (`http://127.0.0.1:8000/v1`), or `scripted:FILE.py:FUNCTION`."""
     revision: Text | None = None
     """The Hub revision (branch, tag or commit)."""
     device: Text | None = None
-    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is."""
+    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is. Not for vLLM, which takes what it was built for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes in it, else float32."""
     batch_size: PositiveInt = 64
-    """The most requests that are generated together."""
+    """The most requests that are generated together (vLLM: `vllm.args.max_num_seqs`)."""
     batch_tokens: PositiveInt = 32768
-    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory."""
+    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory. vLLM has limits
+    of its own."""
     exact: bool = False
     """Compute each request alone, in float32 unless `dtype` says otherwise: the same whatever else runs, and slower."""
     server: ServerConfig = ServerConfig()
     """How to ask it, where the model is the URL of a server."""
+    vllm: VllmConfig = VllmConfig()
+    """How vLLM runs it in process."""
 
     @model_validator(mode="after")
     def _server_of_a_url(self) -> ModelConfig:
@@ -114,6 +126,8 @@ class JudgeConfig(Part):
     """The Hub revision of the judge's model."""
     server: ServerConfig | None = None
     """How to ask the judge's model, where that is the URL of a server; null: as the policy's at the same URL."""
+    vllm: VllmConfig | None = None
+    """How vLLM runs the judge's own model; null, and for models of a panel's members: with the policy's `args`."""
     method: Method = "choice"
     """`choice` (multiple choice by log-probability), `reasoning` (thoughts before the choice), `text` (a generated letter):
     both orders. `likelihood` (contrastive), `score` (1 to 10), `checks` (programs alone), `reward-model`: each completion
@@ -146,6 +160,8 @@ class JudgeConfig(Part):
     def _revision_of_a_model(self) -> JudgeConfig:
         if self.revision is not None and self.model is None:
             raise _wrong("revision", "names the revision of judge.model, which is not set; set it, or policy.revision")
+        if self.vllm is not None and self.model is None:
+            raise _wrong("vllm", "is for judge.model, which is not set; set it, or policy.vllm")
         return self
 
     @model_validator(mode="after")
@@ -180,8 +196,8 @@ class JudgeConfig(Part):
         """A member's own judge section."""
         kept = {"method": member.method, "calibration": member.calibration, "members": ()}
         whose = member if member.model else self
-        of_model = {"model": whose.model, "revision": whose.revision, "server": member.server or whose.server}
-        return self.model_copy(update={**kept, **of_model})
+        own = {"model": whose.model, "revision": whose.revision, "server": member.server or whose.server}
+        return self.model_copy(update={**kept, **own, "vllm": None if member.model else self.vllm})
 
 
 class GenerationConfig(Part):
@@ -280,7 +296,9 @@ class Recipe(Part):
             return self.policy
         model, revision = judge.model or self.policy.model, judge.revision if judge.model else self.policy.revision
         server = judge.server or (self.policy.server if model == self.policy.model else ServerConfig())
-        return self.policy.model_copy(update={"model": model, "revision": revision, "server": server})
+        shared = VllmConfig(args=self.policy.vllm.args) if model.startswith("vllm:") else VllmConfig()
+        vllm = judge.vllm or (shared if judge.model else self.policy.vllm)
+        return self.policy.model_copy(update={"model": model, "revision": revision, "server": server, "vllm": vllm})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""
@@ -321,7 +339,7 @@ def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]
     path = None if path is None else find_recipe(path)
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
-        for dotted in ("constitution", "prompts.source", "judge.calibration"):
+        for dotted in ("constitution", "prompts.source", "judge.calibration", "policy.vllm.adapter", "judge.vllm.adapter"):
             _beside(document.data, path.parent, dotted)
         for member in _members(document.data):
             _beside(member, path.parent, "calibration")

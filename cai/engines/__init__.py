@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from cai.config import ModelConfig
+from cai.config import ModelConfig, VllmConfig
 from cai.engines.base import (
     Capability,
     ChoiceLogprobs,
@@ -22,6 +22,7 @@ from cai.errors import ConfigError
 REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "transformers": (("torch", "transformers"), "local"),
     "openai": (("aiohttp", "aiolimiter", "tenacity"), "server"),
+    "vllm": (("vllm", "torch", "transformers"), "vllm"),
     "scripted": ((), ""),
 }
 """For each engine the packages that it needs, and the extra that brings them."""
@@ -60,12 +61,19 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
             return load_scripted(rest)
         case "http" | "https":
             return _openai(config, reward)
+        case "vllm":
+            return _vllm(config.model_copy(update={"model": rest}), reward)
+        case "" if config.vllm != VllmConfig():
+            raise ConfigError(
+                f"vllm: has settings, but model '{config.model}' does not run on vLLM; name it 'vllm:{config.model}'"
+            )
         case "":
             return _transformers(config, reward)
         case _:
             raise ConfigError(
                 f"model '{config.model}': unknown scheme '{scheme}:'; expected an alias (smollm2-135m), a folder, "
-                "a Hub id, the URL of a server (http://127.0.0.1:8000/v1), or scripted:FILE.py:FUNCTION"
+                "a Hub id (each also as vllm:MODEL), the URL of a server (http://127.0.0.1:8000/v1), or "
+                "scripted:FILE.py:FUNCTION"
             )
 
 
@@ -77,6 +85,19 @@ def _openai(config: ModelConfig, reward: bool) -> Engine:
     from cai.engines.openai import OpenAIEngine
 
     return OpenAIEngine(config, reward)
+
+
+def _vllm(config: ModelConfig, reward: bool) -> Engine:
+    if missing := missing_packages("vllm"):
+        raise ConfigError(
+            f"model 'vllm:{config.model}' runs on vLLM, but {' and '.join(missing)} {'are' if missing[1:] else 'is'} not "
+            "installed: pip install 'cai-toolkit[vllm]' where there is a GPU; for a CPU see the README"
+        )
+    if reward:
+        raise ConfigError(f"model 'vllm:{config.model}': vLLM in process runs no reward models; leave out 'vllm:'")
+    from cai.engines.vllm import VllmEngine
+
+    return VllmEngine(config)
 
 
 def _transformers(config: ModelConfig, reward: bool) -> Engine:

@@ -63,8 +63,8 @@ class Plan:
 
     def _judge_section(self) -> dict[str, Any]:
         """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
-        leave_out: dict[str, Any] = {"model": True, "revision": True, "allow_python": True, "server": True}
-        leave_out["members"] = {"__all__": {"server"}}
+        keys = ("model", "revision", "allow_python", "server", "vllm")
+        leave_out: dict[str, Any] = {**dict.fromkeys(keys, True), "members": {"__all__": {"server"}}}
         section = self.recipe.judge.model_dump(mode="json", exclude=leave_out)
         for named in (section, *section["members"]):
             if named["calibration"]:
