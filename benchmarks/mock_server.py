@@ -25,11 +25,8 @@ from zlib import crc32
 import msgspec
 from aiohttp import web
 
-_TEXT = (
-    "I understand the question and want to help in a way that is safe honest and kind so here is one careful answer that "
-    "gives useful facts names the risks and points to people who can help without doing harm to anyone"
-)
-WORDS = _TEXT.split()
+_SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in ("a", "e", "i", "o", "u", "ai", "ou")]
+WORDS = [first + last for last in ("n", "rel", "st", "m", "vin", "sk") for first in _SYLLABLES][::-1]
 FAULTS = ("error", "overload", "reset", "hang", "truncated", "invalid", "empty", "missing", "nan")
 CANDIDATES = [*"ABCDEFGHIJ", *"0123456789", "10"]
 END = "<|end|>"
@@ -78,8 +75,22 @@ class Settings(msgspec.Struct):
 
 
 def logprob(context: str, token: str) -> float:
-    """The log-probability of a token after a text; a function of its last 16 characters."""
-    return -0.05 - crc32(f"{context[-16:]}\0{token}".encode("utf-8", "replace")) % 4000 / 1000
+    """The log-probability of a token after a text; a function of both, and no distribution."""
+    return _after(crc32(context.encode("utf-8", "replace")), token)
+
+
+def _after(digest: int, token: str) -> float:
+    return -0.05 - crc32(f"\0{token}".encode("utf-8", "replace"), digest) % 4000 / 1000
+
+
+def _logprobs(tokens: list[str]) -> list[float | None]:
+    """Of each token after all before it; the first has none."""
+    values: list[float | None] = []
+    digest = 0
+    for token in tokens:
+        values.append(_after(digest, token) if values else None)
+        digest = crc32(token.encode("utf-8", "replace"), digest)
+    return values
 
 
 def reward(text: str) -> float:
@@ -339,9 +350,9 @@ class MockServer:
 
     def _choice(self, prompt: str, body: dict[str, Any], chat: bool, number: int, count: int) -> dict[str, Any]:
         drawn = crc32(f"{prompt}{body.get('seed')}{number}".encode("utf-8", "replace"))
-        text = (
-            "AB"[drawn % 2] if "one letter" in prompt else " ".join(WORDS[(drawn + i * 7) % len(WORDS)] for i in range(count))
-        )
+        stride = drawn % 100 * 2 + 41
+        words = (WORDS[(drawn + place * stride) % len(WORDS)] for place in range(count))
+        text = "AB"[drawn % 2] if "one letter" in prompt else " ".join(words)
         finish = "length" if count == body.get("max_tokens") else "stop"
         choice: dict[str, Any] = {"index": number, "finish_reason": finish}
         if chat:
@@ -375,21 +386,18 @@ class MockServer:
                 "top_logprobs": [{token: value for value, token in ranked}],
                 "text_offset": [len(prompt)],
             }
-        tokens, offsets, values, at = tokenize(echo, self.settings.joined), [], [], 0
+        tokens, offsets, at = tokenize(echo, self.settings.joined), [], 0
         for token in tokens:
             offsets.append(at)
-            values.append(logprob(echo[:at], token) if at else None)
             at += len(token)
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+        return {"tokens": tokens, "token_logprobs": _logprobs(tokens), "top_logprobs": None, "text_offset": offsets}
 
     def _prompt_logprobs(self, prompt: str) -> list[dict[str, Any] | None]:
-        found: list[dict[str, Any] | None] = []
-        at = 0
-        for token in tokenize(prompt, self.settings.joined):
-            value = {"logprob": logprob(prompt[:at], token), "rank": 1, "decoded_token": token}
-            found.append({str(token_id(token)): value} if at else None)
-            at += len(token)
-        return found
+        tokens = tokenize(prompt, self.settings.joined)
+        return [
+            None if value is None else {str(token_id(token)): {"logprob": value, "rank": 1, "decoded_token": token}}
+            for token, value in zip(tokens, _logprobs(tokens), strict=True)
+        ]
 
     def stats(self) -> dict[str, Any]:
         """What was asked and answered so far; `repeated` are good answers to a body that had one already."""

@@ -81,7 +81,7 @@ def run(recipe: Recipe, out: Path, mode: Mode) -> None:
         manifest = pipeline.generate(recipe, out, mode, watch)
     except Interrupted as exc:
         kept = would_lose(out)
-        raise Interrupted(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
+        raise type(exc)(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
     show_summary(manifest, out)
 
 

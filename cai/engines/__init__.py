@@ -21,6 +21,7 @@ from cai.errors import ConfigError
 
 REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "transformers": (("torch", "transformers"), "local"),
+    "openai": (("aiohttp", "aiolimiter", "tenacity"), "server"),
     "scripted": ((), ""),
 }
 """For each engine the packages that it needs, and the extra that brings them."""
@@ -54,16 +55,28 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
     Raises `ConfigError` for a model that cannot be, or one whose extra is not installed.
     """
     scheme, colon, rest = config.model.partition(":")
-    match scheme if colon else "":
+    match scheme.lower() if colon else "":
         case "scripted":
             return load_scripted(rest)
+        case "http" | "https":
+            return _openai(config, reward)
         case "":
             return _transformers(config, reward)
         case _:
             raise ConfigError(
                 f"model '{config.model}': unknown scheme '{scheme}:'; expected an alias (smollm2-135m), a folder, "
-                "a Hub id, or scripted:FILE.py:FUNCTION"
+                "a Hub id, the URL of a server (http://127.0.0.1:8000/v1), or scripted:FILE.py:FUNCTION"
             )
+
+
+def _openai(config: ModelConfig, reward: bool) -> Engine:
+    if missing := missing_packages("openai"):
+        raise ConfigError(
+            f"model '{config.model}' is on a server, which needs {', '.join(missing)}: pip install 'cai-toolkit[server]'"
+        )
+    from cai.engines.openai import OpenAIEngine
+
+    return OpenAIEngine(config, reward)
 
 
 def _transformers(config: ModelConfig, reward: bool) -> Engine:

@@ -41,9 +41,9 @@ import msgspec
 from pydantic import Field, PositiveInt, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError
 
-from cai.config import JudgeConfig, Text
+from cai.config import JudgeConfig
 from cai.constitution import Constitution, Principle
-from cai.documents import Document, Part, dump
+from cai.documents import Document, Part, Text, dump
 from cai.errors import ConfigError, VerdictError
 from cai.judging.base import Judge, Named, leaning, probability
 from cai.judging.checks import python_hashes

@@ -63,7 +63,9 @@ class Plan:
 
     def _judge_section(self) -> dict[str, Any]:
         """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
-        section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "allow_python"})
+        leave_out: dict[str, Any] = {"model": True, "revision": True, "allow_python": True, "server": True}
+        leave_out["members"] = {"__all__": {"server"}}
+        section = self.recipe.judge.model_dump(mode="json", exclude=leave_out)
         for named in (section, *section["members"]):
             if named["calibration"]:
                 named["calibration"] = self.calibrations[named["calibration"]].hash
@@ -161,8 +163,16 @@ def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[Mode
         engines[key] = build_engine(model, reward)
     missing = sorted(NEEDS[section.method] - engines[key].capabilities)
     if missing:
-        raise CapabilityError(f"judge.method: {section.method} needs {missing[0]}, which {model.model} does not offer")
+        raise CapabilityError(
+            f"judge.method: {section.method} needs {missing[0]}, which {model.model} does not offer{_instead(engines[key])}"
+        )
     return engines[key]
+
+
+def _instead(engine: Engine) -> str:
+    """Which methods the engine can serve."""
+    able = [method for method, needed in NEEDS.items() if needed and needed <= engine.capabilities]
+    return f"; it can serve judge.method: {', '.join(able)}" if able else ""
 
 
 def plan_labels(recipe: Recipe) -> Plan:

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cai.config import Recipe
 from cai.constitution import to_yaml
+from cai.engines import Engine
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt
+from cai.generation import Budget, Generator, JournaledEngine, Price, Runner, Tally, calls_per_prompt
 from cai.judging import build_judge
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
 from cai.prompts import Row, count_prompts, read_pairs, read_prompts
+from cai.servers import is_url
 from cai.store import Database, Mode, RunFolder
 from cai.types import Record
 
@@ -140,9 +143,10 @@ def _save_recipe(checked: Plan, folder: RunFolder) -> None:
 
 
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
-    policy = JournaledEngine(checked.policy, folder.database, "policy", tally) if checked.policy else None
+    database, budget = folder.database, Budget(checked.recipe.budget, _prices(checked), folder.database.usage(), tally)
+    policy = JournaledEngine(checked.policy, database, "policy", tally, budget) if checked.policy else None
     engines = dict.fromkeys(checked.judges.values())
-    judges = {engine: JournaledEngine(engine, folder.database, "judge", tally) for engine in engines}
+    judges = {engine: JournaledEngine(engine, database, "judge", tally, budget) for engine in engines}
     judge = build_judge(
         checked.recipe.judge, checked.constitution, lambda one: judges[checked.judges[one]], checked.calibrations
     )
@@ -152,11 +156,39 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
         try:
             await Runner(generator, folder.database, tally).run(rows)
         finally:
-            if not tally.aborted:  # an engine that is loading its weights would make us wait
-                for engine in filter(None, dict.fromkeys((checked.policy, *checked.judges.values()))):
-                    await engine.close()
+            for engine in _closing(checked, tally):
+                await engine.close()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=_fast_loop(checked)) as runner:
+        runner.run(run())
+
+
+def _closing(checked: Plan, tally: Tally) -> list[Engine]:
+    """The engines to close: all; after a stop at once those of servers, since one that loads weights would make us wait."""
+    recipe = checked.recipe
+    models = {engine: recipe.judge_model(section).model for section, engine in checked.judges.items()}
+    if checked.policy:
+        models[checked.policy] = recipe.policy.model
+    return [engine for engine, model in models.items() if is_url(model) or not tally.aborted]
+
+
+def _prices(checked: Plan) -> dict[str, Price]:
+    """What the policy and the judge cost; of several judges the dearest price, since the journal does not tell them apart."""
+    recipe = checked.recipe
+    servers = [recipe.judge_model(section).server for section in checked.judges]
+    dearest = (max((one.input_price for one in servers), default=0.0), max((one.output_price for one in servers), default=0.0))
+    return {"policy": Price(recipe.policy.server.input_price, recipe.policy.server.output_price), "judge": Price(*dearest)}
+
+
+def _fast_loop(checked: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed and a server is asked; else asyncio's own."""
+    models = [checked.recipe.policy.model, *(checked.recipe.judge_model(section).model for section in checked.judges)]
+    if not any(map(is_url, models)) or find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:
