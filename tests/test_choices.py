@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cai.engines.choices import Spelled, by_ids, by_text
-from cai.engines.http import Transient
+from cai.engines.replies import Transient
 
 
 async def text(

@@ -16,8 +16,8 @@ from benchmarks.mock_server import logprob, template
 from benchmarks.mock_server import reward as mock_reward
 from cai.config import ModelConfig, Recipe
 from cai.engines import GenerateRequest, LoglikelihoodRequest, RewardRequest, build_engine
-from cai.engines.http import retry_after
 from cai.engines.openai import OpenAIEngine, neutral, plain_text
+from cai.engines.replies import retry_after
 from cai.errors import CapabilityError, ConfigError, ContextLengthError, EngineError, RequestError
 from cai.pipeline import generate, plan
 from cai.types import Message

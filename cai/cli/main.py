@@ -91,7 +91,7 @@ def generate(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        option("-m", "--model", panel=MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, scripted:…"),
+        option("-m", "--model", panel=MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, URL, scripted:…"),
     ] = None,
     judge_model: Annotated[
         str | None, option("--judge-model", panel=MODELS, metavar="MODEL", help="The judge; by default the policy's model.")

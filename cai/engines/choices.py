@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cai.engines.http import Transient
+from cai.engines.replies import Transient
 
 Ask = Callable[[str], Awaitable[Mapping[str, float]]]
 """The log-probabilities of some next tokens, as texts, after the prompt and a part of a choice."""

@@ -9,8 +9,6 @@ and absence are waited for as long as `server.give_up` says. A key is never part
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import json
 import os
 import re
 import time
@@ -22,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import aiohttp
-import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from yarl import URL
 
 from cai.engines.pacing import Rates, Window
+from cai.engines.replies import Transient, decode, message_of, retry_after, total_tokens
 from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError, VerdictError
 from cai.servers import ServerConfig
 
@@ -46,19 +44,7 @@ _CONTEXT = re.compile(
     r"context.{0,20}(length|window|size)|maximum.{0,20}(context|tokens)|too many tokens|too long|max_model_len", re.I
 )
 _KEY_LIKE = re.compile(r"\b(sk|key|hf|gsk|xai)[-_][\w*-]{6,}", re.I)
-_QUOTED = 300
-"""Characters of a server's message that an error repeats."""
 _wait = wait_random_exponential(multiplier=0.5, max=30)
-_decoder = msgspec.json.Decoder()
-
-
-class Transient(Exception):
-    """An attempt that failed and may succeed when it is made again."""
-
-    def __init__(self, problem: str, after: float = 0.0, kind: str = "failed") -> None:
-        """`after`: seconds that the server asks to wait; `kind`: `failed`, `overloaded`, `absent`, or `no numbers`."""
-        super().__init__(problem)
-        self.after, self.kind = after, kind
 
 
 class Post(NamedTuple):
@@ -180,7 +166,7 @@ class Client:
                 self._refuse(response.status, raw, response.headers, endpoint, call.path)
             said = decode(raw)
             if self._config.tokens_per_minute:
-                self._rates.learn(call.tokens, _total_tokens(said))
+                self._rates.learn(call.tokens, total_tokens(said))
             return read(said)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             problem = str(getattr(exc, "os_error", exc))
@@ -378,49 +364,6 @@ def _failure(state: RetryCallState) -> Transient:
     failure = state.outcome.exception() if state.outcome else None
     assert isinstance(failure, Transient)
     return failure
-
-
-def decode(raw: bytes) -> Any:
-    """JSON; NaN and Infinity, which Python's servers write and JSON has not, are read as such. Raises `Transient`."""
-    try:
-        return _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
-    try:
-        return json.loads(raw)
-    except ValueError as exc:
-        start = raw[:80].decode("utf-8", "replace")
-        raise Transient(f"the answer is not JSON, or cut off after {len(raw)} bytes: {start!r}") from exc
-
-
-def _total_tokens(said: Any) -> float:
-    usage = said.get("usage") if isinstance(said, dict) else None
-    return float((usage or {}).get("total_tokens") or 0)
-
-
-def message_of(raw: bytes) -> str:
-    """What a server says of an error, in whatever form it says it."""
-    try:
-        said = json.loads(raw)
-        error = said.get("error", said.get("detail", said.get("message", said)))
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        text = raw.decode("utf-8", "replace")
-    return " ".join(str(text).split())[:_QUOTED] or "no message"
-
-
-def retry_after(header: str | None) -> float:
-    """Seconds from now that a `Retry-After` names, as a number or as an HTTP date; 0 where it names nothing."""
-    if not header:
-        return 0.0
-    try:
-        return min(max(float(header), 0.0), 3600.0)
-    except ValueError:
-        pass
-    try:
-        return min(max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0), 3600.0)
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def read_key(config: ServerConfig, section: str) -> str | None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -33,8 +32,17 @@ from cai.engines.base import (
     RewardRequest,
 )
 from cai.engines.choices import Spelled, by_ids, by_text
-from cai.engines.http import Client, Post, Transient
-from cai.engines.probe import CONTINUE, Facts, probe, reward_numbers, with_extra
+from cai.engines.http import Client, Post
+from cai.engines.probe import CONTINUE, Facts, probe, with_extra
+from cai.engines.replies import (
+    read_completion,
+    read_echo_sum,
+    read_ids,
+    read_prompt_sum,
+    read_reward,
+    read_texts,
+    read_token_list,
+)
 from cai.errors import RequestError
 from cai.types import Completion, Message, Messages
 
@@ -139,7 +147,7 @@ class OpenAIEngine(Engine):
         if stop := [*request.stop, *([] if chat else ["\n\nHuman:"])]:
             fields["stop"] = stop
         call = self._post(_CHAT if chat else _TEXT, request.max_tokens, request.max_tokens, **fields)
-        return await self._client.post(call, lambda said: _completion(said, request, len(call.body)))
+        return await self._client.post(call, lambda said: read_completion(said, request, len(call.body)))
 
     def _dialogue(self, messages: Messages, more: str = "") -> dict[str, Any]:
         """The messages as the chat API takes them, the last one with `more` at its end."""
@@ -201,13 +209,13 @@ class OpenAIEngine(Engine):
             call = self._post(
                 _TEXT, 1, "choice", prompt=plain_text(messages), max_tokens=1, logprobs=top, temperature=1.0, seed=0
             )
-        return await self._client.post(call, lambda said: _texts(said, spent))
+        return await self._client.post(call, lambda said: read_texts(said, spent))
 
     async def _next_ids(self, messages: Messages, tokens: Sequence[int], spent: list[int]) -> Mapping[int, float]:
         """Chosen next tokens (vLLM)."""
         asked = {"logprobs": True, "logprob_token_ids": list(tokens), "return_tokens_as_token_ids": True}
         fields = {**self._dialogue(messages), self.facts.limit: 1, "temperature": 1.0, "seed": 0, **asked}
-        return await self._client.post(self._post(_CHAT, 1, "choice", **fields), lambda said: _ids(said, tokens, spent))
+        return await self._client.post(self._post(_CHAT, 1, "choice", **fields), lambda said: read_ids(said, tokens, spent))
 
     # -- tokens (vLLM) --------------------------------------------------------------------------------------------------
 
@@ -217,7 +225,7 @@ class OpenAIEngine(Engine):
         fields: dict[str, Any] = {key: extra[key] for key in ("chat_template", "chat_template_kwargs") if key in extra}
         shown = [Message(one.role, neutral(one.content)) for one in messages]
         body: dict[str, Any] = {"model": self.facts.model, "messages": shown, **fields, **(CONTINUE if goes_on else {})}
-        return await self._client.post(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), _token_list)
+        return await self._client.post(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), read_token_list)
 
     async def _spell(self, messages: Messages, choices: tuple[str, ...]) -> tuple[int, list[Spelled]] | None:
         """The choices in tokens after such an ending, and how many characters of it they take in; None: not by tokens."""
@@ -265,14 +273,14 @@ class OpenAIEngine(Engine):
         whole = _continued(request.messages, request.continuation)
         fields = {**self._dialogue(whole), self.facts.limit: 1, "prompt_logprobs": 0, "temperature": 1.0}
         call = self._post(_CHAT, 1, "likelihood", **fields)
-        return await self._client.post(call, lambda said: _prompt_sum(said, alone))
+        return await self._client.post(call, lambda said: read_prompt_sum(said, alone))
 
     async def _echoed(self, request: LoglikelihoodRequest) -> Loglikelihood:
         text = plain_text(request.messages)
         space = " " if request.messages[-1].role != "assistant" else ""
         whole = text + space + _plain(request.continuation)
         call = self._post(_TEXT, 0, "likelihood", prompt=whole, max_tokens=0, echo=True, logprobs=1, temperature=1.0)
-        return await self._client.post(call, lambda said: _echo_sum(said, len(text)))
+        return await self._client.post(call, lambda said: read_echo_sum(said, len(text)))
 
     async def reward(self, request: RewardRequest) -> Reward:
         """What a served classifier with one output gives, before any activation."""
@@ -280,7 +288,7 @@ class OpenAIEngine(Engine):
             return await super().reward(request)
         shown = [Message(one.role, neutral(one.content)) for one in request.messages]
         fields = {"messages": shown, "add_generation_prompt": False, "use_activation": False}
-        return await self._client.post(self._post(self.facts.reward, 0, "reward", **fields), _reward)
+        return await self._client.post(self._post(self.facts.reward, 0, "reward", **fields), read_reward)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -330,129 +338,3 @@ def _spelling(choice: str, seen: Mapping[str, list[int]], alone: list[int], take
             return None
         before.append(taken + part)
     return Spelled(tuple(tokens), tuple(before)) if tokens and seen[choice][: len(alone)] == alone else None
-
-
-# -- answers ------------------------------------------------------------------------------------------------------------
-
-
-def _unusable(said: Any, what: str, kind: str = "failed") -> NoReturn:
-    error = said.get("error") if isinstance(said, dict) else None
-    told = error.get("message", error) if isinstance(error, dict) else error
-    raise Transient(f"{what}{f': {told}' if told else ''}"[:300], kind=kind)
-
-
-def _completion(said: Any, request: GenerateRequest, size: int) -> Completion:
-    try:
-        choice = said["choices"][0]
-        message = choice.get("message")
-        text = choice["text"] if message is None else message.get("content") or message.get("refusal") or ""
-        finish, usage = choice.get("finish_reason"), said.get("usage") or {}
-        prompt, made = usage.get("prompt_tokens", size // 4), usage.get("completion_tokens", len(text) // 4)
-        whole = Completion(str(text).strip(), _finish(finish), int(prompt), int(made), request.seed)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        _unusable(said, "an answer without a completion in it (no 'choices')")
-    return whole
-
-
-def _finish(reason: Any) -> Any:
-    if reason == "content_filter":
-        raise RequestError("the server's content filter cut this completion off")
-    if reason == "error":
-        raise Transient("the server ended this completion by an error")
-    return "length" if reason in ("length", "max_tokens", "model_length") else "stop"
-
-
-def _spend(said: Any, spent: list[int]) -> None:
-    """Prompt tokens, and the one that every such question generates."""
-    usage = said.get("usage") or {}
-    spent.append(int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0))
-
-
-def _texts(said: Any, spent: list[int]) -> Mapping[str, float]:
-    try:
-        logprobs = said["choices"][0]["logprobs"]
-        if "content" in logprobs:
-            top = logprobs["content"][0]["top_logprobs"]
-            pairs = [(_token_text(one), float(one["logprob"])) for one in top]
-        else:
-            pairs = [(token, float(value)) for token, value in logprobs["top_logprobs"][0].items()]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        _unusable(said, "an answer without log-probabilities", "no numbers")
-    found: dict[str, float] = {}
-    for token, value in pairs:
-        if math.isnan(value):
-            raise Transient("a log-probability is not a number (NaN)", kind="no numbers")
-        if value > -9000:  # vLLM's -9999 and others' -inf stand for none
-            found.setdefault(token, value)
-    if not found:
-        raise Transient("an answer without log-probabilities", kind="no numbers")
-    _spend(said, spent)
-    return found
-
-
-def _token_text(one: Mapping[str, Any]) -> str:
-    """A token's text; by its bytes, which are right where its text shows a part of a character."""
-    given = one.get("bytes")
-    return bytes(given).decode("utf-8", "replace") if given else str(one["token"])
-
-
-def _ids(said: Any, tokens: Sequence[int], spent: list[int]) -> Mapping[int, float]:
-    try:
-        top = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        found = {str(one["token"]).removeprefix("token_id:"): float(one["logprob"]) for one in top}
-        values = {token: found[str(token)] for token in tokens}
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        _unusable(said, "an answer without the log-probabilities that were asked for", "no numbers")
-    _all_numbers(values.values())
-    _spend(said, spent)
-    return values
-
-
-def _all_numbers(values: Any) -> None:
-    if not all(map(math.isfinite, values)):
-        raise Transient("a log-probability is not a finite number", kind="no numbers")
-
-
-def _token_list(said: Any) -> list[int]:
-    try:
-        return [int(one) for one in said["tokens"]]
-    except (KeyError, TypeError, ValueError):
-        _unusable(said, "no tokens in the answer of /tokenize")
-
-
-def _prompt_sum(said: Any, alone: list[int]) -> Loglikelihood:
-    """Over the tokens from where they begin to differ from the dialogue's alone."""
-    try:
-        entries = [next(iter(one.items())) if one else None for one in said["prompt_logprobs"]]
-        same = next((i for i, one in enumerate(entries) if one and (i >= len(alone) or int(one[0]) != alone[i])), len(entries))
-        values = [float(one[1]["logprob"]) for one in entries[same:] if one]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
-    return _summed(values, said)
-
-
-def _echo_sum(said: Any, start: int) -> Loglikelihood:
-    """Over the tokens that end behind the place where the continuation begins."""
-    try:
-        logprobs = said["choices"][0]["logprobs"]
-        ends = [*logprobs["text_offset"][1:], math.inf]
-        values = [float(value) for value, end in zip(logprobs["token_logprobs"], ends, strict=True) if end > start]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-        _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
-    return _summed(values, said)
-
-
-def _summed(values: list[float], said: Any) -> Loglikelihood:
-    if not values:
-        raise RequestError("a continuation has no tokens of its own: there is nothing to score")
-    _all_numbers(values)
-    spent: list[int] = []
-    _spend(said, spent)
-    return Loglikelihood(sum(values), len(values), sum(spent))
-
-
-def _reward(said: Any) -> Reward:
-    numbers = reward_numbers(said)
-    if len(numbers) != 1 or not math.isfinite(numbers[0]):
-        _unusable(said, f"expected one reward, got {numbers[:4]}", "no numbers")
-    return Reward(numbers[0], int((said.get("usage") or {}).get("prompt_tokens") or 0))

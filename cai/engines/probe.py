@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from cai.engines.http import Client
+from cai.engines.replies import reward_numbers
 from cai.errors import ConfigError, EngineError, nearest
 from cai.servers import ServerConfig
 
@@ -217,15 +218,3 @@ def _text_top(said: Any) -> dict[str, float]:
         return dict(said["choices"][0]["logprobs"]["top_logprobs"][0])
     except (KeyError, IndexError, TypeError):
         return {}
-
-
-def reward_numbers(said: Any) -> list[float]:
-    """The outputs of a served classifier, in any of the forms that vLLM gives them."""
-    try:
-        data = said["data"][0]
-        values = data.get("data", data.get("probs"))
-        while values and isinstance(values[0], list):
-            values = values[0]
-        return [float(value) for value in values]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return []

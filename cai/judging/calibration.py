@@ -54,7 +54,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Number, Number, Number]
 """An estimate with its 95 % interval: mean, low, high."""
 _AGAIN = "run `cai judge calibrate` again"
-_ELSEWHERE = {"model", "revision", "vllm", "method", "principles", "calibration", "members", "allow_python"}
+_ELSEWHERE = {"model", "revision", "server", "vllm", "method", "principles", "calibration", "members", "allow_python"}
 """Keys of a judge's section that other keys of a calibration hold, or that change no reading of a principle."""
 _LARGEST = 1e100
 """The largest difference that is believed: beyond it, squares and sums of many overflow."""
