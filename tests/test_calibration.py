@@ -28,6 +28,7 @@ from cai.judging.calibration import (
     judge_identity,
     load_calibration,
 )
+from cai.servers import ServerConfig
 from cai.types import Message, Verdict
 from tests.runs import SMALL
 
@@ -230,6 +231,7 @@ NUMBERS = {
 NO_NUMBERS = {
     "model": "m",
     "revision": "r",
+    "server": ServerConfig(retries=9),
     "vllm": VllmConfig(adapter="lora"),
     "principles": 1,
     "calibration": "c.yaml",

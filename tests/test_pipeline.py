@@ -226,6 +226,7 @@ JUDGE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "allow_python": ({}, {"allow_python": True}),
     "calibration": ({}, {"calibration": "none.yaml"}),
     "server": SERVER_KEY,
+    "vllm": ({"model": OTHER}, {"vllm": {"args": {"seed": 1}}}),
     "members": (LABELS, {"members": [{"name": "one"}, {"name": "two", "method": "text"}]}),
 }
 MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

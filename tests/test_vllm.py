@@ -257,7 +257,7 @@ def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_settings_of_vllm_are_for_models_that_run_on_it() -> None:
-    with pytest.raises(ConfigError, match="name it 'vllm:smollm2-135m'"):
+    with pytest.raises(ConfigError, match="name it 'vllm:MODEL'"):
         build_engine(ModelConfig(vllm=VllmConfig(args={"max_num_seqs": 3})))
 
 

@@ -56,6 +56,8 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
     Raises `ConfigError` for a model that cannot be, or one whose extra is not installed.
     """
     scheme, colon, rest = config.model.partition(":")
+    if config.vllm != VllmConfig() and scheme.lower() != "vllm":
+        raise ConfigError(f"vllm: has settings, but model '{config.model}' does not run on vLLM; name it 'vllm:MODEL'")
     match scheme.lower() if colon else "":
         case "scripted":
             return load_scripted(rest)
@@ -63,10 +65,6 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
             return _openai(config, reward)
         case "vllm":
             return _vllm(config.model_copy(update={"model": rest}), reward)
-        case "" if config.vllm != VllmConfig():
-            raise ConfigError(
-                f"vllm: has settings, but model '{config.model}' does not run on vLLM; name it 'vllm:{config.model}'"
-            )
         case "":
             return _transformers(config, reward)
         case _:
