@@ -440,20 +440,20 @@ async def test_when_stopping_who_waits_gets_what_was_in_flight_and_begins_nothin
     assert len(function.requests) == 1
 
 
-async def test_calls_that_end_together_are_written_together(database):
-    engine, _, tally = journaled(database, lambda _: "a")
+async def test_of_many_calls_those_that_end_together_are_written_together(database):
+    engine, _, tally = journaled(database, lambda _: asyncio.sleep(0.01, "a"))
     statements: list[str] = []
     database._db.set_trace_callback(statements.append)
-    await asyncio.gather(*(engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(50)))
-    assert sum(one.startswith("COMMIT") for one in statements) < 5
-    assert (database.count_calls(), tally.calls_made) == (50, 50)
+    await asyncio.gather(*(engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(200)))
+    assert sum(one.startswith("COMMIT") for one in statements) < 100
+    assert (database.count_calls(), tally.calls_made) == (200, 200)
 
 
 async def test_a_write_that_fails_is_told_to_all_that_wait_for_it(database):
-    engine, _, tally = journaled(database, lambda _: "a")
+    engine, _, tally = journaled(database, lambda _: asyncio.sleep(0.01, "a"))
     database._db.execute("DROP TABLE calls")
     database._db.execute("CREATE TABLE calls (key BLOB PRIMARY KEY, result BLOB)")
-    asked = (engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(3))
+    asked = (engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(40))
     failed = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(one) for one in failed] == [StoreError] * 3
+    assert [type(one) for one in failed] == [StoreError] * 40
     assert tally.calls_made == 0

@@ -30,6 +30,8 @@ from cai.types import Completion, Message, Messages, without_surrogates
 
 Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
+_MANY = 16
+"""From so many calls under way, those that end in the same turn of the event loop are written together."""
 
 
 class Sent(NamedTuple):
@@ -152,7 +154,10 @@ class JournaledEngine:
             self._tally.in_flight -= 1
 
     async def _keep(self, calls: list[Call]) -> None:
-        await self._commit(calls)
+        if self._tally.in_flight < _MANY:
+            self._database.add_calls(calls)
+        else:
+            await self._commit(calls)
         self._tally.calls_made += len(calls)
         self._tally.prompt_tokens += sum(call.prompt_tokens for call in calls)
         self._tally.completion_tokens += sum(call.completion_tokens for call in calls)
