@@ -206,6 +206,31 @@ class DatasetConfig(Part):
     """The licence that the card names, as the Hub spells it (`cc-by-4.0`)."""
 
 
+class RayConfig(Part):
+    """Many machines: a Ray cluster whose workers hold the engines. Decides where a record is made, never what is in it."""
+
+    address: Text | None = None
+    """`local` (a cluster on this machine, for this run), `auto` or HOST:PORT (one that runs already, of which this machine is
+    a node); null: no Ray."""
+    workers: int = Field(default=1, gt=0, le=10_000)
+    """How many workers; each has its own engines and `generation.concurrency` prompts in flight."""
+    cpus_per_worker: float = Field(default=1.0, ge=0, le=10_000)
+    """The CPUs that Ray sets aside for a worker; a fraction where it only asks servers."""
+    gpus_per_worker: float = Field(default=0.0, ge=0, le=10_000)
+    """The GPUs of a worker; a fraction shares one."""
+    block_rows: int = Field(default=32, gt=0, le=100_000)
+    """Prompts that go to a worker together; what is lost with a worker is at most what it makes of a few such blocks."""
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, value: str | None) -> str | None:
+        if value and "://" in value:
+            raise ValueError(
+                "expected local, auto or HOST:PORT; run the command on a node of the cluster, or by `ray job submit`"
+            )
+        return value
+
+
 class Recipe(Part):
     """All of it."""
 
@@ -223,8 +248,10 @@ class Recipe(Part):
     """How it is answered and revised."""
     dataset: DatasetConfig = DatasetConfig()
     """What is written of it."""
+    ray: RayConfig = RayConfig()
+    """On which machines."""
 
-    @field_validator("policy", "judge", "prompts", "generation", "dataset", mode="before")
+    @field_validator("policy", "judge", "prompts", "generation", "dataset", "ray", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value

@@ -254,6 +254,7 @@ TEXTS = {
     "judge.revision",
     "judge.calibration",
     "dataset.license",
+    "ray.address",
 }
 """Keys whose default is null and that take a text."""
 BESIDE = {

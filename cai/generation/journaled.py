@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from cai.config import JudgeConfig, Recipe
+from cai.constitution import Constitution
 from cai.engines import (
     Capability,
     ChoiceLogprobs,
@@ -21,12 +23,31 @@ from cai.engines import (
     RewardRequest,
 )
 from cai.errors import Interrupted, RequestError, VerdictError
+from cai.generation.record import Generator
 from cai.generation.tally import Tally
-from cai.store import Call, Database
+from cai.judging import build_judge
+from cai.store import Call
 from cai.types import Completion, Messages, without_surrogates
 
 Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
+
+
+class Journal(Protocol):
+    """Where finished calls are: the run's database, or what a worker of a cluster holds of it."""
+
+    def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """The results of those calls that are finished."""
+
+    def add_calls(self, calls: list[Call]) -> None:
+        """Keep finished calls."""
+
+
+class Engines(NamedTuple):
+    """Who answers and who judges; no policy where completions are given, no judge where a program decides."""
+
+    policy: Engine | None
+    judges: dict[JudgeConfig, Engine]
 
 
 class JournaledEngine:
@@ -35,9 +56,9 @@ class JournaledEngine:
     Once `tally.stopping` is set, calls that are not in the journal raise `Interrupted`; those in flight finish.
     """
 
-    def __init__(self, engine: Engine, database: Database, role: str, tally: Tally) -> None:
+    def __init__(self, engine: Engine, journal: Journal, role: str, tally: Tally) -> None:
         """`role` is `policy` or `judge`: whose cost it is."""
-        self._engine, self._database, self._role, self._tally = engine, database, role, tally
+        self._engine, self._journal, self._role, self._tally = engine, journal, role, tally
         self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
 
     @property
@@ -71,7 +92,7 @@ class JournaledEngine:
             self._tally.in_flight -= 1
 
     def _keep(self, calls: list[Call]) -> None:
-        self._database.add_calls(calls)
+        self._journal.add_calls(calls)
         self._tally.calls_made += len(calls)
         self._tally.prompt_tokens += sum(call.prompt_tokens for call in calls)
         self._tally.completion_tokens += sum(call.completion_tokens for call in calls)
@@ -79,7 +100,7 @@ class JournaledEngine:
     async def generate(self, request: GenerateRequest) -> Completion:
         """The journal's completion, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._database.call_results([key]):
+        if found := self._journal.call_results([key]):
             self._tally.calls_replayed += 1
             return _decode_completion(found[key])
         answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
@@ -90,7 +111,7 @@ class JournaledEngine:
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself."""
         keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
-        found = {key: _choice(value) for key, value in self._database.call_results(keys).items()}
+        found = {key: _choice(value) for key, value in self._journal.call_results(keys).items()}
         self._tally.calls_replayed += len(found)
         missing = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in found]
         if missing:
@@ -110,7 +131,7 @@ class JournaledEngine:
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
         """The journal's, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._database.call_results([key]):
+        if found := self._journal.call_results([key]):
             self._tally.calls_replayed += 1
             return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
         result = await self._call(lambda: self._engine.loglikelihood(request))
@@ -122,7 +143,7 @@ class JournaledEngine:
     async def reward(self, request: RewardRequest) -> Reward:
         """The journal's, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._database.call_results([key]):
+        if found := self._journal.call_results([key]):
             self._tally.calls_replayed += 1
             return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
         result = await self._call(lambda: self._engine.reward(request))
@@ -134,6 +155,15 @@ class JournaledEngine:
     async def close(self) -> None:
         """Close the wrapped engine."""
         await self._engine.close()
+
+
+def journaled_generator(
+    recipe: Recipe, constitution: Constitution, engines: Engines, journal: Journal, tally: Tally
+) -> Generator:
+    """What makes records, on engines that are journaled."""
+    policy = JournaledEngine(engines.policy, journal, "policy", tally) if engines.policy else None
+    judges = {key: JournaledEngine(engine, journal, "judge", tally) for key, engine in engines.judges.items()}
+    return Generator(recipe, constitution, policy, build_judge(recipe.judge, constitution, judges.__getitem__))
 
 
 def _choice(value: bytes) -> ChoiceLogprobs:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cai.config import JudgeConfig, ModelConfig, Recipe
+from cai.config import JudgeConfig, ModelConfig, RayConfig, Recipe
 from cai.constitution import Constitution, load_constitution
 from cai.engines import Engine, build_engine
 from cai.errors import CapabilityError, ConfigError
@@ -64,7 +64,7 @@ class Plan:
     @property
     def pinned_recipe(self) -> Recipe:
         """The recipe that makes the same requests again, for the run folder: models of the Hub by their commit."""
-        recipe = self.recipe
+        recipe = self.recipe.model_copy(update={"ray": RayConfig()})  # another machine has another cluster
         revision = self.policy.revision if self.policy else recipe.policy.revision
         policy = recipe.policy.model_copy(update={"revision": revision})
         pinned = {"constitution": "constitution.yaml", "policy": policy, "judge": self._pinned_judge()}
@@ -85,6 +85,7 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """Find and check all that a recipe names, before anything is written or paid for. Raises `ConfigError`."""
+    _refuse_missing_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     if lacking := lacking_principles(constitution, recipe.generation.rounds):
         raise ConfigError(f"generation.rounds: {lacking}")
@@ -134,8 +135,14 @@ def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[Mode
 
 def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
+    _refuse_missing_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     return Plan(recipe, constitution, None, plan_judges(recipe, constitution, {}))
+
+
+def _refuse_missing_ray(recipe: Recipe) -> None:
+    if recipe.ray.address is not None and find_spec("ray") is None:
+        raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:

@@ -15,8 +15,7 @@ from typing import Any
 from cai.config import Recipe
 from cai.constitution import to_yaml
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Generator, JournaledEngine, Runner, Tally, calls_per_prompt
-from cai.judging import build_judge
+from cai.generation import Engines, Runner, Tally, calls_per_prompt, journaled_generator
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
 from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
@@ -145,20 +144,27 @@ def _save_recipe(checked: Plan, folder: RunFolder) -> None:
 
 
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
-    policy = JournaledEngine(checked.policy, folder.database, "policy", tally) if checked.policy else None
-    judges = {key: JournaledEngine(engine, folder.database, "judge", tally) for key, engine in checked.judges.items()}
-    judge = build_judge(checked.recipe.judge, checked.constitution, judges.__getitem__)
-    generator = Generator(checked.recipe, checked.constitution, policy, judge)
+    if checked.recipe.ray.address:
+        _run_on_ray(checked, folder.database, tally, rows)
+        return
+    engines = Engines(checked.policy, checked.judges)
+    generator = journaled_generator(checked.recipe, checked.constitution, engines, folder.database, tally)
 
     async def run() -> None:
         try:
-            await Runner(generator, folder.database, tally).run(rows)
+            await Runner(generator, folder.database, tally, checked.recipe.generation.concurrency).run(rows)
         finally:
             if not tally.aborted:  # an engine that is loading its weights would make us wait
                 for engine in filter(None, dict.fromkeys((checked.policy, *checked.judges.values()))):
                     await engine.close()
 
     asyncio.run(run())
+
+
+def _run_on_ray(checked: Plan, database: Database, tally: Tally, rows: Iterator[Row]) -> None:
+    from cai.distributed import run_on_ray
+
+    run_on_ray(checked.recipe, checked.constitution, Engines(checked.policy, checked.judges), database, tally, rows)
 
 
 def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:

@@ -1,0 +1,133 @@
+"""An actor: engines of its own, and for each row of a block the same coroutine as on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from cai.config import ModelConfig, Recipe
+from cai.constitution import Constitution
+from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, encode, unpacked_recipe
+from cai.distributed.jobs import code as code_here
+from cai.engines import Engine, build_engine
+from cai.errors import CaiError, ConfigError, Interrupted
+from cai.generation import Engines, Runner, Tally, journaled_generator
+from cai.judging.checks import prepare as prepare_checks
+from cai.prompts import Row
+from cai.store import Call, Database
+
+_LISTEN = 0.5
+"""Seconds between two questions whether to stop."""
+
+
+class Worker:
+    """Works on several blocks at once, on one loop, so that engines batch over all of them."""
+
+    def __init__(self, job: Job, place: str, asked_to_stop: Callable[[], Awaitable[bool]]) -> None:
+        """`place` names the node in errors; `asked_to_stop`: whether no call is to be begun any more."""
+        self._job, self._place, self._asked_to_stop = job, place, asked_to_stop
+        self._prepared: tuple[Recipe, Constitution, Engines] | None = None
+        self._preparing = asyncio.Lock()
+        self._stopped = False
+        self._tallies: list[Tally] = []
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop)
+
+    def work(self, encoded: bytes) -> bytes:
+        """The outcome of a block; called from several threads at once."""
+        return encode(asyncio.run_coroutine_threadsafe(self._work(decode_block(encoded)), self._loop).result())
+
+    async def _listen(self) -> None:
+        while not await self._asked_to_stop():
+            await asyncio.sleep(_LISTEN)
+        self._stopped = True
+        for tally in self._tallies:
+            tally.stopping = True
+
+    async def _work(self, block: Block) -> Outcome:
+        tally, journal = Tally(stopping=self._stopped), _BlockJournal(block)
+        self._tallies.append(tally)
+        fatal = None
+        try:
+            async with self._preparing:
+                self._prepared = self._prepared or await asyncio.to_thread(_prepare, self._job)
+            recipe, constitution, engines = self._prepared
+            generator = journaled_generator(recipe, constitution, engines, journal, tally)
+            rows = (Row("", item.prompt, None, "", item.given) for item in block.items)
+            await Runner(generator, journal, tally, len(block.items)).run(rows)
+        except Interrupted:
+            pass
+        except CaiError as exc:
+            fatal = type(exc).__name__, f"a worker on {self._place}: {exc}"
+        except Exception as exc:  # the boundary of a block: what nobody foresaw ends the run, and is told where it runs
+            fatal = "EngineError", f"a worker on {self._place}: {type(exc).__name__}: {exc}"
+        finally:
+            self._tallies = [one for one in self._tallies if one is not tally]
+        with journal:
+            return Outcome(block.number, journal.outcomes(), journal.made, tally.calls_replayed, fatal)
+
+
+class _BlockJournal(Database):
+    """A block's journal, in memory: it begins with the calls that came along, and keeps the new ones apart."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(Path(":memory:"))
+        self._items: list[Item] = block.items
+        self.made: list[Call] = []
+        super().add_calls(block.calls)
+
+    def add_calls(self, calls: list[Call]) -> None:
+        """Keep finished calls, and remember that they are new."""
+        super().add_calls(calls)
+        self.made += calls
+
+    def outcomes(self) -> list[RowOutcome]:
+        """One for each row, in their order."""
+        rows = [RowOutcome()] * len(self._items)
+        for failed in self.quarantined():
+            rows[failed.position] = RowOutcome(reason=failed.reason, detail=failed.detail)
+        places = {item.prompt.id: position for position, item in enumerate(self._items)}
+        for record in self.records():
+            rows[places[record.prompt.id]] = RowOutcome(record=msgspec.json.encode(record))
+        return rows
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _prepare(job: Job) -> tuple[Recipe, Constitution, Engines]:
+    """What all blocks of a worker share. Raises `ConfigError` where this node cannot do what the driver asks."""
+    if job.code != code_here():
+        raise ConfigError(f"cai is {code_here()} here, and {job.code} where the run was started; install the same version")
+    recipe, constitution = unpacked_recipe(job), Constitution.model_validate_json(job.constitution)
+    prepare_checks(constitution.comparing, recipe.judge.allow_python)
+    engines = _build_engines(recipe, job.policy is not None)
+    here = [one.fingerprint for one in (engines.policy, *engines.judges.values()) if one]
+    for there, found in zip([*filter(None, [job.policy]), *job.judges], here, strict=True):
+        if there != found:
+            raise ConfigError(f"the model is {found} here, and {there} where the run was started; put the same one here")
+    return recipe, constitution, engines
+
+
+def _build_engines(recipe: Recipe, with_policy: bool) -> Engines:
+    """As the driver planned them: one for each model, and another where the same one gives rewards."""
+    made: dict[tuple[ModelConfig, bool], Engine] = {}
+
+    def engine(model: ModelConfig, reward: bool = False) -> Engine:
+        reward = reward and not model.model.startswith("scripted:")
+        if (model, reward) not in made:
+            made[model, reward] = build_engine(model, reward)
+        return made[model, reward]
+
+    policy = engine(recipe.policy) if with_policy else None
+    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
+    asked = [section for section in sections if section.method != "checks"]
+    return Engines(policy, {one: engine(recipe.judge_model(one), one.method == "reward-model") for one in asked})
