@@ -101,7 +101,8 @@ def generate(
         str | None, option("--judge-model", panel=MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
     ] = None,
     out: Annotated[
-        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/CONSTITUTION.")
+        str | None,
+        option("-o", "--out", panel=FOLDER, metavar="FOLDER|URL", help="Where to (also s3://…); default runs/CONSTITUTION."),
     ] = None,
     update: Update = False,
     fresh: Fresh = False,

@@ -84,14 +84,16 @@ def resolve_recipe(recipe: str | None, assignments: Sequence[str], flags: Mappin
     return load_recipe(recipe, overrides)
 
 
-def choose_folder(out: str | None, default: str) -> Path:
-    """The folder of `-o`, or the default one below `runs/`. Raises `ConfigError`."""
+def choose_folder(out: str | None, default: str) -> Path | str:
+    """The folder of `-o`, a str where that is a URL, or the default one below `runs/`. Raises `ConfigError`."""
     if out is not None and not out.strip():
         raise ConfigError("-o is empty: expected a folder")
+    if out and "://" in out:
+        return out
     return Path(os.path.expanduser(out)) if out else Path("runs") / default
 
 
-def choose_mode(folder: Path, update: bool, fresh: bool, yes: bool) -> Mode:
+def choose_mode(folder: Path | str, update: bool, fresh: bool, yes: bool) -> Mode:
     """What is done about a run that is in the folder; asks before what was paid for is deleted. Raises `ConfigError`."""
     if update and fresh:
         raise ConfigError("--update keeps what --fresh deletes: give one of them")
@@ -100,11 +102,14 @@ def choose_mode(folder: Path, update: bool, fresh: bool, yes: bool) -> Mode:
     return "fresh" if fresh else "update" if update else "continue"
 
 
-def _confirm_loss(out: Path) -> None:
+def _confirm_loss(out: Path | str) -> None:
     from cai.cli.terminal import printable
-    from cai.store import would_lose
+    from cai.pipeline import local_folder
+    from cai.store import Mirror, is_remote, would_lose
 
-    loss = would_lose(out)
+    loss = would_lose(local_folder(out))
+    if loss is None and is_remote(out) and Mirror(str(out), local_folder(out)).holds_run():
+        loss = "a run"
     if loss is None:
         return
     if not sys.stdin.isatty():

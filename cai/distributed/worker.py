@@ -55,8 +55,9 @@ class Worker:
         fatal = None
         try:
             async with self._preparing:
-                prepared = self._prepared = self._prepared or await asyncio.to_thread(_prepare, self._job)
-            recipe, constitution, engines = prepared
+                if self._prepared is None:
+                    self._prepared = await asyncio.to_thread(_prepare, self._job)
+            recipe, constitution, engines = self._prepared
             generator = journaled_generator(recipe, constitution, engines, journal, tally)
             rows = (Row("", item.prompt, None, "", item.given) for item in block.items)
             await Runner(generator, journal, tally, len(block.items)).run(rows)

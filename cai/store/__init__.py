@@ -2,5 +2,19 @@
 
 from cai.store.database import Call, Claim, Database, Quarantined, RoleUsage
 from cai.store.folder import Mode, RunFolder, would_lose, write_whole
+from cai.store.remote import Mirror, is_remote, local_copy
 
-__all__ = ["Call", "Claim", "Database", "Mode", "Quarantined", "RoleUsage", "RunFolder", "would_lose", "write_whole"]
+__all__ = [
+    "Call",
+    "Claim",
+    "Database",
+    "Mirror",
+    "Mode",
+    "Quarantined",
+    "RoleUsage",
+    "RunFolder",
+    "is_remote",
+    "local_copy",
+    "would_lose",
+    "write_whole",
+]
