@@ -30,6 +30,7 @@ from cai.config import RayConfig
 from cai.distributed.jobs import Job
 from cai.distributed.worker import Worker
 from cai.errors import ConfigError, EngineError
+from cai.store import Database
 
 _STORE = 256 * 2**20
 """Bytes of shared memory of a local cluster: blocks are small."""
@@ -37,6 +38,8 @@ _RESTARTS = 4
 """How often an actor is started again after it died, before the run stops: something kills it each time."""
 _WAIT_FOR_ROOM = 60.0
 """Seconds for which a cluster without room for a single worker is waited for."""
+_KEYS = 500
+"""Calls that are looked up in one query."""
 _LOOK = 2.0
 """Seconds between two looks at the cluster."""
 
@@ -44,12 +47,12 @@ _LOOK = 2.0
 class RayCluster:
     """A `Cluster` of Ray actors."""
 
-    def __init__(self, config: RayConfig, job: Job, blocks_at_once: int) -> None:
+    def __init__(self, config: RayConfig, job: Job, journal: Path, blocks_at_once: int) -> None:
         """`blocks_at_once` of a worker. Raises `ConfigError` where the workers do not fit into the cluster."""
         self._config = config
         _refuse_too_many(config)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self._feeder = ray.remote(num_cpus=0, label_selector=here, max_concurrency=1000)(_Feeder).remote()
+        self._feeder = ray.remote(num_cpus=0, label_selector=here, max_concurrency=1000)(_Feeder).remote(journal)
         self._dataset = _through_actors(self._feeder, here, config, job, blocks_at_once)
 
     def outcomes(self) -> Iterator[bytes]:
@@ -127,9 +130,14 @@ def _through_actors(feeder: Any, here: dict[str, str], config: RayConfig, job: J
 
 
 class _Feeder:
-    """Keeps each block until its outcome is in the journal, so that a read task that is begun anew finds it again."""
+    """On the driver's node: what the driver says to workers, and the journal to look into.
 
-    def __init__(self) -> None:
+    Keeps each block until its outcome is in the journal, so that a read task that is begun anew finds it again.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._database: Database | None = None
         self._blocks: dict[int, bytes] = {}
         self._last = 0
         self._ended = self._stopping = False
@@ -155,6 +163,11 @@ class _Feeder:
 
     async def is_stopping(self) -> bool:
         return self._stopping
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        self._database = self._database or Database(self._journal)
+        slices = (keys[at : at + _KEYS] for at in range(0, len(keys), _KEYS))
+        return {key: result for some in slices for key, result in self._database.call_results(some).items()}
 
     async def end(self) -> None:
         async with self._news:
@@ -184,14 +197,24 @@ class _Blocks(ray.data.Datasource):  # type: ignore[misc]
         return [ray.data.ReadTask(read, unknown)]
 
 
+class _FeederAsDriver:
+    """What a worker can ask."""
+
+    def __init__(self, feeder: Any) -> None:
+        self._feeder = feeder
+
+    async def asked_to_stop(self) -> bool:
+        return bool(await self._feeder.is_stopping.remote())
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        return dict(await self._feeder.find.remote(keys))
+
+
 class _Actor:
     """What Ray Data calls for each block, from several threads at once."""
 
     def __init__(self, job: Job, feeder: Any) -> None:
-        async def asked_to_stop() -> bool:
-            return bool(await feeder.is_stopping.remote())
-
-        self._worker = Worker(job, f"{socket.gethostname()} ({ray.util.get_node_ip_address()})", asked_to_stop)
+        self._worker = Worker(job, f"{socket.gethostname()} ({ray.util.get_node_ip_address()})", _FeederAsDriver(feeder))
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         outcomes = [self._worker.work(block) for block in table["block"].to_pylist() if block]

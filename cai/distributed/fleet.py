@@ -15,13 +15,11 @@ from typing import Protocol
 import msgspec
 
 from cai import errors
-from cai.config import Recipe
 from cai.distributed.jobs import Block, Item, Outcome, RowOutcome, decode_outcome, encode
-from cai.distributed.replay import Replay
 from cai.errors import CaiError, EngineError, Interrupted, RequestError, StoreError
 from cai.generation import Tally
 from cai.prompts import Row
-from cai.store import Call, Database
+from cai.store import Database
 from cai.types import Prompt, Record
 
 _LOOK = 0.1
@@ -54,10 +52,9 @@ class Cluster(Protocol):
 class Fleet:
     """Makes records on a cluster."""
 
-    def __init__(self, cluster: Cluster, recipe: Recipe, database: Database, tally: Tally, replay: Replay | None) -> None:
-        """`replay`: what to ask for calls that were made before; None where there were none."""
-        self._cluster, self._database, self._tally, self._replay = cluster, database, tally, replay
-        self._block_rows = recipe.ray.block_rows
+    def __init__(self, cluster: Cluster, database: Database, tally: Tally, block_rows: int) -> None:
+        """`block_rows`: the most rows of a block."""
+        self._cluster, self._database, self._tally, self._block_rows = cluster, database, tally, block_rows
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._out: dict[int, list[_Waiting]] = {}
         self._unsent = 0
@@ -77,34 +74,18 @@ class Fleet:
 
     async def make_record(self, prompt: Prompt, given: tuple[str, ...] = ()) -> Record:
         """As a `Generator` makes it, on a worker. Raises as that does, and `EngineError` where the cluster fails."""
-        self._unsent += 1
-        try:
-            waiting = await self._look_up(Item(prompt, given))
-        except BaseException:
-            self._unsent -= 1
-            raise
-        if isinstance(waiting, Record):
-            self._unsent -= 1
-            return waiting
+        if self._broken:
+            raise self._broken
+        if self._tally.stopping:
+            raise Interrupted("stopping")
+        waiting = _Waiting(Item(prompt, given))
         self._waiting.put_nowait(waiting)
+        self._unsent += 1
         self._tally.in_flight += 1
         try:
             return await waiting.answer
         finally:
             self._tally.in_flight -= 1
-
-    async def _look_up(self, item: Item) -> _Waiting | Record:
-        calls: list[Call] = []
-        if self._replay:
-            record, calls = await self._replay.of(item.prompt, item.given)
-            if record:
-                self._tally.calls_replayed += len(calls)
-                return record
-        if self._broken:
-            raise self._broken
-        if self._tally.stopping:
-            raise Interrupted("stopping")
-        return _Waiting(item, calls)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -120,8 +101,6 @@ class Fleet:
         finally:
             for task in tasks:
                 task.cancel()
-            if self._replay:
-                self._replay.close()
 
     async def _guarded(self, work: object) -> None:
         try:
@@ -143,9 +122,7 @@ class Fleet:
                 pass
             self._number += 1
             self._out[self._number] = block
-            calls = {call.key: call for one in block for call in one.calls}
-            encoded = encode(Block(self._number, [one.item for one in block], list(calls.values())))
-            await self._cluster.put(self._number, encoded)
+            await self._cluster.put(self._number, encode(Block(self._number, [one.item for one in block])))
             self._unsent -= len(block)
 
     async def _attend(self) -> None:
@@ -219,9 +196,8 @@ class Fleet:
 class _Waiting:
     """A row on its way: to a worker and back."""
 
-    def __init__(self, item: Item, calls: list[Call]) -> None:
-        """`calls` of it are finished already."""
-        self.item, self.calls = item, calls
+    def __init__(self, item: Item) -> None:
+        self.item = item
         self.answer: asyncio.Future[Record] = asyncio.get_running_loop().create_future()
 
     def end(self, row: RowOutcome, otherwise: CaiError) -> None:

@@ -32,6 +32,8 @@ class Job(NamedTuple):
     """The fingerprints of the judges' engines."""
     code: str
     """As `code()` says it where the run was started."""
+    begun: bool
+    """Whether there were finished calls before: then each is looked for in the journal before it is made."""
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -42,11 +44,10 @@ class Item(msgspec.Struct, frozen=True):
 
 
 class Block(msgspec.Struct, frozen=True):
-    """Some rows, and the finished calls of theirs that the journal has already."""
+    """Some rows."""
 
     number: int
     items: list[Item]
-    calls: list[Call]
 
 
 class RowOutcome(msgspec.Struct, frozen=True):
@@ -92,12 +93,12 @@ def code() -> str:
     return f"{metadata.version('cai-toolkit')} with generation code and templates {template_hash()}"
 
 
-def make_job(recipe: Recipe, constitution: Constitution, engines: Engines) -> Job:
+def make_job(recipe: Recipe, constitution: Constitution, engines: Engines, begun: bool) -> Job:
     """A job with the contents of the files that its recipe names."""
     files = {name: Path(name).expanduser().read_bytes() for name in sorted(_files(recipe))}
     policy = engines.policy.fingerprint if engines.policy else None
     judges = [engine.fingerprint for engine in engines.judges.values()]
-    return Job(recipe.model_dump_json(), constitution.model_dump_json(), files, policy, judges, code())
+    return Job(recipe.model_dump_json(), constitution.model_dump_json(), files, policy, judges, code(), begun)
 
 
 def _files(recipe: Recipe) -> set[str]:

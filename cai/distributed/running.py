@@ -6,14 +6,12 @@ import asyncio
 import math
 import os
 from collections.abc import Iterator
-from functools import partial
 
 from cai.config import Recipe
 from cai.constitution import Constitution
 from cai.distributed.fleet import Fleet
 from cai.distributed.jobs import make_job
-from cai.distributed.replay import Replay
-from cai.generation import Engines, Runner, Tally, journaled_generator
+from cai.generation import Engines, Runner, Tally
 from cai.prompts import Row
 from cai.store import Database
 
@@ -44,10 +42,9 @@ def run_on_ray(
     blocks_at_once = math.ceil(recipe.generation.concurrency / recipe.ray.block_rows)
     at_once = recipe.ray.workers * (blocks_at_once + _BLOCKS_WAITING) * recipe.ray.block_rows
     with connected(recipe.ray):
-        cluster = RayCluster(recipe.ray, make_job(recipe, constitution, engines), blocks_at_once)
-        generator = partial(journaled_generator, recipe, constitution, engines)
-        replay = Replay(database.path, generator) if database.count_calls() else None
-        fleet = Fleet(cluster, recipe, database, tally, replay)
+        job = make_job(recipe, constitution, engines, database.count_calls() > 0)
+        cluster = RayCluster(recipe.ray, job, database.path, blocks_at_once)
+        fleet = Fleet(cluster, database, tally, recipe.ray.block_rows)
 
         async def run() -> None:
             async with fleet.running():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -22,14 +22,29 @@ from cai.store import Call, Database
 
 _LISTEN = 0.5
 """Seconds between two questions whether to stop."""
+_GATHER = 0.002
+"""Seconds in which questions for finished calls are gathered into one."""
+
+
+class Driver(Protocol):
+    """What a worker can ask where the run was started."""
+
+    async def asked_to_stop(self) -> bool:
+        """Whether no call is to be begun any more."""
+        raise NotImplementedError
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """The results of those calls that the run's journal has."""
+        raise NotImplementedError
 
 
 class Worker:
     """Works on several blocks at once, on one loop, so that engines batch over all of them."""
 
-    def __init__(self, job: Job, place: str, asked_to_stop: Callable[[], Awaitable[bool]]) -> None:
-        """`place` names the node in errors; `asked_to_stop`: whether no call is to be begun any more."""
-        self._job, self._place, self._asked_to_stop = job, place, asked_to_stop
+    def __init__(self, job: Job, place: str, driver: Driver) -> None:
+        """`place` names the node in errors."""
+        self._job, self._place, self._driver = job, place, driver
+        self._before = _Before(driver) if job.begun else None
         self._prepared: tuple[Recipe, Constitution, Engines] | None = None
         self._preparing = asyncio.Lock()
         self._stopped = False
@@ -43,14 +58,14 @@ class Worker:
         return encode(asyncio.run_coroutine_threadsafe(self._work(decode_block(encoded)), self._loop).result())
 
     async def _listen(self) -> None:
-        while not await self._asked_to_stop():
+        while not await self._driver.asked_to_stop():
             await asyncio.sleep(_LISTEN)
         self._stopped = True
         for tally in self._tallies:
             tally.stopping = True
 
     async def _work(self, block: Block) -> Outcome:
-        tally, journal = Tally(stopping=self._stopped), _BlockJournal(block)
+        tally, journal = Tally(stopping=self._stopped), _BlockJournal(block, self._before)
         self._tallies.append(tally)
         fatal = None
         try:
@@ -73,14 +88,42 @@ class Worker:
             return Outcome(block.number, journal.outcomes(), journal.made, tally.calls_replayed, fatal)
 
 
-class _BlockJournal(Database):
-    """A block's journal, in memory: it begins with the calls that came along, and keeps the new ones apart."""
+class _Before:
+    """The calls that were finished before: looked for where the run was started, many at a time."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._asked: list[bytes] = []
+        self._answer: asyncio.Task[dict[bytes, bytes]] | None = None
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """The results of those that are finished."""
+        self._asked += keys
+        if self._answer is None:
+            self._answer = asyncio.create_task(self._ask())
+        found = await asyncio.shield(self._answer)
+        return {key: found[key] for key in keys if key in found}
+
+    async def _ask(self) -> dict[bytes, bytes]:
+        await asyncio.sleep(_GATHER)
+        asked, self._asked, self._answer = self._asked, [], None
+        return await self._driver.find(asked)
+
+
+class _BlockJournal(Database):
+    """A block's journal, in memory; what is not in it may be in the run's, `before`."""
+
+    def __init__(self, block: Block, before: _Before | None) -> None:
         super().__init__(Path(":memory:"))
         self._items: list[Item] = block.items
+        self._before = before
         self.made: list[Call] = []
-        super().add_calls(block.calls)
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """The results of those calls that are finished, here or before."""
+        here = self.call_results(keys)
+        missing = [key for key in keys if key not in here]
+        return here | (await self._before.find(missing) if missing and self._before else {})
 
     def add_calls(self, calls: list[Call]) -> None:
         """Keep finished calls, and remember that they are new."""

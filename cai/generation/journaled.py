@@ -36,8 +36,9 @@ _encoder = msgspec.json.Encoder()
 class Journal(Protocol):
     """Where finished calls are: the run's database, or what a worker of a cluster holds of it."""
 
-    def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """The results of those calls that are finished."""
+        raise NotImplementedError
 
     def add_calls(self, calls: list[Call]) -> None:
         """Keep finished calls."""
@@ -100,7 +101,7 @@ class JournaledEngine:
     async def generate(self, request: GenerateRequest) -> Completion:
         """The journal's completion, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._journal.call_results([key]):
+        if found := await self._journal.find([key]):
             self._tally.calls_replayed += 1
             return _decode_completion(found[key])
         answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
@@ -111,7 +112,7 @@ class JournaledEngine:
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself."""
         keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
-        found = {key: _choice(value) for key, value in self._journal.call_results(keys).items()}
+        found = {key: _choice(value) for key, value in (await self._journal.find(keys)).items()}
         self._tally.calls_replayed += len(found)
         missing = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in found]
         if missing:
@@ -131,7 +132,7 @@ class JournaledEngine:
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
         """The journal's, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._journal.call_results([key]):
+        if found := await self._journal.find([key]):
             self._tally.calls_replayed += 1
             return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
         result = await self._call(lambda: self._engine.loglikelihood(request))
@@ -143,7 +144,7 @@ class JournaledEngine:
     async def reward(self, request: RewardRequest) -> Reward:
         """The journal's, or the engine's, journaled."""
         key = self._key(request)
-        if found := self._journal.call_results([key]):
+        if found := await self._journal.find([key]):
             self._tally.calls_replayed += 1
             return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
         result = await self._call(lambda: self._engine.reward(request))
