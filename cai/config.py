@@ -12,6 +12,7 @@ dataset: {test_fraction: 0.1}
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,12 +224,11 @@ class RayConfig(Part):
 
     @field_validator("address")
     @classmethod
-    def _no_client(cls, value: str | None) -> str | None:
-        if value and "://" in value:
-            raise ValueError(
-                "expected local, auto or HOST:PORT; run the command on a node of the cluster, or by `ray job submit`"
-            )
-        return value
+    def _of_a_node(cls, value: str | None) -> str | None:
+        if value is None or re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:.]+\]:\d{1,5}", value):
+            return value
+        more = "; run the command on a node of the cluster, or by `ray job submit`" if "://" in value else ""
+        raise ValueError(f"expected local, auto or HOST:PORT{more}")
 
 
 class Recipe(Part):

@@ -242,6 +242,7 @@ SETTINGS = {
     "generation.pairs": "both",
     "generation.comparisons": "tournament",
     "dataset.ranking": "bradley-terry",
+    "ray.address": "head:6379",
 }
 """Values for keys that do not take just any of their type."""
 TEXTS = {
@@ -254,7 +255,6 @@ TEXTS = {
     "judge.revision",
     "judge.calibration",
     "dataset.license",
-    "ray.address",
 }
 """Keys whose default is null and that take a text."""
 BESIDE = {

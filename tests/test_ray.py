@@ -139,11 +139,11 @@ def test_the_same_bytes_with_any_number_of_workers(case, connected, tmp_path, wo
 def test_rows_that_fail_are_set_aside_as_on_one_machine(connected, tmp_path):
     texts = ["fault:raise", "fine", "fault:nan", "fault:number", "also fine", "fault:nothing", "fault:file"]
     source = written_rows(tmp_path, *({"id": text, "prompt": text} for text in texts), {"no": "prompt"}, {"prompt": "fine"})
-    plain = recipe("faulty", prompts={"source": source})
-    generate(plain, tmp_path / "without")
-    generate(recipe("faulty", prompts={"source": source}, ray={"address": "auto", "block_rows": 2}), tmp_path / "with")
+    prompts = {"source": source, "limit": None}
+    generate(recipe("faulty", prompts=prompts), tmp_path / "without")
+    generate(recipe("faulty", prompts=prompts, ray={"address": "auto", "block_rows": 2}), tmp_path / "with")
     assert quarantine(tmp_path / "with") == quarantine(tmp_path / "without")
-    assert [one["prompt_id"] for one in quarantine(tmp_path / "with")] == ["fault:raise", "fault:nothing", "fault:number"]
+    assert [one["prompt_id"] for one in quarantine(tmp_path / "with")] == [*texts[:1], *texts[2:4], *texts[5:], None]
     assert data_bytes(tmp_path / "with") == data_bytes(tmp_path / "without")
 
 

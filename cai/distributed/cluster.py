@@ -38,6 +38,8 @@ _RESTARTS = 4
 """How often an actor is started again after it died, before the run stops: something kills it each time."""
 _WAIT_FOR_ROOM = 60.0
 """Seconds for which a cluster without room for a single worker is waited for."""
+_PATIENCE = 10.0
+"""Seconds in which a cluster's head has to answer."""
 _KEYS = 500
 """Calls that are looked up in one query."""
 _LOOK = 2.0
@@ -250,12 +252,20 @@ def _connect(config: RayConfig) -> None:
         _refuse_open_ports()
         return
     try:
+        _knock(config.address or "")
         ray.init(config.address, **quiet)
     except Exception as exc:  # ConnectionError, RuntimeError, AuthenticationError, gRPC's: Ray has no common one
         raise ConfigError(
             f"ray.address: no Ray cluster could be reached at '{config.address}': {_first_line(exc)}; is it running "
             "(`ray status`), and is this one of its nodes (`ray start --address=HOST:PORT`)?"
         ) from exc
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` at once where nobody listens; Ray itself would wait for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _refuse_open_ports() -> None:
