@@ -82,11 +82,12 @@ async def measure(method: Method, model: str) -> list[Row]:
     """Each attack on each pair."""
     engine = build_engine(ModelConfig(model=model))
     judge = build_judge(JudgeConfig(method=method), load_constitution("harmless"), lambda _: engine)
-    rows = []
-    for attack in attacks():
-        for pair in PAIRS:
-            both = [await odds(judge, pair, worse) for worse in attacked(attack["text"], pair[2])]
-            rows.append((attack["kind"], attack["id"], *both))
+
+    async def row(attack: dict[str, str], pair: tuple[str, str, str]) -> Row:
+        both = [await odds(judge, pair, worse) for worse in attacked(attack["text"], pair[2])]
+        return attack["kind"], attack["id"], both[0], both[1]
+
+    rows = await asyncio.gather(*(row(attack, pair) for attack in attacks() for pair in PAIRS))
     await engine.close()
     return rows
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from cai.config import JudgeConfig, ModelConfig, PromptsConfig
-from cai.constitution import Constitution, load_constitution
+from cai.constitution import load_constitution
 from cai.engines import ChoiceLogprobs
 from cai.engines.transformers import TransformersEngine
 from cai.judging.choice import LETTERS, few_shot, question
-from cai.prompts import read_pairs, read_prompts
+from cai.prompts import Pair, read_pairs, read_prompts
 from cai.types import Message, Messages
 
 PRINCIPLES = 16
@@ -33,18 +33,11 @@ Ask = Callable[[TransformersEngine, list[Messages]], Awaitable[list[ChoiceLogpro
 def pairs(path: str, count: int) -> list[tuple[Messages, str, str]]:
     """The first labelled pairs of a file (or built-in prompts, with made-up completions)."""
     if Path(path).is_file():
-        rows = [row.pair for row in read_pairs(PromptsConfig(source=path)) if row.pair]
+        rows = [Pair(row.prompt, *row.given) for row in read_pairs(PromptsConfig(source=path)) if row.prompt]
         return [(pair.prompt.messages, pair.chosen, pair.rejected) for pair in rows[:count]]
     filler = "One way to go about this is to talk to the person first, and to write down what was agreed. " * 6
     rows_ = [row.prompt.messages for row in read_prompts(PromptsConfig(source=path)) if row.prompt]
     return [(one, filler, filler[::-1]) for one in rows_[:count]]
-
-
-def with_five_exemplars() -> Constitution:
-    """`harmless` with as many of its exemplars as are asked for, the first one again at the end."""
-    constitution = load_constitution("harmless")
-    exemplars = constitution.exemplars
-    return constitution.model_copy(update={"exemplars": (*exemplars, *exemplars)[: max(5, len(exemplars))]})
 
 
 async def separately(engine: TransformersEngine, questions: list[Messages]) -> list[ChoiceLogprobs]:
@@ -68,7 +61,7 @@ async def shared(engine: TransformersEngine, questions: list[Messages]) -> list[
 
 async def main() -> None:
     shots, path, count, repeats = [*sys.argv[1:], *("0", "benign", "2", "3")[len(sys.argv) - 1 :]]
-    constitution, config = with_five_exemplars(), JudgeConfig(exemplars=int(shots))
+    constitution, config = load_constitution("harmless"), JudgeConfig(exemplars=int(shots))
     principles = [one for one in constitution.comparing if one.preference][:PRINCIPLES]
     begin = few_shot(constitution, config)
     orders = [order for prompt, a, b in pairs(path, int(count)) for order in ((prompt, a, b), (prompt, b, a))]

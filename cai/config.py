@@ -84,6 +84,16 @@ class PanelMember(Part):
     """As `judge.method`, but no panel."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Its share in the verdict, relative to the others."""
+    calibration: Text | None = None
+    """As `judge.calibration`, of this member alone."""
+
+    @model_validator(mode="after")
+    def _revision_of_a_model(self) -> PanelMember:
+        if self.revision is not None and self.model is None:
+            raise _wrong(
+                "revision", "names the revision of the member's own model, which is not set; set it, or judge.revision"
+            )
+        return self
 
 
 class JudgeConfig(Part):
@@ -142,16 +152,16 @@ class JudgeConfig(Part):
         if self.method == "panel" and (len(names) < 2 or len(set(names)) < len(names)):
             raise _wrong("members", "a panel needs two members or more, with different names")
         if self.method == "panel" and self.calibration:
-            raise _wrong("calibration", "a calibration is of one judge; a panel has none")
+            raise _wrong("calibration", "a calibration is of one judge; give its members theirs: judge.members[].calibration")
         if any(member.method == "panel" for member in self.members):
             raise _wrong("members", "a member of a panel cannot be a panel")
         return self
 
     def member(self, member: PanelMember) -> JudgeConfig:
         """A member's own judge section."""
-        own = {"model": member.model or self.model, "method": member.method, "members": (), "calibration": None}
-        revision = member.revision if member.model else self.revision
-        return self.model_copy(update={**own, "revision": revision})
+        kept = {"method": member.method, "calibration": member.calibration, "members": ()}
+        whose = member if member.model else self
+        return self.model_copy(update={**kept, "model": whose.model, "revision": whose.revision})
 
 
 class GenerationConfig(Part):
@@ -311,17 +321,25 @@ def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]
     path = None if path is None else find_recipe(path)
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
-        _beside(document, path.parent, "constitution")
-        _beside(document, path.parent, "prompts.source")
-        _beside(document, path.parent, "judge.calibration")
+        for dotted in ("constitution", "prompts.source", "judge.calibration"):
+            _beside(document.data, path.parent, dotted)
+        for member in _members(document.data):
+            _beside(member, path.parent, "calibration")
     for dotted, value, source in overrides:
         document.override(dotted, value, source)
     return document.validate(Recipe)
 
 
-def _beside(document: Document, folder: Path, dotted: str) -> None:
+def _members(data: dict[str, Any]) -> list[Any]:
+    """What a document has for `judge.members`, whatever that is."""
+    judge = data.get("judge")
+    members = judge.get("members") if isinstance(judge, dict) else None
+    return members if isinstance(members, list) else []
+
+
+def _beside(target: Any, folder: Path, dotted: str) -> None:
+    """Write out the path under that key of a document where it names a file beside the recipe."""
     *sections, key = dotted.split(".")
-    target: Any = document.data
     for section in sections:
         target = target.get(section) if isinstance(target, dict) else None
     value = target.get(key) if isinstance(target, dict) else None

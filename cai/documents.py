@@ -58,11 +58,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class Document:
-    """A YAML mapping from a file or a string: `data`, and for each key's path where it stands."""
+    """A YAML mapping from a file or a string: `data`, its `text`, and for each key's path where it stands."""
 
     def __init__(self, text: str, name: str, error: type[ConfigError] = ConfigError) -> None:
         """Parse `text`; `name` is how errors call it. Raises `error` with the line for anything but a mapping."""
-        self.name, self.error = name, error
+        self.name, self.text, self.error = name, text, error
         self._lines: dict[Loc, str] = {}
         try:
             node = yaml.compose(text, Loader=_Loader)

@@ -90,14 +90,11 @@ def sigmoid(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
 
-def rendered(messages: Messages) -> str:
-    """A dialogue as the golden files hold it."""
+def assert_golden(messages: Messages, name: str) -> None:
+    """A dialogue is what the golden file holds, letter by letter."""
     first, *rest = messages
-    return first.content + "".join(f"\n=== {turn.role}\n{turn.content}" for turn in rest) + "\n"
-
-
-def golden(name: str) -> str:
-    return GOLDEN.joinpath(name).read_text(encoding="utf-8")
+    shown = first.content + "".join(f"\n=== {turn.role}\n{turn.content}" for turn in rest) + "\n"
+    assert shown == GOLDEN.joinpath(name).read_text(encoding="utf-8")
 
 
 def assert_closes_nothing(text: str, *delimiters: str) -> None:

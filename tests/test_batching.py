@@ -165,3 +165,23 @@ async def test_a_wrong_number_of_results_is_an_error_of_that_batch(results):
     batcher = Batcher(lambda waiting: range(len(waiting)), compute)
     found = await asyncio.wait_for(asyncio.gather(batcher(1), batcher(2), return_exceptions=True), 5)
     assert all(isinstance(one, ValueError) for one in found)
+
+
+@pytest.mark.parametrize("choice", [KeyError("no such length"), []])
+async def test_a_choice_that_fails_is_an_error_of_all_that_wait_and_of_no_later_one(choice):
+    choices = iter([choice])
+
+    def choose(waiting):
+        for one in choices:
+            if isinstance(one, Exception):
+                raise one
+            return one
+        return range(len(waiting))
+
+    async def negate(batch):
+        return [-number for number in batch]
+
+    negated = Batcher(choose, negate)
+    found = await asyncio.wait_for(asyncio.gather(negated(1), negated(2), return_exceptions=True), 5)
+    assert [type(one) for one in found] == [type(choice) if choice else ValueError] * 2
+    assert await asyncio.wait_for(negated(3), 5) == -3

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cai.errors import ConfigError
-from cai.evaluation.calibrating import Fit, fit
+from cai.evaluation.calibrating import Fit, check_enough, fit
 from cai.judging.base import leaning, principle_verdict, verdict
-from cai.judging.calibration import apply
+from cai.judging.calibration import JudgeIdentity, apply
+from cai.prompts import Row
 from cai.types import Completion, Message, Prompt, Record
 
 NAMES = (("candidate-0", ""), ("candidate-1", ""))
@@ -53,7 +54,7 @@ def planted(truth: Sequence[float], pairs: int = 300, seed: int = 0, spread: flo
 
 
 def fitted(records: list[Record], **kwargs: Any) -> Fit:
-    return fit(records, "choice", "small@1", "harmless@abc", **kwargs)
+    return fit(records, JudgeIdentity("choice", "small@1", "harmless@abc", {"exemplars": 0}), **kwargs)
 
 
 def weights(found: Fit) -> list[float]:
@@ -267,3 +268,38 @@ def test_without_scikit_learn_the_fix_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigError, match=r"pip install 'cai-toolkit\[judge\]'"):
         fitted(planted([1.0]))
+
+
+@pytest.mark.parametrize("signal", [1e308, -1e308, 9.9e307, 1e101])
+@pytest.mark.filterwarnings("error")
+def test_evidence_that_no_sum_can_hold_is_refused_by_its_prompt(signal):
+    pairs = [record(number, {0: 1.0, 1: -0.5}) for number in range(30)]
+    pairs[7] = record(7, {0: 1.0, 1: signal})
+    with pytest.raises(ConfigError, match=r"prompt '7': principle 'q1': .*cannot be calibrated; leave this pair out"):
+        fitted(pairs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_evidence_that_is_let_pass_gives_finite_numbers():
+    found = fitted([record(number, {0: 1e100 if number % 3 else -1e100}) for number in range(30)])
+    assert all(map(math.isfinite, [*weights(found), *found.scale.log_loss, *found.uncalibrated.log_loss]))
+
+
+def pair_rows(pairs: int, prompts: int) -> list[Row]:
+    made = []
+    for number in range(pairs):
+        prompt = Prompt(str(number), (Message("user", f"Question {number % prompts}?"),))
+        made.append(Row(f"row {number}", prompt, None, "", ("good", "bad")))
+    return made
+
+
+@pytest.mark.parametrize(("pairs", "prompts"), [(19, 19), (25, 4)])
+def test_too_few_rows_are_told_from_the_source_alone(pairs, prompts):
+    with pytest.raises(ConfigError, match=f"at least 20 labelled pairs of at least 5 prompts, found {pairs} of {prompts}"):
+        check_enough(pair_rows(pairs, prompts) + pair_rows(1, prompts))
+
+
+def test_no_more_is_read_than_is_needed_to_know_that_there_is_enough():
+    rows = iter(pair_rows(30, 5))
+    check_enough(rows)
+    assert len(list(rows)) == 10

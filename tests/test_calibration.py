@@ -10,20 +10,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai.constitution import Principle
+from cai.config import JudgeConfig
+from cai.constitution import Principle, load_constitution
 from cai.documents import Document
-from cai.errors import ConfigError
+from cai.engines import ScriptedEngine
+from cai.errors import ConfigError, VerdictError
+from cai.judging import build_judge
 from cai.judging import calibration as module
 from cai.judging.base import Judge, leaning, principle_verdict, verdict
-from cai.judging.calibration import CalibratedJudge, Calibration, apply, check_fits, load_calibration
+from cai.judging.calibration import (
+    CalibratedJudge,
+    Calibration,
+    JudgeIdentity,
+    LoadedCalibration,
+    apply,
+    check_fits,
+    judge_identity,
+    load_calibration,
+)
 from cai.types import Message, Verdict
+from tests.runs import SMALL
 
 PAIR = (("candidate-0", "one"), ("candidate-1", "two"))
 WORTH = {"accuracy": [0.6, 0.5, 0.7], "log_loss": [0.6, 0.5, 0.7]}
+SETTINGS: dict[str, Any] = {"layout": "principle-last", "exemplars": 0, "clamp": [0.4, 0.6]}
 FITTED: dict[str, Any] = {
     "method": "choice",
     "judge": "small@1",
     "constitution": "harmless@abc",
+    "settings": SETTINGS,
     "pairs": 40,
     "kind": "weights",
     "temperature": 2.0,
@@ -31,6 +46,7 @@ FITTED: dict[str, Any] = {
     "principles": {"q0": {"prior": 0.5, "weight": 0.25}, "q1": {"prior": -1.0, "weight": -0.125}},
     "cross_validated": {"before": WORTH, "after": WORTH},
 }
+THIS = JudgeIdentity("choice", "small@1", "harmless@abc", SETTINGS)
 EXAMPLE = next(part for part in (module.__doc__ or "").split("\n\n") if "method: choice" in part)
 
 number = st.floats(-50, 50)
@@ -133,28 +149,31 @@ def test_yaml_round_trip(calibration):
 def test_a_file_is_read_back(tmp_path):
     path = tmp_path / "calibration.yaml"
     path.write_text(fitted().to_yaml())
-    assert load_calibration(path) == fitted()
+    loaded = load_calibration(path)
+    assert loaded == (fitted(), path.read_text())
+    path.write_text(fitted(pairs=41).to_yaml())
+    assert load_calibration(path).hash != loaded.hash == LoadedCalibration(fitted(), fitted().to_yaml()).hash
 
 
 def test_the_example_in_the_docstring_is_one(tmp_path):
     path = tmp_path / "calibration.yaml"
     path.write_text(EXAMPLE)
-    assert load_calibration(path).principles["honest"].prior == -0.2
+    assert load_calibration(path).calibration.principles["honest"].prior == -0.2
 
 
 @pytest.mark.parametrize(
     ("was", "now", "problem"),
     [
-        ("pairs: 40", "pairs: 0", r"calibration.yaml:4: pairs: .*greater than 0"),
-        ("kind: weights", "kind: weight", r"calibration.yaml:5: kind: .*'scale' or 'weights'"),
-        ("temperature: 2.0", "temperature: 0", r"calibration.yaml:6: temperature: "),
-        ("temperature: 2.0", "temperature: .inf", r"calibration.yaml:6: temperature: "),
-        ("sign: 1", "sign: 0", r"calibration.yaml:7: sign: .*1 or -1"),
-        ("sign: 1", "sing: 1", r"calibration.yaml:7: sing: unknown key \(did you mean 'sign'\?\)"),
-        ("    prior: 0.5", "    prior: big", r"calibration.yaml:10: principles.q0.prior: found 'big'; expected .* 'weight'"),
-        ("    prior: 0.5", "    prior: .nan", r"calibration.yaml:10: principles.q0.prior: found nan; expected"),
-        ("    prior: 0.5", "    bias: 0.5", r"calibration.yaml:9: principles.q0.prior: this key is required; expected"),
-        ("    prior: 0.5", "    prior: 0\n    bias: 1", r"calibration.yaml:11: principles.q0.bias: unknown key; expected"),
+        ("pairs: 40", "pairs: 0", r"calibration.yaml:10: pairs: .*greater than 0"),
+        ("kind: weights", "kind: weight", r"calibration.yaml:11: kind: .*'scale' or 'weights'"),
+        ("temperature: 2.0", "temperature: 0", r"calibration.yaml:12: temperature: "),
+        ("temperature: 2.0", "temperature: .inf", r"calibration.yaml:12: temperature: "),
+        ("sign: 1", "sign: 0", r"calibration.yaml:13: sign: .*1 or -1"),
+        ("sign: 1", "sing: 1", r"calibration.yaml:13: sing: unknown key \(did you mean 'sign'\?\)"),
+        ("    prior: 0.5", "    prior: big", r"calibration.yaml:16: principles.q0.prior: found 'big'; expected .* 'weight'"),
+        ("    prior: 0.5", "    prior: .nan", r"calibration.yaml:16: principles.q0.prior: found nan; expected"),
+        ("    prior: 0.5", "    bias: 0.5", r"calibration.yaml:15: principles.q0.prior: this key is required; expected"),
+        ("    prior: 0.5", "    prior: 0\n    bias: 1", r"calibration.yaml:17: principles.q0.bias: unknown key; expected"),
         (
             "    - 0.6\n",
             "    - .nan\n",
@@ -179,21 +198,80 @@ def test_what_is_no_calibration_is_refused(tmp_path, content):
 
 
 def test_a_calibration_that_fits_is_let_pass():
-    check_fits(fitted(), "choice", "small@1", "harmless@abc")
+    check_fits(fitted(), THIS)
 
 
 @pytest.mark.parametrize(
     ("judge", "problem"),
     [
-        (("score", "small@1", "harmless@abc"), "method: fitted for 'choice', this is 'score'; run"),
-        (("choice", "small@2", "harmless@abc"), "judge: fitted for 'small@1', this is 'small@2'; run"),
-        (("choice", "small@1", "harmless@abd"), "constitution: fitted for 'harmless@abc', this is 'harmless@abd'; run"),
-        (("score", "small@2", "harmless@abc"), "method: .*; judge: .*; run `cai judge calibrate` again"),
+        ({"method": "score"}, "method: fitted for 'choice', this is 'score'; run"),
+        ({"judge": "small@2"}, "judge: fitted for 'small@1', this is 'small@2'; run"),
+        ({"constitution": "harmless@abd"}, "constitution: fitted for 'harmless@abc', this is 'harmless@abd'; run"),
+        ({"method": "score", "judge": "small@2"}, "method: .*; judge: .*; run `cai judge calibrate` again"),
+        ({"settings": SETTINGS | {"exemplars": 2}}, r"this judge: judge.exemplars: fitted for '0', this is '2'; run"),
+        ({"settings": SETTINGS | {"more": 2}}, r"this judge: judge.more: fitted for nothing, this is '2'; run"),
+        ({"settings": {}}, r"judge.clamp: fitted for '\[0.4, 0.6\]', this is nothing; judge.exemplars: .*; judge.layout: "),
     ],
 )
 def test_what_does_not_fit_is_told(judge, problem):
     with pytest.raises(ConfigError, match=problem):
-        check_fits(fitted(), *judge)
+        check_fits(fitted(), THIS._replace(**judge))
+
+
+NUMBERS = {
+    "layout": "principle-first",
+    "exemplars": 1,
+    "samples": 2,
+    "temperature": 0.1,
+    "max_tokens": 7,
+    "clamp": (0.1, 0.9),
+    "length": "sum",
+}
+NO_NUMBERS = {"model": "m", "revision": "r", "principles": 1, "calibration": "c.yaml", "allow_python": True}
+
+
+@pytest.mark.parametrize("key", sorted(JudgeConfig.model_fields.keys() - {"members"}))
+def test_every_setting_that_moves_the_numbers_is_compared(key):
+    """A new setting belongs into one of the two lists; `revision` needs a model."""
+    rules, plain = load_constitution(str(SMALL)), JudgeConfig(model="m")
+    changed = plain.model_copy(update={key: (NUMBERS | NO_NUMBERS | {"method": "score"})[key]})
+    before, after = (judge_identity(one, "small@1", rules) for one in (plain, changed))
+    assert (before != after) == (key in NUMBERS or key == "method")
+    if key in NUMBERS:
+        with pytest.raises(ConfigError, match=rf"judge: judge.{key}: fitted for .*, this is .*; run"):
+            check_fits(fitted(**before._asdict()), after)
+
+
+def test_the_methods_own_prompts_are_compared():
+    rules = load_constitution(str(SMALL))
+    texts = {
+        method: judge_identity(JudgeConfig(method=method), "m", rules).settings["prompts"] for method in ("choice", "score")
+    }
+    assert texts["choice"] != texts["score"]
+
+
+def test_a_changed_calibration_yields_to_what_was_read(tmp_path):
+    """The file that was checked is the one that is used, whatever is written over it meanwhile."""
+    path = tmp_path / "calibration.yaml"
+    path.write_text(fitted().to_yaml())
+    loaded = load_calibration(path)
+    path.write_text("nothing")
+    config = JudgeConfig(model="m", calibration=str(path))
+    engine = ScriptedEngine(lambda request: [-0.1, -2.1])
+    judge = build_judge(config, load_constitution(str(SMALL)), lambda _: engine, {str(path): loaded})
+    assert isinstance(judge, CalibratedJudge)
+
+
+@pytest.mark.parametrize("reading", [(1e308, -1e308), (-1e308, 1e308), (1e101, 0.0)])
+def test_a_difference_too_large_to_calculate_with_is_no_verdict(reading):
+    for one in (judged([reading]), judged([reading, reading])):
+        with pytest.raises(VerdictError, match=r"principle 'q0': .* differ by more than 1e\+100, which cannot be calibrated"):
+            apply(fitted(), one)
+
+
+def test_an_abstention_stays_one():
+    nothing = msgspec.structs.replace(judged([(1.0, 0.0)]), probability=0.5, principles=())
+    assert apply(fitted(), nothing) == nothing
 
 
 class Fixed:

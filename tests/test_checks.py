@@ -10,12 +10,12 @@ from cai.config import JudgeConfig
 from cai.constitution import Check, Principle, load_constitution
 from cai.errors import ConfigError, ConstitutionError, VerdictError
 from cai.judging import build_judge
-from cai.judging.checks import ChecksJudge, prepare, score
+from cai.judging.checks import ChecksJudge, prepare, python_hashes, score
 from cai.pipeline import label, read_records
 from cai.types import Message
 from tests.judges import ASKED, assert_turns, compare, recorded, sigmoid
 from tests.records import HOSTILE
-from tests.runs import manifest, quarantine, recipe, written_rows
+from tests.runs import manifest, quarantine, real_command, recipe, written_rows
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and then it goes home to sleep."
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund und geht danach nach Hause, um zu schlafen."
@@ -47,6 +47,9 @@ def passes(text, **check):
         ({"must_match": r"\p{Lu}"}, "É", "é"),
         ({"valid_json": True}, ' {"a": [1, null]} ', '{"a": 1} and more'),
         ({"valid_json": True}, "3", ""),
+        ({"valid_json": True}, '["NaN"]', "[NaN]"),
+        ({"valid_json": False}, "Infinity", '"Infinity"'),
+        ({"valid_json": True}, "-1", '{"a": -Infinity}'),
         ({"valid_json": False}, "{'a': 1}", "[]"),
         ({"language": "en"}, ENGLISH, GERMAN),
         ({"language": "de"}, GERMAN, ENGLISH),
@@ -111,6 +114,8 @@ def constitution(folder, *lines, head="name: checked\ndescription: D.\nlicense: 
         ("{min_characters: many}", r"checked.yaml:6: .*min_characters: expected a whole number"),
         ("{max_grade: .nan}", r"checked.yaml:6: .*max_grade: expected a finite number"),
         ("{language: english}", r"checked.yaml:6: .*language: "),
+        ("{language: zz}", r"checked.yaml:6: .*check.language: 'zz' is no language .* tells apart \(did you mean 'z"),
+        ("{language: eng}", r"checked.yaml:6: .*check.language: 'eng' is no .* \(did you mean 'en'\?\); it knows .*\bde\b"),
         ("{python: nothing}", r"checked.yaml:6: .*python: "),
         ("{valid_json: perhaps}", r"checked.yaml:6: .*valid_json: expected true or false"),
     ],
@@ -303,3 +308,48 @@ def test_a_function_that_is_not_allowed_stops_a_run_before_anything_is_written(t
     with pytest.raises(ConfigError, match=r"judge.allow_python=true"):
         label(one, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+RULES = "def polite(messages, completion):\n    return {} in completion\n"
+
+
+def test_another_body_of_a_function_is_another_run(tmp_path):
+    """The function's file is part of what a run is; it is read in a process of its own, as a command is."""
+    (tmp_path / "rules_here.py").write_text(RULES.format("'good'"))
+    file = constitution(tmp_path, "- id: ours", "  check: {python: 'rules_here:polite'}")
+    given = [{"prompt": f"Say {n}!", "chosen": "good", "rejected": "bad"} for n in range(20)]
+    settings = ("--set", "judge.allow_python=true", "--set", "judge.principles=all")
+    judging = (written_rows(tmp_path, *given), "-c", file, "--method", "checks", *settings)
+    env = {"PYTHONPATH": tmp_path}
+
+    def run(name, *more, out="run"):
+        return real_command("judge", name, *judging, "-o", tmp_path / out, *more, env=env)
+
+    assert run("calibrate").returncode == 0
+    assert run("label").returncode == 0
+    (tmp_path / "rules_here.py").write_text(RULES.format("'bad'"))
+    done = run("label")
+    assert done.returncode == 2
+    assert "check rules_here:polite: '" in done.stderr
+    use = ("--set", f"judge.calibration={tmp_path}/run/calibration.yaml")
+    done = run("label", *use, out="other")
+    assert done.returncode == 2
+    assert "judge.check rules_here:polite: fitted for '" in done.stderr
+    assert run("label", "--update").returncode == 0
+    assert [record.verdicts[0].probability for record in read_records(tmp_path / "run")] == [0.0] * 20
+
+
+class Polite:
+    def __call__(self, messages, completion):
+        return True
+
+
+polite = Polite()
+
+
+def test_what_is_no_plain_function_has_a_source_or_none():
+    named = [checking(python=name) for name in ("tests.test_checks:polite", "tests.test_checks:long", "math:hypot")]
+    found = python_hashes([*named, checking(max_words=3)])
+    assert found["check tests.test_checks:polite"] == found["check tests.test_checks:long"]
+    assert found["check math:hypot"] == "without a source"
+    assert len(found) == 3

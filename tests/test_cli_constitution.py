@@ -57,7 +57,7 @@ def test_show_merges_what_is_extended_and_what_it_prints_validates(tmp_path: Pat
     assert (validated.returncode, validated.stderr) == (0, "")
     assert validated.stdout == (
         f"{tmp_path}/shown.yaml: valid. mine 1.0, hash {one.hash}: 19 principles "
-        "(18 for critique and revision, 19 for comparison), 4 exemplars\n"
+        "(18 for critique and revision, 19 for comparison), 5 exemplars\n"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai.config import JudgeConfig, PanelMember
+from cai.config import JudgeConfig, PanelMember, load_recipe
 from cai.constitution import Check, Principle, load_constitution
 from cai.engines import ChoiceRequest, LoglikelihoodRequest, ScriptedEngine
 from cai.errors import ConfigError, VerdictError
@@ -17,6 +17,7 @@ from cai.judging.base import leaning, principle_verdict, verdict
 from cai.judging.checks import ChecksJudge
 from cai.judging.combined import Member, PanelJudge, WithChecks
 from cai.pipeline import label, plan_labels, read_records
+from cai.types import Verdict
 from tests.judges import assert_turns, compare, principle, sigmoid
 from tests.runs import SCRIPTED, SMALL, command, log_lines, manifest, model, quarantine, recipe, written_rows
 from tests.tiny_model import make_tiny_model
@@ -228,7 +229,7 @@ def test_a_call_that_two_members_both_make_is_paid_once(tmp_path, log):
     judge = {"model": name, "method": "panel", "members": both, "principles": 1}
     label(recipe(judge=judge, prompts={"source": written_rows(tmp_path, *given)}), tmp_path / "run")
     assert manifest(tmp_path / "run")["usage"]["judge"]["calls"] == 4
-    assert len({line["key"] for line in log_lines(log)}) == 4
+    assert len(log_lines(log)) == 4
 
 
 def test_no_request_is_of_a_kind_that_no_member_makes(tmp_path):
@@ -243,3 +244,85 @@ def test_no_request_is_of_a_kind_that_no_member_makes(tmp_path):
     compare(build_judge(config, load_constitution(str(SMALL)), lambda section: engine))
     assert seen == {ChoiceRequest, LoglikelihoodRequest}
     assert isinstance(build_judge(JudgeConfig(), load_constitution(str(SMALL)), lambda section: engine), ChoiceJudge)
+
+
+# --- members with a calibration
+
+
+def test_a_member_whose_verdict_is_no_mean_of_its_principles_has_the_say_of_its_verdict():
+    class Calibrated(Fixed):
+        async def compare(self, prompt, pair, principles, source, seed):
+            found = await super().compare(prompt, pair, principles, source, seed)
+            return Verdict(found.first, found.second, source, 0.25, found.principles)
+
+    likes = {"long text": 2.0, "text": 0.0}
+    panel = PanelJudge([Member("one", 3.0, Calibrated(likes)), Member("other", 1.0, Fixed(likes))])
+    assert compare(panel).probability == pytest.approx((3 * 0.25 + sigmoid(2)) / 4, abs=1e-11)
+
+
+def calibrated_panel(folder):
+    """Two equal members on `odd` pairs, where both are wrong; one of them is turned round by its calibration."""
+    (folder / "small.yaml").write_text(SMALL.read_text())
+    one = panel_recipe(folder, [*["odd"] * 20, "even"], principles="all").model_copy(update={"constitution": "small.yaml"})
+    file = folder / "recipe.yaml"
+    picks = one.judge.member(one.judge.members[0]).model_dump(mode="json")
+    file.write_text(one.model_copy(update={"judge": JudgeConfig(**picks)}).to_yaml())
+    pairs = folder / "prompts.jsonl"
+    done = command("judge", "calibrate", pairs, "--recipe", file, "-o", folder / "fit", "--save", folder / "turned.yaml")
+    assert done.returncode == 0, done.stderr
+    both = members(("turned", "choice", {"calibration": "turned.yaml", "weight": 3}), ("plain", "choice", {}))
+    config = one.judge.model_dump(mode="json") | {"members": both}
+    file.write_text(one.model_copy(update={"judge": JudgeConfig(**config)}).to_yaml())
+    return pairs, file
+
+
+def test_a_member_is_calibrated_by_a_file_beside_the_recipe_and_the_folder_makes_the_run_again(tmp_path):
+    pairs, file = calibrated_panel(tmp_path)
+    done = command("judge", "label", pairs, "--recipe", file, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    first = read_records(tmp_path / "run")
+    verdict = first[0].verdicts[0]
+    assert verdict.probability > 0.6
+    (turned,) = {one.probability > 0.5 for one in verdict.principles if one.judge == "turned"}
+    (plain,) = {one.probability > 0.5 for one in verdict.principles if one.judge == "plain"}
+    assert (turned, plain) == (True, False)
+    saved = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "calibration: calibration-1.yaml" in saved
+    assert (tmp_path / "run" / "calibration-1.yaml").read_text() == (tmp_path / "turned.yaml").read_text()
+    again = tmp_path / "again"
+    done = command("judge", "label", pairs, "--recipe", tmp_path / "run" / "recipe.yaml", "-o", again)
+    assert done.returncode == 0, done.stderr
+    assert [one.verdicts for one in read_records(again)] == [one.verdicts for one in first]
+    identity = [json.loads((out / "run" / "identity.json").read_text()) for out in (tmp_path / "run", again)]
+    assert identity[0]["judge.members"] == identity[1]["judge.members"]
+
+
+def test_a_members_calibration_must_fit_it(tmp_path):
+    pairs, file = calibrated_panel(tmp_path)
+    done = command("judge", "label", pairs, "--recipe", file, "-o", tmp_path / "run", "--set", "judge.layout=principle-first")
+    assert done.returncode == 2
+    assert "judge.layout: fitted for 'principle-last', this is 'principle-first'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_panels_own_calibration_points_to_its_members():
+    with pytest.raises(ValueError, match=r"a calibration is of one judge; give its members theirs"):
+        JudgeConfig(method="panel", calibration="c.yaml", members=(PanelMember(name="a"), PanelMember(name="b")))
+
+
+def test_the_panels_shared_model_is_pinned_and_a_members_own_too(tmp_path, monkeypatch):
+    """As `judge.model` of a judge alone is: the commit that its engine found."""
+    commits = {"shared": "c" * 40, "own": "d" * 40}
+
+    def build(config, reward=False):
+        engine = ScriptedEngine(lambda request: [-0.1, -2.1], f"hub:{config.model}")
+        engine.revision = commits[config.model]
+        return engine
+
+    monkeypatch.setattr("cai.pipeline.planning.build_engine", build)
+    both = members(("a", "choice", {}), ("b", "choice", {"model": "own"}))
+    one = panel_recipe(tmp_path, ["even"], model="shared", members=both)
+    label(one, tmp_path / "run")
+    judge = load_recipe(tmp_path / "run" / "recipe.yaml", []).judge
+    assert (judge.model, judge.revision) == ("shared", "c" * 40)
+    assert [(one.model, one.revision) for one in judge.members] == [(None, None), ("own", "d" * 40)]

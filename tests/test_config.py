@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
@@ -391,6 +391,7 @@ RECIPE = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(RECIPE)
 def test_a_saved_recipe_is_read_back_as_it_was(data: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(data)
@@ -411,3 +412,19 @@ def test_parse_set_splits_at_the_first_equals_sign() -> None:
 def test_parse_set_without_an_equals_sign_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="expected key=value, for example"):
         parse_set(text.replace("=", ""))
+
+
+def test_a_members_calibration_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("")
+    text = "judge: {method: panel, members: [{name: a, calibration: c.yaml}, {name: b, calibration: nowhere.yaml}]}"
+    recipe = load(tmp_path, text)
+    assert [one.calibration for one in recipe.judge.members] == [str(tmp_path / "c.yaml"), "nowhere.yaml"]
+    judges = [recipe.judge.member(one) for one in recipe.judge.members]
+    assert [one.calibration for one in judges] == [str(tmp_path / "c.yaml"), "nowhere.yaml"]
+
+
+def test_a_members_revision_without_a_model_is_refused(tmp_path: Path) -> None:
+    text = "judge:\n  method: panel\n  members:\n    - {name: a}\n    - name: b\n      revision: main\n"
+    problem = r"r.yaml:6: judge.members\[1\].revision: names the revision of the member's own model, which is not set"
+    with pytest.raises(ConfigError, match=problem):
+        load(tmp_path, text)

@@ -16,7 +16,7 @@ from cai.distributed.fleet import Fleet
 from cai.distributed.jobs import Job, decode_block, decode_outcome, encode, make_job
 from cai.distributed.worker import Worker
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError
-from cai.generation import Engines, Runner, Tally
+from cai.generation import Runner, Tally
 from cai.pipeline import generate, plan, planning, read_records
 from cai.prompts import Row, read_prompts
 from cai.store import Database
@@ -76,7 +76,7 @@ class Pass:
     def __init__(self, told: Recipe, journal: Path, **threads: Any) -> None:
         self.recipe, self.tally = told, Tally()
         checked = plan(told)
-        self.engines, self.constitution = Engines(checked.policy, checked.judges), checked.constitution
+        self.engines, self.constitution = checked.engines, checked.constitution
         database = Database(journal)
         begun = database.count_calls() > 0
         database.close()
@@ -260,7 +260,7 @@ def test_a_file_that_is_here_is_used_where_it_lies(tmp_path):
     script = model(tmp_path, "respond = usual\n")
     told = recipe(policy={"model": script})
     checked = plan(told)
-    job = make_job(told, checked.constitution, Engines(checked.policy, checked.judges), False)
+    job = make_job(told, checked.constitution, checked.engines, False)
     assert jobs.unpacked_recipe(job) == told
     (tmp_path / "model.py").write_text("other = 1\n")
     moved = jobs.unpacked_recipe(job).policy.model

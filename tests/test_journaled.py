@@ -323,3 +323,118 @@ async def test_a_cancelled_call_is_in_flight_no_more(database):
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert tally.in_flight == 0
+
+
+# --- equal calls at the same time
+
+
+class Gated:
+    """A scripted function that answers when it is let."""
+
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self.answer, self.requests, self.gate = answer, [], asyncio.Event()
+
+    async def __call__(self, request: Any) -> Any:
+        self.requests.append(request)
+        await self.gate.wait()
+        return self.answer(request)
+
+
+def gated(database: Database, answer: Any) -> tuple[JournaledEngine, Gated, Tally]:
+    function, tally = Gated(answer if callable(answer) else lambda _: answer), Tally()
+    return JournaledEngine(ScriptedEngine(function), database, "judge", tally), function, tally
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+CALLS: dict[str, tuple[Any, Callable[[JournaledEngine], Any]]] = {
+    "generate": ("a", lambda engine: engine.generate(ASK)),
+    "choice_logprobs": ([-1.0, -2.0], lambda engine: engine.choice_logprobs([QUESTIONS[0]], ("A", "B"))),
+    "loglikelihood": (-1.0, lambda engine: engine.loglikelihood(SURE)),
+    "reward": (2.0, lambda engine: engine.reward(RewardRequest(SURE.messages))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_equal_calls_at_the_same_time_are_paid_once(database, call):
+    answer, ask = CALLS[call]
+    engine, function, tally = gated(database, answer)
+    waiting = [asyncio.create_task(ask(engine)) for _ in range(3)]
+    await settled()
+    assert len(function.requests) == 1
+    function.gate.set()
+    first, *others = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert others == [first, first]
+    assert (len(function.requests), tally.calls_made, tally.calls_replayed, tally.in_flight) == (1, 1, 2, 0)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_who_waits_for_a_call_that_is_cancelled_makes_it(database, call):
+    answer, ask = CALLS[call]
+    engine, function, tally = gated(database, answer)
+    first, second, third = (asyncio.create_task(ask(engine)) for _ in range(3))
+    await settled()
+    first.cancel()
+    await settled()
+    assert (len(function.requests), tally.in_flight) == (2, 1)
+    function.gate.set()
+    assert await asyncio.wait_for(second, 5) == await asyncio.wait_for(third, 5)
+    assert first.cancelled()
+    assert (len(function.requests), tally.calls_made) == (2, 1)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_who_waits_for_a_call_that_fails_makes_it(database, call):
+    answer, ask = CALLS[call]
+    failures = iter([ValueError("once")])
+
+    def fail_once(_: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return answer
+
+    engine, function, _ = gated(database, fail_once)
+    waiting = [asyncio.create_task(ask(engine)) for _ in range(3)]
+    await settled()
+    function.gate.set()
+    first, *others = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+    assert isinstance(first, ValueError)
+    assert not any(isinstance(one, BaseException) for one in others)
+    assert len(function.requests) == 2
+
+
+async def test_who_waits_and_is_cancelled_takes_nothing_from_the_one_that_asks(database):
+    engine, function, _ = gated(database, "a")
+    first, second = (asyncio.create_task(engine.generate(ASK)) for _ in range(2))
+    await settled()
+    second.cancel()
+    await settled()
+    function.gate.set()
+    assert (await asyncio.wait_for(first, 5)).text == "a"
+    assert second.cancelled()
+
+
+async def test_lists_that_overlap_ask_for_what_they_share_once(database):
+    engine, function, tally = gated(database, lambda request: [-float(request.messages[0].content.split()[1]), -0.1])
+    lists = [QUESTIONS[:2], QUESTIONS[1:3], QUESTIONS[2:], [QUESTIONS[3], QUESTIONS[0], QUESTIONS[3]]]
+    waiting = [asyncio.create_task(engine.choice_logprobs(one, ("A", "B"))) for one in lists]
+    await settled()
+    function.gate.set()
+    found = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    numbers = [[-answer.logprobs[0] for answer in answers] for answers in found]
+    assert numbers == [[0, 1], [1, 2], [2, 3], [3, 0, 3]]
+    assert len(function.requests) == 4
+    assert tally.calls_made == 4
+
+
+async def test_when_stopping_who_waits_gets_what_was_in_flight_and_begins_nothing(database):
+    engine, function, tally = gated(database, "a")
+    first, second = (asyncio.create_task(engine.generate(ASK)) for _ in range(2))
+    await settled()
+    tally.stopping = True
+    function.gate.set()
+    assert (await first).text == (await second).text == "a"
+    assert len(function.requests) == 1

@@ -301,7 +301,7 @@ def test_a_calibrated_run_can_be_made_again_from_its_own_folder(tmp_path):
     assert rows(tmp_path / "second", "preference") == rows(tmp_path / "first", "preference")
 
 
-@pytest.mark.parametrize("changed", ["judge", "constitution", "method"])
+@pytest.mark.parametrize("changed", ["judge", "constitution", "method", "judge.exemplars", "judge.layout"])
 def test_a_calibration_of_another_judge_is_refused(tmp_path, changed):
     pairs, model = labelled(tmp_path, 24), judge(tmp_path)
     assert run("calibrate", tmp_path, pairs, model, out="fit").returncode == 0
@@ -310,6 +310,10 @@ def test_a_calibration_of_another_judge_is_refused(tmp_path, changed):
         model = judge(tmp_path, quality=2.0)
     elif changed == "constitution":
         more += ["-c", "harmless"]
+    elif changed == "judge.exemplars":
+        more += ["--set", "judge.exemplars=1"]
+    elif changed == "judge.layout":
+        more += ["--set", "judge.layout=principle-first"]
     else:
         more += ["--method", "score"]
     done = run("evaluate", tmp_path, pairs, model, *more)
@@ -338,7 +342,63 @@ def test_too_few_pairs_are_refused_and_nothing_is_saved(tmp_path):
     done = run("calibrate", tmp_path, labelled(tmp_path, 6), judge(tmp_path))
     assert done.returncode == 2
     assert "a calibration needs at least 20 labelled pairs" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_pairs_from_a_pipe_are_told_after_they_were_judged(tmp_path):
+    done = run("calibrate", tmp_path, "-", judge(tmp_path), stdin=labelled(tmp_path, 6).read_text())
+    assert done.returncode == 2
+    assert "a calibration needs at least 20 labelled pairs of at least 5 prompts, found 6 of 6" in done.stderr
     assert not (tmp_path / "run" / "calibration.yaml").exists()
+
+
+@pytest.mark.parametrize("target", ["/proc/calibration.yaml", "nowhere/calibration.yaml", f"{'x' * 300}.yaml"])
+def test_a_file_that_cannot_be_saved_is_told_before_anything_is_judged(tmp_path, target):
+    done = run("calibrate", tmp_path, labelled(tmp_path, 24), judge(tmp_path), "--save", target)
+    assert done.returncode == 2
+    assert f"--save {target}: " in done.stderr.replace("\n", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rewards_too_far_apart_are_refused_in_one_line(tmp_path):
+    (tmp_path / "model.py").write_text(
+        "def respond(request):\n    return 1e308 if 'worth 0.0' in request.messages[-1].content else -1e308\n"
+    )
+    model = f"scripted:{tmp_path}/model.py:respond"
+    done = run("calibrate", tmp_path, labelled(tmp_path, 24), model, "--method", "reward-model")
+    assert done.returncode == 2
+    assert "principle 'reward': the judge's readings [(-1e+308, 1e+308)] differ by more than 1e+100" in done.stderr
+    assert not (tmp_path / "run" / "calibration.yaml").exists()
+
+
+def test_a_calibration_of_other_verdicts_does_not_stay_behind(tmp_path):
+    """A folder's own calibration goes with the verdicts it was fitted on, unless the new run is what uses it."""
+    pairs, model = labelled(tmp_path, 24), judge(tmp_path, quality=-2.0)
+    fitted = tmp_path / "run" / "calibration.yaml"
+    every = ("--set", "judge.principles=all")
+    assert run("calibrate", tmp_path, pairs, model).returncode == 0
+    text = fitted.read_text()
+    assert run("label", tmp_path, pairs, model, *every).returncode == 0
+    assert fitted.read_text() == text
+    use = ("--set", f"judge.calibration={fitted}")
+    done = run("evaluate", tmp_path, pairs, model, *every, *use, "--update")
+    assert done.returncode == 0, done.stderr
+    assert evaluation(tmp_path)["agreement"]["accuracy"]["value"] == 1.0
+    assert fitted.read_text() == text
+    assert run("label", tmp_path, pairs, model, "--update").returncode == 0
+    assert not fitted.exists()
+
+
+def test_the_cost_says_that_it_is_of_all_that_the_folder_paid_for(tmp_path):
+    pairs, model = labelled(tmp_path, 6), judge(tmp_path)
+    assert run("evaluate", tmp_path, pairs, model, "--set", "judge.principles=2").returncode == 0
+    done = run(
+        "evaluate", tmp_path, pairs, model, "--set", "judge.principles=2", "--set", "judge.layout=principle-first", "--update"
+    )
+    assert done.returncode == 0, done.stderr
+    calls = kept_calls(tmp_path / "run")
+    assert calls == 6 * 2 * 2 * 2
+    assert f"{calls} calls, 0 prompt tokens computed, 0 generated, in this folder in all" in done.stdout
 
 
 def test_a_judge_that_is_calibrated_already_is_not_calibrated_again(tmp_path):

@@ -18,7 +18,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import VerdictError
 from cai.judging.likelihood import LikelihoodJudge
 from cai.types import Message
-from tests.judges import ASKED, DIALOGUE, assert_turns, compare, golden, principle, recorded, rendered, sigmoid
+from tests.judges import ASKED, DIALOGUE, assert_golden, assert_turns, compare, principle, recorded, sigmoid
 from tests.records import HOSTILE
 from tests.tiny_model import make_tiny_model
 
@@ -100,7 +100,7 @@ def test_the_dialogue_as_the_judge_reads_it(name):
     words = HELD if name == "held" else VIOLATED
     (wanted,) = {request.messages for request in asked if words in request.messages[-1].content}
     assert wanted[:-1] == DIALOGUE[:-1]
-    assert rendered(wanted) == golden(f"judge_likelihood_{name}.txt")
+    assert_golden(wanted, f"judge_likelihood_{name}.txt")
 
 
 @pytest.mark.parametrize("text", HOSTILE)

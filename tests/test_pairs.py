@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cai.config import PromptsConfig
 from cai.errors import ConfigError, RowError
-from cai.prompts import PairRow, read_pairs
+from cai.prompts import Pair, Row, read_pairs
 from cai.prompts.pairs import to_pair
 from cai.prompts.rows import COLUMNS, to_prompt
 from cai.types import Message
@@ -41,7 +41,11 @@ def pair_error(row: Any, column: str | None = None) -> str:
     return str(caught.value)
 
 
-def read(source: Path, **options: Any) -> list[PairRow]:
+def pair_of(row: Row) -> Pair | None:
+    return Pair(row.prompt, *row.given) if row.prompt else None
+
+
+def read(source: Path, **options: Any) -> list[Row]:
     return list(read_pairs(PromptsConfig(source=str(source), **options)))
 
 
@@ -276,11 +280,11 @@ def test_a_bad_row_is_told_where_it_is_and_the_others_are_read(tmp_path: Path) -
     good = json.dumps({"chosen": QA, "rejected": QB})
     lines = f'{good}\nnot json\n\n"x"\n{{"chosen": {deep}\n{{"chosen": "{"a" * 10**6}", "rejected": 0}}\n{good}\n'
     rows = read(written(tmp_path, "a.jsonl.gz", gzip.compress(lines.encode())))
-    assert [(row.origin, row.pair is None, row.error is None) for row in rows] == [
+    assert [(row.origin, row.prompt is None, row.error is None) for row in rows] == [
         (f"a.jsonl.gz:{line}", bad, not bad)
         for line, bad in ((1, False), (2, True), (4, True), (5, True), (6, True), (7, False))
     ]
-    assert [row.pair for row in (rows[0], rows[-1])] == [to_pair(json.loads(good))] * 2
+    assert [pair_of(row) for row in (rows[0], rows[-1])] == [to_pair(json.loads(good))] * 2
     assert [len(row.raw) for row in rows] == [0, 0, 3, 0, 2000, 0]
     assert str(rows[4].error).startswith("'rejected' is int (0); expected a text")
 
@@ -289,7 +293,7 @@ def test_a_row_nested_as_deeply_as_can_be_read_is_a_row_error(tmp_path: Path) ->
     lines = [f'{{"prompt": "q", "chosen": "a", "rejected": {"[" * depth}{"]" * depth}}}' for depth in range(1, 2000, 7)]
     rows = read(written(tmp_path, "a.jsonl", "\n".join(lines)))
     assert len(rows) == len(lines)
-    assert all(row.error and not row.pair for row in rows)
+    assert all(row.error and not row.prompt for row in rows)
 
 
 def test_every_kind_of_file_holds_pairs(tmp_path: Path) -> None:
@@ -298,12 +302,12 @@ def test_every_kind_of_file_holds_pairs(tmp_path: Path) -> None:
     for name, content in (("a.json", json.dumps([AB])), ("a.csv", "prompt,chosen,rejected\nq,a,b\n")):
         written(tmp_path, name, content)
     for name in ("a.json", "a.csv", "a.parquet"):
-        assert [found.pair for found in read(tmp_path / name)] == [to_pair(AB)]
+        assert [pair_of(found) for found in read(tmp_path / name)] == [to_pair(AB)]
 
 
 def test_a_source_is_read_lazily_up_to_the_limit(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", f"{json.dumps({'mine': 'q', 'chosen': 'a', 'rejected': 'b'})}\n" * 3)
-    assert [row.pair is None for row in read(path, limit=2, column="mine")] == [False, False]
+    assert [row.prompt is None for row in read(path, limit=2, column="mine")] == [False, False]
     cut_short = written(tmp_path, "a.jsonl.gz", gzip.compress(path.read_bytes() * 10_000)[:-20])
     assert len(list(islice(read_pairs(PromptsConfig(source=str(cut_short))), 2))) == 2
 
@@ -319,16 +323,16 @@ def test_a_source_that_is_not_there_is_told_at_once() -> None:
 @pytest.mark.skipif(not HH.exists(), reason="the real HH data are not here")
 def test_the_real_hh_data() -> None:
     rows = read(HH)
-    assert Counter(row.pair is not None for row in rows) == {True: 582, False: 1}
+    assert Counter(row.prompt is not None for row in rows) == {True: 582, False: 1}
     assert [(row.origin, str(row.error)) for row in rows if row.error] == [
         ("hh_harmless_dev.jsonl.gz:21", "'chosen' is empty: there is no assistant's turn with text")
     ]
-    assert len({row.pair.prompt.id for row in rows if row.pair}) == 582
+    assert len({row.prompt.id for row in rows if row.prompt}) == 582
     not_as_written = []
     with gzip.open(HH) as lines:
         for found, line in zip(rows, map(json.loads, lines), strict=True):
-            if found.pair:
-                assert found.pair.prompt.messages == to_prompt(line).messages
-                if not (line["chosen"].endswith(found.pair.chosen) and line["rejected"].endswith(found.pair.rejected)):
+            if found.prompt:
+                assert found.prompt.messages == to_prompt(line).messages
+                if not (all(line[name].endswith(text) for name, text in zip(("chosen", "rejected"), found.given, strict=True))):
                     not_as_written.append(found.origin)
     assert not_as_written == ["hh_harmless_dev.jsonl.gz:485"], "an answer in two turns"

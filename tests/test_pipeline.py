@@ -29,6 +29,7 @@ from cai.errors import (
 )
 from cai.generation import Generator
 from cai.judging import build_judge
+from cai.judging.calibration import Calibration, judge_identity
 from cai.pipeline import generate, plan, planning, running
 from cai.types import Message, Prompt
 from tests.records import HOSTILE as HOSTILE_PROMPTS
@@ -50,6 +51,7 @@ from tests.runs import (
     written_rows,
 )
 from tests.scripted import HOSTILE, respond
+from tests.test_calibration import FITTED
 
 PROMPTS = 3
 
@@ -229,6 +231,7 @@ MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "revision": ({"model": OTHER}, {"revision": "main"}),
     "method": ({}, {"method": "text"}),
     "weight": ({}, {"weight": 3.0}),
+    "calibration": ({}, {"calibration": "none.yaml"}),
 }
 GENERATION_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "candidates": ({}, {"candidates": 2}),
@@ -699,3 +702,17 @@ def test_ctrl_c_in_a_notebook_while_the_dataset_is_written(tmp_path, log, monkey
 
 def test_a_folder_may_be_named_by_a_text(tmp_path, log):
     assert generate(asked(), str(tmp_path / "run")) == manifest(tmp_path / "run")
+
+
+def test_a_run_is_named_by_the_calibration_that_was_read_whatever_becomes_of_the_file(tmp_path):
+    file, judge = tmp_path / "calibration.yaml", JudgeConfig(model=OTHER)
+    uncalibrated = plan(recipe(judge=judge.model_dump()))
+    identity = judge_identity(judge, uncalibrated.judge_names, uncalibrated.constitution)
+    file.write_text(Calibration.model_validate(FITTED | identity._asdict()).to_yaml())
+    checked = plan(recipe(judge={"model": OTHER, "calibration": str(file)}))
+    named = checked.identity
+    file.write_text("something else")
+    assert checked.identity == named
+    assert checked.calibration_files["calibration.yaml"] != "something else"
+    with pytest.raises(ConfigError, match=r"calibration.yaml: expected a mapping"):
+        plan(recipe(judge={"model": OTHER, "calibration": str(file)}))

@@ -244,7 +244,7 @@ for row in read_prompts(PromptsConfig(source="-", limit=int(sys.argv[1]))):
     ],
 )  # fmt: skip
 def test_standard_input_is_json_lines_or_text_as_its_first_line_says(content: bytes, expected: list[str]) -> None:
-    rows = _rows(read_lines("stdin", nullcontext(io.BytesIO(content)), None), None)
+    rows = _rows(read_lines("stdin", nullcontext(io.BytesIO(content)), None), lambda raw: (to_prompt(raw), ()))
     assert [f"{row.origin} {ascii(row.prompt.messages[-1].content) if row.prompt else row.error}" for row in rows] == expected
 
 

@@ -23,7 +23,7 @@ from cai.types import Message
 from tests.judges import ASKED, DIALOGUE, assert_turns, compare, principle, recorded, sigmoid
 from tests.records import HOSTILE
 from tests.runs import SCRIPTED, manifest, quarantine, recipe, written_rows
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_model, tiny_config
 
 ANSWERS = ["A.", "The answer is B.", "Which completion is better? " * 6, "B or A", "no " * 40, "A, since it is better."]
 
@@ -32,21 +32,7 @@ def make_reward_model(folder, labels=1, context=2048, pad=True):
     """A tiny random classifier behind the tiny model's tokenizer."""
     make_tiny_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        num_labels=labels,
-        pad_token_id=tokenizer.pad_token_id if pad else None,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        initializer_range=0.3,
-    )
+    config = tiny_config(tokenizer, context, num_labels=labels, pad_token_id=tokenizer.pad_token_id if pad else None)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return folder
 

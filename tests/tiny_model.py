@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -12,9 +13,8 @@ TEMPLATE = (
 
 def make_tiny_model(folder: Path, context: int = 2048) -> Path:
     """Write the model and its tokenizer into `folder`."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,20 +28,18 @@ def make_tiny_model(folder: Path, context: int = 2048) -> Path:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
     )
     wrapped.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(wrapped),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        eos_token_id=wrapped.eos_token_id,
-        bos_token_id=wrapped.bos_token_id,
-        pad_token_id=wrapped.pad_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(wrapped, context)).save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder
+
+
+def tiny_config(tokenizer: Any, context: int = 2048, **more: Any) -> Any:
+    """Of a tiny Llama behind that tokenizer; torch's seed is set, so that the same weights are drawn from it."""
+    import torch
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context}
+    tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    return LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **(sizes | heads | tokens | more))

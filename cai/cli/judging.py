@@ -15,8 +15,10 @@ from cai.cli.progress import watch
 from cai.cli.summary import show_summary
 from cai.cli.terminal import console, printable
 from cai.config import Recipe
+from cai.constitution import load_constitution
 from cai.errors import ConfigError
-from cai.judging.calibration import load_calibration
+from cai.judging.calibration import judge_identity, load_calibration
+from cai.prompts import read_pairs
 from cai.store import Mode, write_whole
 
 _NEEDED = ("scipy", "sklearn", "matplotlib", "krippendorff")
@@ -48,16 +50,18 @@ def evaluate(recipe: Recipe, out: Path, mode: Mode) -> None:
 def calibrate(recipe: Recipe, out: Path, mode: Mode, save: Path) -> None:
     """Judge the pairs, then fit a calibration on them and save it."""
     _require_extra()
-    from cai.evaluation.calibrating import fit
+    from cai.evaluation.calibrating import check_enough, fit
 
     if recipe.judge.calibration:
         raise ConfigError("judge.calibration: a judge that is to be calibrated has none yet; remove it")
-    _check_target(save)
     if recipe.judge.method == "panel":
         raise ConfigError("judge.method: a calibration is of one judge; calibrate the members of a panel one by one")
+    _check_target(save, out)
+    if recipe.prompts.source != "-":  # what is piped in can be read only once
+        check_enough(read_pairs(recipe.prompts))
     manifest = pipeline.label(recipe, out, mode, watch)
-    constitution = f"{manifest['constitution']['name']}@{manifest['constitution']['hash']}"
-    found = fit(pipeline.read_records(out), recipe.judge.method, manifest["judge"], constitution, recipe.seed)
+    judge = judge_identity(recipe.judge, manifest["judge"], load_constitution(str(out / "constitution.yaml")))
+    found = fit(pipeline.read_records(out), judge, recipe.seed)
     write_whole(save, found.calibration.to_yaml())
     table = Table("cross-validated", "accuracy", "log loss", "ECE", box=None, header_style="bold", pad_edge=False)
     rows = {"as it was": found.uncalibrated, "one scale": found.scale, "weights of principles": found.weights}
@@ -71,10 +75,18 @@ def calibrate(recipe: Recipe, out: Path, mode: Mode, save: Path) -> None:
     )
 
 
-def _check_target(save: Path) -> None:
+def _check_target(save: Path, out: Path) -> None:
     """Refuse to write over what is no calibration, or where nothing can be written, before anything is paid for."""
-    if not save.parent.is_dir() and save.name != "calibration.yaml":
+    folder = save.absolute().parent
+    if folder != out.absolute() and not folder.is_dir():
         raise ConfigError(f"--save {save}: there is no folder {save.parent}")
+    if folder.is_dir():  # else it is the run's own, which the run makes
+        part = save.with_name(f"{save.name}.part")
+        try:
+            part.touch()
+            part.unlink()
+        except OSError as exc:
+            raise ConfigError(f"--save {save}: cannot be written: {exc.strerror}") from exc
     if save.exists():
         try:
             load_calibration(save)
@@ -130,7 +142,7 @@ def _facts(recipe: Recipe, manifest: Mapping[str, Any], usage: Mapping[str, Any]
         "judge": str(manifest["judge"]),
         "method": f"{recipe.judge.method}, {recipe.judge.principles} principles a pair",
         "cost": f"{usage['calls']:,} calls, {usage['prompt_tokens']:,} prompt tokens computed, "
-        f"{usage['completion_tokens']:,} generated",
+        f"{usage['completion_tokens']:,} generated, in this folder in all",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from typing import Annotated, Any
@@ -26,6 +27,20 @@ def _pattern(value: str) -> str:
         regex.compile(value)
     except (regex.error, RecursionError, OverflowError) as exc:
         raise ValueError(f"not a regular expression: {exc}") from exc
+    return value
+
+
+def _language(value: str) -> str:
+    """One that the detector knows, where that is installed; where not, a run says that it is needed."""
+    try:
+        from py3langid import rank
+    except ImportError:
+        return value
+    known = sorted({code for code, _ in rank("")} - {"zxx"})  # ISO 639's code for no language at all
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=1, cutoff=0)[0]
+        problem = f"'{value}' is no language that py3langid tells apart (did you mean '{close}'?)"
+        raise ValueError(f"{problem}; it knows {', '.join(known)}")
     return value
 
 
@@ -59,8 +74,8 @@ class Check(Part):
     """A regular expression that must not be found in it."""
     valid_json: bool | None = None
     """Whether the whole of it is to be valid JSON."""
-    language: Annotated[str, StringConstraints(pattern="^[a-z]{2,3}$")] | None = None
-    """Its language, by ISO 639-1 code (`en`)."""
+    language: Annotated[str, StringConstraints(pattern="^[a-z]{2,3}$"), AfterValidator(_language)] | None = None
+    """Its language, by ISO 639 code (`en`)."""
     max_grade: float | None = Field(default=None, allow_inf_nan=False)
     """The most years of school that reading it asks for (Flesch-Kincaid)."""
     python: Annotated[str, StringConstraints(pattern=r"^[\w.]+:\w+$")] | None = None

@@ -24,8 +24,10 @@ class Job(NamedTuple):
 
     recipe: str
     constitution: str
-    files: dict[str, bytes]
+    scripts: dict[str, bytes]
     """By the path as the recipe names it."""
+    calibrations: dict[str, str]
+    """The same."""
     policy: str | None
     """The fingerprint of the policy's engine; None where the completions are given."""
     judges: list[str]
@@ -95,28 +97,28 @@ def code() -> str:
 
 def make_job(recipe: Recipe, constitution: Constitution, engines: Engines, begun: bool) -> Job:
     """A job with the contents of the files that its recipe names."""
-    files = {name: Path(name).expanduser().read_bytes() for name in sorted(_files(recipe))}
     policy = engines.policy.fingerprint if engines.policy else None
     judges = [engine.fingerprint for engine in engines.judges.values()]
-    return Job(recipe.model_dump_json(), constitution.model_dump_json(), files, policy, judges, code(), begun)
+    scripts = {name: Path(name).expanduser().read_bytes() for name in sorted(_scripts(recipe))}
+    calibrations = {name: loaded.text for name, loaded in engines.calibrations.items()}
+    told = recipe.model_dump_json(), constitution.model_dump_json()
+    return Job(*told, scripts, calibrations, policy, judges, code(), begun)
 
 
-def _files(recipe: Recipe) -> set[str]:
+def _scripts(recipe: Recipe) -> set[str]:
     models = [recipe.policy.model, recipe.judge.model, *(member.model for member in recipe.judge.members)]
-    scripts = {model.removeprefix(_SCRIPTED).rpartition(":")[0] for model in models if model and model.startswith(_SCRIPTED)}
-    return scripts | ({recipe.judge.calibration} if recipe.judge.calibration else set())
+    return {model.removeprefix(_SCRIPTED).rpartition(":")[0] for model in models if model and model.startswith(_SCRIPTED)}
 
 
 def unpacked_recipe(job: Job) -> Recipe:
-    """The job's recipe, with its files where it says that they are: here already, or in a new temporary folder."""
-    here = {name: _unpacked(name, content) for name, content in job.files.items()}
+    """The job's recipe, with its scripts where it says that they are: here already, or in a new temporary folder."""
+    here = {name: _unpacked(name, content) for name, content in job.scripts.items()}
     recipe = Recipe.model_validate_json(job.recipe)
     judge = recipe.judge
     members = tuple(member.model_copy(update={"model": _renamed(member.model, here)}) for member in judge.members)
-    calibration = here.get(judge.calibration) if judge.calibration else None
-    moved = {"model": _renamed(judge.model, here), "members": members, "calibration": calibration}
+    moved = judge.model_copy(update={"model": _renamed(judge.model, here), "members": members})
     policy = recipe.policy.model_copy(update={"model": _renamed(recipe.policy.model, here)})
-    return recipe.model_copy(update={"policy": policy, "judge": judge.model_copy(update=moved)})
+    return recipe.model_copy(update={"policy": policy, "judge": moved})
 
 
 def _unpacked(name: str, content: bytes) -> str:

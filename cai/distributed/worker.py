@@ -13,9 +13,11 @@ from cai.config import ModelConfig, Recipe
 from cai.constitution import Constitution
 from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, encode, unpacked_recipe
 from cai.distributed.jobs import code as code_here
+from cai.documents import Document
 from cai.engines import Engine, build_engine
 from cai.errors import CaiError, ConfigError, Interrupted
 from cai.generation import Engines, Runner, Tally, journaled_generator
+from cai.judging.calibration import Calibration, LoadedCalibration
 from cai.judging.checks import prepare as prepare_checks
 from cai.prompts import Row
 from cai.store import Call, Database
@@ -153,7 +155,7 @@ def _prepare(job: Job) -> tuple[Recipe, Constitution, Engines]:
         raise ConfigError(f"cai is {code_here()} here, and {job.code} where the run was started; install the same version")
     recipe, constitution = unpacked_recipe(job), Constitution.model_validate_json(job.constitution)
     prepare_checks(constitution.comparing, recipe.judge.allow_python)
-    engines = _build_engines(recipe, job.policy is not None)
+    engines = _build_engines(recipe, job.policy is not None, job.calibrations)
     here = [one.fingerprint for one in (engines.policy, *engines.judges.values()) if one]
     for there, found in zip([*filter(None, [job.policy]), *job.judges], here, strict=True):
         if there != found:
@@ -161,7 +163,7 @@ def _prepare(job: Job) -> tuple[Recipe, Constitution, Engines]:
     return recipe, constitution, engines
 
 
-def _build_engines(recipe: Recipe, with_policy: bool) -> Engines:
+def _build_engines(recipe: Recipe, with_policy: bool, files: dict[str, str]) -> Engines:
     """As the driver planned them: one for each model, and another where the same one gives rewards."""
     made: dict[tuple[ModelConfig, bool], Engine] = {}
 
@@ -174,4 +176,6 @@ def _build_engines(recipe: Recipe, with_policy: bool) -> Engines:
     policy = engine(recipe.policy) if with_policy else None
     sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
     asked = [section for section in sections if section.method != "checks"]
-    return Engines(policy, {one: engine(recipe.judge_model(one), one.method == "reward-model") for one in asked})
+    judges = {one: engine(recipe.judge_model(one), one.method == "reward-model") for one in asked}
+    calibrations = {name: Document(text, name).validate(Calibration) for name, text in files.items()}
+    return Engines(policy, judges, {name: LoadedCalibration(one, files[name]) for name, one in calibrations.items()})

@@ -47,13 +47,16 @@ class Batcher(Generic[Item, Result]):
             self._waiting = [one for one in self._waiting if not one.answer.done()]
             if not self._waiting:
                 return
+            await self._one_batch()
+
+    async def _one_batch(self) -> None:
+        batch = self._waiting  # where no choice can be made, all that wait are told so
+        try:
             chosen = set(self._choose([one.item for one in self._waiting]))
+            if not chosen:
+                raise ValueError("no place of a next batch was chosen")
             batch = [one for place, one in enumerate(self._waiting) if place in chosen]
             self._waiting = [one for place, one in enumerate(self._waiting) if place not in chosen]
-            await self._one_batch(batch)
-
-    async def _one_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
-        try:
             results = await self._compute([one.item for one in batch])
             answered = list(zip(batch, results, strict=True))
         except Exception as exc:  # whatever it is, it belongs to those who wait for this batch

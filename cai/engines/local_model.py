@@ -9,11 +9,13 @@ import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -21,6 +23,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from cai.config import ModelConfig
 from cai.engines.base import GenerateRequest
 from cai.engines.prefixes import Prefix, PrefixCache
+from cai.errors import CaiError, EngineError
 from cai.models import ModelPlace, cache_folder, locate
 
 _MIN_SHARED = 32
@@ -235,6 +238,25 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         return torch.full((len(input_ids),), self._owner._stopping, device=input_ids.device)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Quietly; a fault of weights or tokenizers becomes an `EngineError` that says what could not be loaded."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except CaiError:
+        raise
+    except Exception as exc:  # the boundary of others' files and libraries, whose faults have no common type
+        raise EngineError(f"{what} could not be loaded: {type(exc).__name__}: {exc}") from exc
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens that a model of this configuration takes, under whatever name it has that; None where it has not."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def best_device() -> str:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForSequenceClassification
 
 from cai.config import ModelConfig
 from cai.engines.base import Capability, Engine, Reward, RewardRequest
 from cai.engines.batching import Batcher
 from cai.engines.chat import ChatTokenizer
-from cai.engines.local_model import best_device, resolve_dtype
-from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError
+from cai.engines.local_model import best_device, context_length, loading, resolve_dtype
+from cai.errors import ConfigError, ContextLengthError, EngineError
 from cai.models import locate
 
 
@@ -53,23 +52,17 @@ class RewardModelEngine(Engine):
             if self._model is None:
                 await asyncio.to_thread(self._load)
         tokens = self._chat.encode(self._chat.render(request.messages, answer=False))
-        limit = getattr(self._model.config, "max_position_embeddings", None)
+        limit = context_length(self._model.config)
         if limit is not None and len(tokens) > limit:
             raise ContextLengthError(f"{len(tokens)} tokens, but the context of '{self._config.model}' is {limit}")
         return await self._rewarded(tokens)
 
     def _load(self) -> None:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
+        with loading(f"reward model '{self._config.model}'"):
             model: Any = AutoModelForSequenceClassification.from_pretrained(
                 self._place.source, revision=self._place.revision, dtype=resolve_dtype(self._config)
             )
             self._chat = ChatTokenizer(self._config, self._place)
-        except CaiError:
-            raise
-        except Exception as exc:  # the boundary of weights and tokenizers, whose faults have no common type
-            raise EngineError(f"reward model '{self._config.model}' could not be loaded: {type(exc).__name__}: {exc}") from exc
         if model.config.num_labels != 1:
             raise ConfigError(f"'{self._config.model}' has {model.config.num_labels} outputs; a reward model has one")
         text_config, tokenizer = model.config.get_text_config(), self._chat.tokenizer

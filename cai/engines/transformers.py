@@ -63,7 +63,7 @@ class TransformersEngine(Engine):
         if self._place.is_gguf and find_spec("gguf") is None:
             raise ConfigError(f"model '{config.model}' is a GGUF file, which needs gguf: pip install 'cai-toolkit[local]'")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers")
-        self._loading: Future[None] | None = None
+        self._loading: Future[LocalModel] | None = None
         size = 1 if config.exact else config.batch_size
         self._generated = Batcher[Encoded, Completion](
             lambda waiting: form_batch(waiting, size, config.batch_tokens), self._generate_batch
@@ -71,7 +71,7 @@ class TransformersEngine(Engine):
         self._scored = Batcher["Tail", "tuple[float, int]"](
             lambda waiting: form_scored_batch(waiting, size, config.batch_tokens), self._score_batch
         )
-        self._model: LocalModel
+        self._model: LocalModel | None = None
         self._chat: ChatTokenizer
 
     @property
@@ -92,24 +92,16 @@ class TransformersEngine(Engine):
     async def _ready(self) -> LocalModel:
         if self._loading is None:
             self._loading = asyncio.ensure_future(self._run(self._load))
-        await asyncio.shield(self._loading)
-        return self._model
+        return await asyncio.shield(self._loading)
 
-    def _load(self) -> None:
-        import transformers
-
+    def _load(self) -> LocalModel:
         from cai.engines.chat import ChatTokenizer
-        from cai.engines.local_model import LocalModel
+        from cai.engines.local_model import LocalModel, loading
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        try:
+        with loading(f"model '{self._config.model}'"):
             self._chat = ChatTokenizer(self._config, self._place)
             self._model = LocalModel(self._config, self._place)
-        except CaiError:
-            raise
-        except Exception as exc:  # the boundary of weights and tokenizers, whose faults have no common type
-            raise EngineError(f"model '{self._config.model}' could not be loaded: {type(exc).__name__}: {exc}") from exc
+        return self._model
 
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         try:
@@ -194,13 +186,15 @@ class TransformersEngine(Engine):
         return Tail(alone[:seam], [tokens[seam:] for tokens in joint])
 
     def _check_context(self, model: LocalModel, needed: int, what: str) -> None:
-        limit = vars(model.model.config.get_text_config()).get("max_position_embeddings")
+        from cai.engines.local_model import context_length
+
+        limit = context_length(model.model.config)
         if limit is not None and needed > limit:
             raise ContextLengthError(f"needs {needed} tokens ({what}), but the context of '{self._config.model}' is {limit}")
 
     async def close(self) -> None:
         """End a running batch at its next token; waiting requests are cancelled."""
-        if hasattr(self, "_model"):
+        if self._model:
             self._model.stop()
         self._generated.close()
         self._scored.close()

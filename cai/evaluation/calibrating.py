@@ -23,17 +23,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cai.errors import ConfigError
+from cai.errors import ConfigError, VerdictError
 from cai.evaluation.intervals import Estimate, difference, share
 from cai.judging.calibration import (
     Calibration,
     CrossValidated,
+    JudgeIdentity,
     PrincipleCalibration,
     Quality,
     Range,
     evidence,
     order_prior,
 )
+from cai.prompts import Row
 from cai.types import Record, Verdict
 
 if TYPE_CHECKING:
@@ -95,11 +97,30 @@ class _Pairs(NamedTuple):
     """n: numbers of the prompts."""
 
 
-def fit(records: Iterable[Record], method: str, judge: str, constitution: str, seed: int = 0) -> Fit:
-    """Fit a calibration of the judge with that method, engine fingerprint and constitution (a name@hash).
+def check_enough(rows: Iterable[Row]) -> None:
+    """Raises `ConfigError` where a source has too few pairs or prompts; reads no more of it than that takes."""
+    pairs: set[str] = set()
+    prompts: set[object] = set()
+    for row in rows:
+        if row.prompt:
+            pairs.add(row.prompt.id)
+            prompts.add(row.prompt.messages)
+        if len(pairs) >= _PAIRS and len(prompts) >= _FOLDS:
+            return
+    _need(len(pairs), len(prompts))
+
+
+def _need(pairs: int, prompts: int) -> None:
+    if pairs < _PAIRS or prompts < _FOLDS:
+        found = f"found {pairs} of {prompts}"
+        raise ConfigError(f"a calibration needs at least {_PAIRS} labelled pairs of at least {_FOLDS} prompts, {found}")
+
+
+def fit(records: Iterable[Record], judge: JudgeIdentity, seed: int = 0) -> Fit:
+    """Fit a calibration of the judge whose verdicts these are.
 
     `seed` is for the folds and the intervals. Raises `ConfigError` for too few pairs or prompts, for a record that is no
-    such pair, and where scikit-learn is missing.
+    such pair or whose evidence is too large, and where scikit-learn is missing.
     """
     _need_libraries()
     seed %= 2**32  # all that scikit-learn takes
@@ -110,9 +131,7 @@ def fit(records: Iterable[Record], method: str, judge: str, constitution: str, s
     weights = _fit(pairs.evidence, pairs.common, pairs.prompts, kind, seed)
     total, reach = float(weights.sum()), max(float(abs(weights).sum()), _COLDEST)
     calibration = Calibration(
-        method=method,
-        judge=judge,
-        constitution=constitution,
+        **judge._asdict(),
         pairs=len(pairs.prompts),
         kind=kind,
         temperature=1 / reach,
@@ -141,14 +160,12 @@ def _read(records: list[Record]) -> _Pairs:
     verdicts = [_verdict(record) for record in records]
     prompts: dict[object, int] = {}
     numbers = [prompts.setdefault(record.prompt.messages, len(prompts)) for record in records]
-    if len(records) < _PAIRS or len(prompts) < _FOLDS:
-        found = f"found {len(records)} of {len(prompts)}"
-        raise ConfigError(f"a calibration needs at least {_PAIRS} labelled pairs of at least {_FOLDS} prompts, {found}")
+    _need(len(records), len(prompts))
     weights = _constitution_weights(verdicts)
     ids = sorted(weights)
     rows = np.zeros((len(records), len(ids)))
-    for row, verdict in zip(rows, verdicts, strict=True):
-        for name, value in evidence(verdict).items():
+    for row, record, verdict in zip(rows, records, verdicts, strict=True):
+        for name, value in _evidence(record, verdict).items():
             row[ids.index(name)] = value * len(ids) / len(verdict.principles)
     own = np.array([weights[name] for name in ids])
     probability = np.array([verdict.probability for verdict in verdicts])
@@ -160,6 +177,13 @@ def _verdict(record: Record) -> Verdict:
     if not record.verdicts or (record.verdicts[0].first, record.verdicts[0].second) != names:
         raise ConfigError(f"prompt '{record.prompt.id}': expected a first verdict of {names[0]} against {names[1]}")
     return record.verdicts[0]
+
+
+def _evidence(record: Record, verdict: Verdict) -> dict[str, float]:
+    try:
+        return evidence(verdict)
+    except VerdictError as exc:
+        raise ConfigError(f"prompt '{record.prompt.id}': {exc}; leave this pair out, or use another judge") from exc
 
 
 def _constitution_weights(verdicts: list[Verdict]) -> dict[str, float]:

@@ -49,7 +49,8 @@ class Readings:
     A row's `probability` is that of preferring the completion that people chose. `usual` is whether the usual judge is right,
     `longer` how many characters longer the chosen completion is, `flipped` NaN where no principle had two orders. `ordered`
     counts the readings in pairs of orders, `first_shown` those of them that prefer what was shown first, `flips` the
-    flipped verdicts.
+    flipped verdicts. A judge's opinion is the mean of its principles' verdicts by weight; that a calibrated member of a panel
+    weighs its principles otherwise is kept in no record.
     """
 
     prompts: dict[bytes, int] = field(default_factory=dict)

@@ -1,10 +1,12 @@
-"""An engine whose every finished call is in the journal: asked again, it answers from there and pays nothing."""
+"""An engine whose every finished call is in the journal: asked again, also at the same time, it pays nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -26,6 +28,7 @@ from cai.errors import Interrupted, RequestError, VerdictError
 from cai.generation.record import Generator
 from cai.generation.tally import Tally
 from cai.judging import build_judge
+from cai.judging.calibration import LoadedCalibration
 from cai.store import Call
 from cai.types import Completion, Messages, without_surrogates
 
@@ -45,10 +48,14 @@ class Journal(Protocol):
 
 
 class Engines(NamedTuple):
-    """Who answers and who judges; no policy where completions are given, no judge where a program decides."""
+    """Who answers and who judges, and what was read from the files that correct the judges."""
 
     policy: Engine | None
+    """None where the completions are given."""
     judges: dict[JudgeConfig, Engine]
+    """By the section of each judge; none where a program decides."""
+    calibrations: dict[str, LoadedCalibration]
+    """By the path that the recipe names."""
 
 
 class JournaledEngine:
@@ -60,6 +67,7 @@ class JournaledEngine:
     def __init__(self, engine: Engine, journal: Journal, role: str, tally: Tally) -> None:
         """`role` is `policy` or `judge`: whose cost it is."""
         self._engine, self._journal, self._role, self._tally = engine, journal, role, tally
+        self._asked: dict[bytes, asyncio.Future[None]] = {}
         self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
 
     @property
@@ -83,6 +91,36 @@ class JournaledEngine:
         digest.update(_encoder.encode(request))
         return digest.digest()
 
+    @asynccontextmanager
+    async def _asking(self, keys: Iterable[bytes]) -> AsyncIterator[dict[bytes, bytes]]:
+        """What the journal has of these calls; while the block asks for the others, nobody else does.
+
+        Who wants one that another is asking for waits, whatever comes of it, and looks again: a call that failed or was
+        cancelled is then its own to make.
+        """
+        wanted = list(dict.fromkeys(keys))
+        while others := {self._asked[key] for key in wanted if key in self._asked}:
+            await asyncio.wait(others)
+        loop = asyncio.get_running_loop()
+        looked, answered = loop.create_future(), loop.create_future()
+        mine = wanted
+        self._asked |= dict.fromkeys(wanted, looked)
+        try:
+            found = await self._journal.find(wanted)
+            for key in found:
+                del self._asked[key]
+            mine = [key for key in wanted if key not in found]
+            self._asked |= dict.fromkeys(mine, answered)
+            looked.set_result(None)
+            self._tally.calls_replayed += len(found)
+            yield found
+        finally:
+            for key in mine:
+                del self._asked[key]
+            for waited_for in (looked, answered):
+                if not waited_for.done():
+                    waited_for.set_result(None)
+
     async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result:
         if self._tally.stopping:
             raise Interrupted("stopping")
@@ -100,58 +138,59 @@ class JournaledEngine:
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """The journal's completion, or the engine's, journaled."""
-        key = self._key(request)
-        if found := await self._journal.find([key]):
-            self._tally.calls_replayed += 1
-            return _decode_completion(found[key])
-        answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
-        completion = _decode_completion(answer)
-        self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
-        return completion
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return _decode_completion(found[key])
+            answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
+            completion = _decode_completion(answer)
+            self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
+            return completion
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
-        """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself."""
+        """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself.
+
+        They are kept when the engine has answered all of them: a kill before that loses those that it had computed.
+        """
         keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
-        found = {key: _choice(value) for key, value in (await self._journal.find(keys)).items()}
-        self._tally.calls_replayed += len(found)
-        missing = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in found]
-        if missing:
-            asked = [prompt for _, prompt in missing]
-            answers = await self._call(lambda: self._engine.choice_logprobs(asked, choices))
-            new = {key: answer for (key, _), answer in zip(missing, answers, strict=True)}
-            problems = {key: _problem(answer.logprobs, len(choices)) for key, answer in new.items()}
-            good = {key: answer for key, answer in new.items() if not problems[key]}
-            self._keep(
-                [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()]
-            )
-            for problem in filter(None, problems.values()):
-                raise VerdictError(problem)
-            found |= new
+        asked = dict(zip(keys, prompts, strict=True))
+        async with self._asking(asked) as journaled:
+            found = {key: _choice(value) for key, value in journaled.items()}
+            missing = {key: prompt for key, prompt in asked.items() if key not in found}
+            if missing:
+                answers = await self._call(lambda: self._engine.choice_logprobs(list(missing.values()), choices))
+                found |= self._keep_choices(dict(zip(missing, answers, strict=True)), len(choices))
         return [found[key] for key in keys]
+
+    def _keep_choices(self, answers: dict[bytes, ChoiceLogprobs], expected: int) -> dict[bytes, ChoiceLogprobs]:
+        """Keeps what is good; raises `VerdictError` where one is not."""
+        problems = {key: _problem(answer.logprobs, expected) for key, answer in answers.items()}
+        good = {key: answer for key, answer in answers.items() if not problems[key]}
+        self._keep([Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()])
+        for problem in filter(None, problems.values()):
+            raise VerdictError(problem)
+        return good
 
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
         """The journal's, or the engine's, journaled."""
-        key = self._key(request)
-        if found := await self._journal.find([key]):
-            self._tally.calls_replayed += 1
-            return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
-        result = await self._call(lambda: self._engine.loglikelihood(request))
-        if problem := _problem((result.logprob,), 1):
-            raise VerdictError(problem)
-        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
-        return result
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
+            result = await self._call(lambda: self._engine.loglikelihood(request))
+            if problem := _problem((result.logprob,), 1):
+                raise VerdictError(problem)
+            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            return result
 
     async def reward(self, request: RewardRequest) -> Reward:
         """The journal's, or the engine's, journaled."""
-        key = self._key(request)
-        if found := await self._journal.find([key]):
-            self._tally.calls_replayed += 1
-            return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
-        result = await self._call(lambda: self._engine.reward(request))
-        if problem := _problem((result.reward,), 1):
-            raise VerdictError(problem)
-        self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
-        return result
+        async with self._asking([key := self._key(request)]) as found:
+            if found:
+                return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
+            result = await self._call(lambda: self._engine.reward(request))
+            if problem := _problem((result.reward,), 1):
+                raise VerdictError(problem)
+            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            return result
 
     async def close(self) -> None:
         """Close the wrapped engine."""
@@ -163,8 +202,9 @@ def journaled_generator(
 ) -> Generator:
     """What makes records, on engines that are journaled."""
     policy = JournaledEngine(engines.policy, journal, "policy", tally) if engines.policy else None
-    judges = {key: JournaledEngine(engine, journal, "judge", tally) for key, engine in engines.judges.items()}
-    return Generator(recipe, constitution, policy, build_judge(recipe.judge, constitution, judges.__getitem__))
+    judging = {engine: JournaledEngine(engine, journal, "judge", tally) for engine in dict.fromkeys(engines.judges.values())}
+    judge = build_judge(recipe.judge, constitution, lambda one: judging[engines.judges[one]], engines.calibrations)
+    return Generator(recipe, constitution, policy, judge)
 
 
 def _choice(value: bytes) -> ChoiceLogprobs:

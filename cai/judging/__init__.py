@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from cai.config import JudgeConfig, Method
 from cai.constitution import Constitution, Principle
 from cai.engines import Capability, Engine
 from cai.judging.base import Judge
-from cai.judging.calibration import CalibratedJudge, load_calibration
+from cai.judging.calibration import CalibratedJudge, LoadedCalibration
 from cai.judging.checks import ChecksJudge
 from cai.judging.choice import ChoiceJudge
 from cai.judging.combined import Member, PanelJudge, WithChecks
@@ -32,23 +32,35 @@ NEEDS: dict[Method, frozenset[Capability]] = {
     "panel": frozenset(),
 }
 """What each method asks of its engine; a panel's members ask for themselves."""
+_NO_CALIBRATIONS: Mapping[str, LoadedCalibration] = MappingProxyType({})
 
 
-def build_judge(config: JudgeConfig, constitution: Constitution, engine: Callable[[JudgeConfig], Engine]) -> Judge:
-    """The judge of a recipe; `engine` gives the engine of a judge section (a panel has one for each member)."""
+def build_judge(
+    config: JudgeConfig,
+    constitution: Constitution,
+    engine: Callable[[JudgeConfig], Engine],
+    calibrations: Mapping[str, LoadedCalibration] = _NO_CALIBRATIONS,
+) -> Judge:
+    """The judge of a recipe; `engine` gives the engine of a judge section (a panel has one for each member).
+
+    `calibrations` holds what was read from each file that the section or a member names.
+    """
     if config.method == "panel":
-        members = [(member, config.member(member)) for member in config.members]
-        judge: Judge = PanelJudge(
-            [Member(one.name, one.weight, build_judge(own, constitution, engine)) for one, own in members]
+        return PanelJudge(
+            [
+                Member(one.name, one.weight, build_judge(config.member(one), constitution, engine, calibrations))
+                for one in config.members
+            ]
         )
-    else:
-        model = None if config.method == "checks" else _model_judge(config, constitution, engine(config))
-        judge = (
-            WithChecks(model, ChecksJudge(), config.method == "reward-model")
-            if _has_checks(config, constitution)
-            else model or ChecksJudge()
-        )
-    return CalibratedJudge(judge, load_calibration(Path(config.calibration))) if config.calibration else judge
+    judge = _judge(config, constitution, engine)
+    return CalibratedJudge(judge, calibrations[config.calibration].calibration) if config.calibration else judge
+
+
+def _judge(config: JudgeConfig, constitution: Constitution, engine: Callable[[JudgeConfig], Engine]) -> Judge:
+    model = None if config.method == "checks" else _model_judge(config, constitution, engine(config))
+    if _has_checks(config, constitution):
+        return WithChecks(model, ChecksJudge(), config.method == "reward-model")
+    return model or ChecksJudge()
 
 
 def _model_judge(config: JudgeConfig, constitution: Constitution, engine: Engine) -> Judge:

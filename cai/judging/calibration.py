@@ -5,6 +5,7 @@ A calibration is a small YAML file that `cai judge calibrate` fits on labelled p
     method: choice
     judge: HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f...
     constitution: harmless@3f0c9b1d2e4a5f67
+    settings: {layout: principle-last, exemplars: 0, ..., prompts: 5be01f3c9a7d2e64}
     pairs: 400
     kind: weights
     temperature: 0.62
@@ -34,23 +35,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from pydantic import Field, PositiveInt, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError
 
-from cai.config import Text
-from cai.constitution import Principle
+from cai.config import JudgeConfig, Text
+from cai.constitution import Constitution, Principle
 from cai.documents import Document, Part, dump
-from cai.errors import ConfigError
+from cai.errors import ConfigError, VerdictError
 from cai.judging.base import Judge, Named, leaning, probability
+from cai.judging.checks import python_hashes
+from cai.store import content_hash
 from cai.types import Messages, PrincipleVerdict, Source, Verdict
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Number, Number, Number]
 """An estimate with its 95 % interval: mean, low, high."""
 _AGAIN = "run `cai judge calibrate` again"
+_ELSEWHERE = {"model", "revision", "method", "principles", "calibration", "members", "allow_python"}
+"""Keys of a judge's section that other keys of a calibration hold, or that change no reading of a principle."""
+_LARGEST = 1e100
+"""The largest difference that is believed: beyond it, squares and sums of many overflow."""
 
 
 class PrincipleCalibration(Part):
@@ -89,6 +96,8 @@ class Calibration(Part):
     """The fingerprint of the judge's engine."""
     constitution: Text
     """The constitution as name@hash."""
+    settings: dict[Text, Any]
+    """What else moves the judge's numbers: its section of the recipe, the method's prompts, the code of checks in Python."""
     pairs: PositiveInt
     """How many labelled pairs it was fitted on."""
     kind: Literal["scale", "weights"]
@@ -122,33 +131,74 @@ class Calibration(Part):
         return dump(self.model_dump(mode="json"))
 
 
-def load_calibration(path: Path) -> Calibration:
+class LoadedCalibration(NamedTuple):
+    """A calibration and the content of its file, which is read once: what is used is what was checked and named."""
+
+    calibration: Calibration
+    text: str
+
+    @property
+    def hash(self) -> str:
+        """Of the content."""
+        return content_hash(self.text)
+
+
+def load_calibration(path: Path) -> LoadedCalibration:
     """A calibration from a file. Raises `ConfigError` naming file, line, key and fix."""
-    return Document.read(path).validate(Calibration)
+    document = Document.read(path)
+    return LoadedCalibration(document.validate(Calibration), document.text)
 
 
-def check_fits(calibration: Calibration, method: str, judge_fingerprint: str, constitution: str) -> None:
-    """Raises `ConfigError` where the calibration was made for another judge or constitution (a name@hash)."""
-    pairs = {
-        "method": (calibration.method, method),
-        "judge": (calibration.judge, judge_fingerprint),
-        "constitution": (calibration.constitution, constitution),
-    }
-    different = [f"{key}: fitted for '{was}', this is '{now}'" for key, (was, now) in pairs.items() if was != now]
+class JudgeIdentity(NamedTuple):
+    """All that decides a judge's numbers; each is a key of a calibration, and described there."""
+
+    method: str
+    judge: str
+    constitution: str
+    settings: dict[str, Any]
+
+
+def judge_identity(config: JudgeConfig, fingerprint: str, constitution: Constitution) -> JudgeIdentity:
+    """Of the judge of this section, whose engine has that fingerprint."""
+    settings = config.model_dump(mode="json", exclude=_ELSEWHERE)
+    prompts = sorted(Path(__file__).parent.glob(f"{config.method}*.txt"))
+    settings["prompts"] = content_hash("\0".join(file.read_text(encoding="utf-8") for file in prompts))
+    settings |= python_hashes(constitution.comparing)
+    return JudgeIdentity(config.method, fingerprint, f"{constitution.name}@{constitution.hash}", settings)
+
+
+def check_fits(calibration: Calibration, judge: JudgeIdentity) -> None:
+    """Raises `ConfigError` where the calibration was made for another judge, naming all that differs."""
+    fitted = calibration.model_dump()
+    pairs = {key: (fitted[key], now) for key, now in judge._asdict().items() if key != "settings"}
+    for key in sorted({*calibration.settings, *judge.settings}):
+        pairs[f"judge.{key}"] = calibration.settings.get(key), judge.settings.get(key)
+    different = [f"{key}: fitted for {_shown(was)}, this is {_shown(now)}" for key, (was, now) in pairs.items() if was != now]
     if different:
         raise ConfigError(f"the calibration does not fit this judge: {'; '.join(different)}; {_AGAIN}")
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"'{value}'"
 
 
 def evidence(verdict: Verdict) -> dict[str, float]:
     """For each principle's id the mean difference of its readings, from which a bias for an order cancels.
 
-    Odd to the last digit in `Verdict.swap()`. Raises `ConfigError` where two members of a panel judged one principle.
+    Odd to the last digit in `Verdict.swap()`. Raises `ConfigError` where two members of a panel judged one principle, and
+    `VerdictError` for a difference that is too large to calculate with.
     """
     found: dict[str, float] = {}
     for one in verdict.principles:
         if one.principle_id in found:
             raise ConfigError(f"principle '{one.principle_id}' has two verdicts; calibrate a panel's members one by one")
-        found[one.principle_id] = math.fsum(_differences(one)) / len(one.readings)
+        differences = _differences(one)
+        if not all(abs(difference) <= _LARGEST for difference in differences):
+            raise VerdictError(
+                f"principle '{one.principle_id}': the judge's readings {list(one.readings)!r:.200} differ by more than "
+                f"{_LARGEST:g}, which cannot be calibrated"
+            )
+        found[one.principle_id] = math.fsum(differences) / len(differences)
     return found
 
 
@@ -172,9 +222,11 @@ def apply(calibration: Calibration, verdict: Verdict) -> Verdict:
     exchanges which of the two is "first shown first": d_0' = -d_1, d_1' = -d_0. So c_0' = -d_1 - b = -c_1 and
     c_1' = -c_0: all that is summed changes its sign and nothing else, the sigmoid less 0.5 and the rounding of
     `base.probability` are odd, and the prior is one number that does not change. Raises `ConfigError` for a principle that
-    the calibration does not know.
+    the calibration does not know. Without principles, which is an abstention, there is nothing to calibrate.
     """
     found = evidence(verdict)
+    if not found:
+        return verdict
     if unknown := sorted(found.keys() - calibration.principles.keys()):
         raise ConfigError(
             f"the calibration does not know principle '{unknown[0]}': no labelled pair was judged under it; "

@@ -14,10 +14,12 @@ probability 0.5 + (its score - the other's) / 2.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import regex
 
@@ -25,6 +27,7 @@ from cai.constitution import Check, Principle
 from cai.errors import ConfigError, VerdictError
 from cai.judging.base import Reading
 from cai.judging.pointwise import PointwiseJudge
+from cai.store import content_hash
 from cai.types import Messages
 
 _SECONDS = 2.0
@@ -87,10 +90,15 @@ def _matches(pattern: str, text: str) -> bool:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _no_constant(name: str) -> NoReturn:
+    """NaN and the infinities, which Python reads, are no JSON (RFC 8259, section 6)."""
+    raise ValueError(name)
 
 
 def _language(text: str) -> str:
@@ -147,6 +155,23 @@ def find_function(target: str) -> Any:
     return function
 
 
+def python_hashes(principles: Sequence[Principle]) -> dict[str, str]:
+    """For each check in Python the hash of the file that defines its function; what that imports is not looked at."""
+    targets = [principle.check.python for principle in principles if principle.check and principle.check.python]
+    return {f"check {target}": _file_hash(target, id(find_function(target))) for target in targets}
+
+
+@cache
+def _file_hash(target: str, loaded: int) -> str:
+    """Taken once for what was `loaded`, an object's id: a file that changes later is not what runs."""
+    function = inspect.unwrap(find_function(target))
+    try:
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+        return content_hash(Path(file or "").read_text(encoding="utf-8", errors="replace"))
+    except (TypeError, OSError):  # it is compiled, or made on the spot
+        return "without a source"
+
+
 def prepare(principles: Sequence[Principle], allow_python: bool) -> None:
     """Refuse what could not be checked, before the run: code that is not allowed or not there, packages that are missing."""
     for principle in principles:
@@ -158,8 +183,8 @@ def prepare(principles: Sequence[Principle], allow_python: bool) -> None:
             if not allow_python:
                 raise ConfigError(f"{where} runs the code of {check.python}; if you trust it: --set judge.allow_python=true")
             find_function(check.python)
-        for key, package in (("language", "py3langid"), ("max_grade", "textstat")):
-            if getattr(check, key) is not None and not _installed(package):
+        for key, wanted, package in (("language", check.language, "py3langid"), ("max_grade", check.max_grade, "textstat")):
+            if wanted is not None and not _installed(package):
                 raise ConfigError(f"{where} checks {key}, which needs {package}: pip install 'cai-toolkit[judge]'")
 
 

@@ -8,7 +8,6 @@ papers' layout, with the principle before the completions, is there to be compar
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -16,17 +15,9 @@ from string import Template
 from cai.config import JudgeConfig
 from cai.constitution import Constitution, Principle
 from cai.engines import Engine
-from cai.judging.base import (
-    Named,
-    Reading,
-    leaning,
-    neutral,
-    principle_verdict,
-    show_conversation,
-    turned,
-    verdict,
-)
-from cai.types import Message, Messages, Source, Verdict
+from cai.judging.base import Reading
+from cai.judging.ordered import OrderedJudge, ask
+from cai.types import Message, Messages
 
 _FOLDER = Path(__file__).parent
 _LAYOUTS = {
@@ -37,31 +28,19 @@ _PREFILL = _FOLDER.joinpath("choice_prefill.txt").read_text(encoding="utf-8")
 LETTERS = ("A", "B")
 
 
-class ChoiceJudge:
-    """Compares two completions under each of some principles."""
+class ChoiceJudge(OrderedJudge):
+    """Compares two completions under each of some principles. Nothing is sampled."""
+
+    name = "choice"
 
     def __init__(self, engine: Engine, config: JudgeConfig, constitution: Constitution) -> None:
         """The engine must be able to give `choice_logprobs`."""
         self._engine, self._layout = engine, config.layout
         self._shots = few_shot(constitution, config)
 
-    async def compare(
-        self, prompt: Messages, pair: tuple[Named, Named], principles: Sequence[Principle], source: Source, seed: int
-    ) -> Verdict:
-        """The verdict on two completions, each a (name, text). Nothing is sampled."""
-        (_, first), (_, second) = pair
-        shown, swapped = await asyncio.gather(
-            self._ask(prompt, first, second, principles), self._ask(prompt, second, first, principles)
-        )
-        verdicts = []
-        for principle, one, other in zip(principles, shown, swapped, strict=True):
-            readings = (one, turned(other))
-            leanings = [leaning(a - b) for a, b in readings]
-            verdicts.append(principle_verdict("choice", principle.id, principle.weight, readings, leanings))
-        return verdict(pair, source, verdicts)
-
-    async def _ask(self, prompt: Messages, first: str, second: str, principles: Sequence[Principle]) -> list[Reading]:
-        questions = [self._shots + question(prompt, first, second, principle, self._layout) for principle in principles]
+    async def read(self, prompt: Messages, shown: tuple[str, str], principles: Sequence[Principle], seed: int) -> list[Reading]:
+        """The log-probabilities of A and B, for all principles in one call."""
+        questions = [self._shots + question(prompt, *shown, principle, self._layout) for principle in principles]
         answers = await self._engine.choice_logprobs(questions, LETTERS)
         return [(answer.logprobs[0], answer.logprobs[1]) for answer in answers]
 
@@ -81,10 +60,4 @@ def few_shot(constitution: Constitution, config: JudgeConfig) -> Messages:
 
 def question(prompt: Messages, first: str, second: str, principle: Principle, layout: str = "principle-last") -> Messages:
     """The dialogue that asks the judge; it ends in the middle of the judge's answer, before the letter."""
-    text = _LAYOUTS[layout].substitute(
-        conversation=show_conversation(prompt),
-        first=neutral(first),
-        second=neutral(second),
-        question=principle.preference or "",
-    )
-    return Message("user", text.strip()), Message("assistant", _PREFILL)
+    return ask(_LAYOUTS[layout], prompt, (first, second), principle), Message("assistant", _PREFILL)

@@ -10,7 +10,7 @@ import msgspec
 
 from cai.constitution import Principle
 from cai.errors import VerdictError
-from cai.judging.base import Judge, Named, verdict
+from cai.judging.base import Judge, Named, probability, verdict
 from cai.types import Messages, Source, Verdict
 
 
@@ -57,7 +57,11 @@ class PanelJudge:
     async def compare(
         self, prompt: Messages, pair: tuple[Named, Named], principles: Sequence[Principle], source: Source, seed: int
     ) -> Verdict:
-        """The members' verdicts, averaged by their weights; who abstains has none."""
+        """The members' verdicts, averaged by their weights; who abstains has none.
+
+        A calibrated member's verdict is no mean of its principles' and counts as it is; their weights, of which the sum is
+        the member's, only show the parts.
+        """
         verdicts = await asyncio.gather(
             *(member.judge.compare(prompt, pair, principles, source, seed) for member in self._members)
         )
@@ -69,4 +73,10 @@ class PanelJudge:
                 shares.append(msgspec.structs.replace(principle, weight=weight, judge=member.name))
         if not shares:
             raise VerdictError("all members of the panel abstain: they are checks, and no principle that was drawn has one")
-        return verdict(pair, source, shares)
+        heard = [
+            (member.weight, one.probability - 0.5)
+            for member, one in zip(self._members, verdicts, strict=True)
+            if one.principles
+        ]
+        lean = sum(weight * lean for weight, lean in heard) / sum(weight for weight, _ in heard)
+        return Verdict(pair[0][0], pair[1][0], source, probability(lean), tuple(shares))

@@ -16,10 +16,11 @@ from cai.config import JudgeConfig
 from cai.constitution import Principle
 from cai.engines import Engine, GenerateRequest
 from cai.errors import VerdictError
-from cai.judging.base import Named, Reading, leaning, neutral, principle_verdict, show_conversation, turned, verdict
+from cai.judging.base import Reading, leaning
 from cai.judging.choice import LETTERS
+from cai.judging.ordered import OrderedJudge, ask
 from cai.seeds import derive_seed
-from cai.types import Message, Messages, PrincipleVerdict, Source, Verdict
+from cai.types import Message, Messages
 
 _FOLDER = Path(__file__).parent
 _THINK = Template(_FOLDER.joinpath("reasoning.txt").read_text(encoding="utf-8"))
@@ -28,32 +29,21 @@ _LEAST = 2.0**-40
 """The step of probabilities: 0 and 1 have no finite logarithm or log-odds."""
 
 
-class ReasoningJudge:
+class ReasoningJudge(OrderedJudge):
     """Thinks about two completions under each of some principles, then chooses."""
+
+    name = "reasoning"
 
     def __init__(self, engine: Engine, config: JudgeConfig) -> None:
         """The engine must be able to `generate` and to give `choice_logprobs`."""
         self._engine, self._config = engine, config
 
-    async def compare(
-        self, prompt: Messages, pair: tuple[Named, Named], principles: Sequence[Principle], source: Source, seed: int
-    ) -> Verdict:
-        """The verdict on two completions, each a (name, text); thoughts are sampled from seeds derived of `seed`."""
-        verdicts = await asyncio.gather(*(self._under(prompt, pair, one, derive_seed(seed, one.id)) for one in principles))
-        return verdict(pair, source, verdicts)
-
-    async def _under(self, prompt: Messages, pair: tuple[Named, Named], principle: Principle, seed: int) -> PrincipleVerdict:
-        (_, first), (_, second) = pair
-        shown, swapped = await asyncio.gather(
-            self._read(question(prompt, first, second, principle), seed),
-            self._read(question(prompt, second, first, principle), seed),
-        )
-        readings = (shown, turned(swapped))
-        leanings = [leaning(a - b) for a, b in readings]
-        return principle_verdict("reasoning", principle.id, principle.weight, readings, leanings)
-
-    async def _read(self, asked: Messages, seed: int) -> Reading:
+    async def read(self, prompt: Messages, shown: tuple[str, str], principles: Sequence[Principle], seed: int) -> list[Reading]:
         """The log-probabilities of A and B, from the mean of the clamped probabilities of all samples."""
+        asked = [(question(prompt, *shown, principle), derive_seed(seed, principle.id)) for principle in principles]
+        return list(await asyncio.gather(*(self._under(*one) for one in asked)))
+
+    async def _under(self, asked: Messages, seed: int) -> Reading:
         numbers = range(self._config.samples)
         chances = await asyncio.gather(*(self._sample(asked, derive_seed(seed, number)) for number in numbers))
         mean = sum(chances) / len(chances)
@@ -73,10 +63,4 @@ class ReasoningJudge:
 
 def question(prompt: Messages, first: str, second: str, principle: Principle) -> Messages:
     """The dialogue that asks for thoughts."""
-    text = _THINK.substitute(
-        conversation=show_conversation(prompt),
-        first=neutral(first),
-        second=neutral(second),
-        question=principle.preference or "",
-    )
-    return (Message("user", text.strip()),)
+    return (ask(_THINK, prompt, (first, second), principle),)

@@ -17,9 +17,10 @@ from cai.config import JudgeConfig
 from cai.constitution import Principle
 from cai.engines import Engine, GenerateRequest
 from cai.errors import VerdictError
-from cai.judging.base import Named, Reading, neutral, principle_verdict, show_conversation, turned, verdict
+from cai.judging.base import Reading
+from cai.judging.ordered import OrderedJudge, ask
 from cai.seeds import derive_seed
-from cai.types import Message, Messages, PrincipleVerdict, Source, Verdict
+from cai.types import Messages
 
 _TEMPLATE = Template(Path(__file__).with_name("text.txt").read_text(encoding="utf-8"))
 _ANSWER = re.compile(r"(?:(?:the )?(?:better )?(?:answer|completion)(?: is)?:? *)?[\"'(*]*([AB])[\"')*]*\.?", re.IGNORECASE)
@@ -28,32 +29,25 @@ _TRIES = 3
 """How often one sample is drawn anew where it is no answer."""
 
 
-class TextJudge:
+class TextJudge(OrderedJudge):
     """Asks for a letter under each of some principles."""
+
+    name = "text"
 
     def __init__(self, engine: Engine, config: JudgeConfig) -> None:
         """The engine must be able to `generate`."""
         self._engine, self._config = engine, config
 
-    async def compare(
-        self, prompt: Messages, pair: tuple[Named, Named], principles: Sequence[Principle], source: Source, seed: int
-    ) -> Verdict:
-        """The verdict on two completions, each a (name, text). Raises `VerdictError` for what is no answer."""
-        verdicts = await asyncio.gather(*(self._under(prompt, pair, one, derive_seed(seed, one.id)) for one in principles))
-        return verdict(pair, source, verdicts)
+    async def read(self, prompt: Messages, shown: tuple[str, str], principles: Sequence[Principle], seed: int) -> list[Reading]:
+        """The shares of the samples that chose A and B. Raises `VerdictError` for what is no answer."""
+        asked = [(question(prompt, *shown, principle), derive_seed(seed, principle.id)) for principle in principles]
+        return list(await asyncio.gather(*(self._under(*one) for one in asked)))
 
-    async def _under(self, prompt: Messages, pair: tuple[Named, Named], principle: Principle, seed: int) -> PrincipleVerdict:
-        (_, first), (_, second) = pair
-        shown, swapped = await asyncio.gather(
-            self._read(question(prompt, first, second, principle), seed),
-            self._read(question(prompt, second, first, principle), seed),
-        )
-        readings = (shown, turned(swapped))
-        leanings = [(first_share - second_share) / 2 for first_share, second_share in readings]
-        return principle_verdict("text", principle.id, principle.weight, readings, leanings)
+    def leaning(self, reading: Reading) -> float:
+        """Half the difference of the shares."""
+        return (reading[0] - reading[1]) / 2
 
-    async def _read(self, asked: Messages, seed: int) -> Reading:
-        """The shares of the samples that chose A and B."""
+    async def _under(self, asked: Messages, seed: int) -> Reading:
         numbers = range(self._config.samples)
         letters = await asyncio.gather(*(self._letter(asked, derive_seed(seed, number)) for number in numbers))
         share = letters.count("A") / len(letters)
@@ -77,10 +71,4 @@ def parse(text: str) -> str | None:
 
 def question(prompt: Messages, first: str, second: str, principle: Principle) -> Messages:
     """The dialogue that asks for a letter."""
-    text = _TEMPLATE.substitute(
-        conversation=show_conversation(prompt),
-        first=neutral(first),
-        second=neutral(second),
-        question=principle.preference or "",
-    )
-    return (Message("user", text.strip()),)
+    return (ask(_TEMPLATE, prompt, (first, second), principle),)

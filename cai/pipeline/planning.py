@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cai.config import JudgeConfig, ModelConfig, RayConfig, Recipe
+from cai.config import JudgeConfig, ModelConfig, PanelMember, RayConfig, Recipe
 from cai.constitution import Constitution, load_constitution
 from cai.engines import Engine, build_engine
 from cai.errors import CapabilityError, ConfigError
-from cai.generation import template_hash
+from cai.generation import Engines, template_hash
 from cai.generation.estimate import Estimate, estimate
 from cai.judging import NEEDS, usable_principles
-from cai.judging.calibration import check_fits, load_calibration
+from cai.judging.calibration import LoadedCalibration, check_fits, judge_identity, load_calibration
 from cai.judging.checks import prepare as prepare_checks
+from cai.judging.checks import python_hashes
 from cai.prompts import read_prompts
+
+Section = TypeVar("Section", JudgeConfig, PanelMember)
+_NO_ENGINE = "checks"
+"""Who judges where no model does."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Plan:
     """None where pairs that are there already are labelled, and nothing is generated."""
     judges: dict[JudgeConfig, Engine]
     """The engine of the judge, or of each member of a panel."""
+    calibrations: dict[str, LoadedCalibration]
+    """What was read from each file that the judge, or a member of a panel, names as its calibration."""
+
+    @property
+    def engines(self) -> Engines:
+        """Who works."""
+        return Engines(self.policy, self.judges, self.calibrations)
 
     @property
     def judge_names(self) -> str:
@@ -50,6 +61,7 @@ class Plan:
             "policy": self.policy.fingerprint if self.policy else "the completions are given",
             "judge": self.judge_names,
             **{f"judge.{key}": value for key, value in self._judge_section().items()},
+            **python_hashes(self.constitution.comparing),
             **{f"prompts.{key}": value for key, value in prompts.items()},
             **{f"generation.{key}": value for key, value in generation.items()},
         }
@@ -57,9 +69,17 @@ class Plan:
     def _judge_section(self) -> dict[str, Any]:
         """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
         section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "allow_python"})
-        if self.recipe.judge.calibration:
-            section["calibration"] = hashlib.sha256(Path(self.recipe.judge.calibration).read_bytes()).hexdigest()[:16]
+        for named in (section, *section["members"]):
+            if named["calibration"]:
+                named["calibration"] = self.calibrations[named["calibration"]].hash
         return section
+
+    @property
+    def calibration_files(self) -> dict[str, str]:
+        """What the run folder keeps of calibrations: the files' names there, which the pinned recipe has, and their texts."""
+        judge = self.recipe.judge
+        named = {_copy(): judge.calibration} | {_copy(n): one.calibration for n, one in enumerate(judge.members, 1)}
+        return {name: self.calibrations[path].text for name, path in named.items() if path}
 
     @property
     def pinned_recipe(self) -> Recipe:
@@ -72,15 +92,20 @@ class Plan:
 
     def _pinned_judge(self) -> JudgeConfig:
         judge = self.recipe.judge
-        if judge.model is not None and judge in self.judges:
-            judge = judge.model_copy(update={"revision": self.judges[judge].revision})
-        members = tuple(
-            one.model_copy(update={"revision": self.judges[judge.member(one)].revision})
-            if one.model and one.method != "checks"
-            else one
-            for one in judge.members
+        members = tuple(self._pinned(one, _copy(number)) for number, one in enumerate(judge.members, 1))
+        return self._pinned(judge, _copy()).model_copy(update={"members": members})
+
+    def _pinned(self, one: Section, copy: str) -> Section:
+        """A judge's or a member's section; of a panel, the model that is shared is pinned by a member that uses it."""
+        engines = (
+            engine for judge, engine in self.judges.items() if (judge.model, judge.revision) == (one.model, one.revision)
         )
-        return judge.model_copy(update={"members": members, "calibration": "calibration.yaml" if judge.calibration else None})
+        revision = next((engine.revision for engine in engines), one.revision) if one.model else None
+        return one.model_copy(update={"revision": revision, "calibration": copy if one.calibration else None})
+
+
+def _copy(member: int | None = None) -> str:
+    return f"calibration-{member}.yaml" if member else "calibration.yaml"
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -92,32 +117,45 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.dataset.ranking != "none" and (missing := [name for name in ("choix", "scipy") if find_spec(name) is None]):
         raise ConfigError(f"dataset.ranking needs {' and '.join(missing)}: pip install 'cai-toolkit[judge]'")
     policy = build_engine(recipe.policy)
-    return Plan(recipe, constitution, policy, plan_judges(recipe, constitution, {(recipe.policy, False): policy}))
+    judges = plan_judges(recipe, constitution, {(recipe.policy, False): policy})
+    return Plan(recipe, constitution, policy, judges, plan_calibrations(recipe, constitution, judges))
 
 
 def plan_judges(
     recipe: Recipe, constitution: Constitution, engines: dict[tuple[ModelConfig, bool], Engine]
 ) -> dict[JudgeConfig, Engine]:
     """The engines of all judges, made where `engines` has none for the model yet. Raises `ConfigError`."""
-    judge = recipe.judge
-    prepare_checks(constitution.comparing, judge.allow_python)
-    sections = [judge.member(one) for one in judge.members] or [judge]
+    prepare_checks(constitution.comparing, recipe.judge.allow_python)
     found = {}
-    for section in sections:
+    for section in judge_sections(recipe.judge):
         if section.method != "reward-model" and not usable_principles(section, constitution):
             what = "check" if section.method == "checks" else "preference"
             raise ConfigError(f"constitution '{constitution.name}' has no principle with a '{what}' for the judge; add one")
         if section.method != "checks":
             found[section] = _judge_engine(recipe, section, engines)
-    if judge.calibration:
-        fingerprint = _judge_names(found)
-        calibration = load_calibration(Path(judge.calibration))
-        check_fits(calibration, judge.method, fingerprint, f"{constitution.name}@{constitution.hash}")
+    return found
+
+
+def judge_sections(judge: JudgeConfig) -> list[JudgeConfig]:
+    """The section of each judge: of a panel, of its members."""
+    return [judge.member(one) for one in judge.members] or [judge]
+
+
+def plan_calibrations(
+    recipe: Recipe, constitution: Constitution, judges: dict[JudgeConfig, Engine]
+) -> dict[str, LoadedCalibration]:
+    """The calibrations of all judges, by the path that the recipe names. Raises `ConfigError` for one that does not fit."""
+    found: dict[str, LoadedCalibration] = {}
+    for section in judge_sections(recipe.judge):
+        if path := section.calibration:
+            found[path] = found.get(path) or load_calibration(Path(path))
+            fingerprint = judges[section].fingerprint if section in judges else _NO_ENGINE
+            check_fits(found[path].calibration, judge_identity(section, fingerprint, constitution))
     return found
 
 
 def _judge_names(judges: dict[JudgeConfig, Engine]) -> str:
-    return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or "checks"
+    return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or _NO_ENGINE
 
 
 def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine]) -> Engine:
@@ -137,7 +175,8 @@ def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
     _refuse_missing_ray(recipe)
     constitution = load_constitution(recipe.constitution)
-    return Plan(recipe, constitution, None, plan_judges(recipe, constitution, {}))
+    judges = plan_judges(recipe, constitution, {})
+    return Plan(recipe, constitution, None, judges, plan_calibrations(recipe, constitution, judges))
 
 
 def _refuse_missing_ray(recipe: Recipe) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 from cai.config import Recipe
 from cai.constitution import to_yaml
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Engines, Runner, Tally, calls_per_prompt, journaled_generator
+from cai.generation import Runner, Tally, calls_per_prompt, journaled_generator
 from cai.models import cache_folder
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
-from cai.prompts import PairRow, Row, count_prompts, read_pairs, read_prompts
+from cai.prompts import Row, count_prompts, read_pairs, read_prompts
 from cai.store import Database, Mirror, Mode, RunFolder, is_remote, local_copy
 from cai.types import Record
 
@@ -74,13 +74,7 @@ def local_folder(out: Path | str) -> Path:
 
 
 def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
-    return _make(plan_labels(recipe), map(_pair_row, read_pairs(recipe.prompts)), out, mode, watch, tally)
-
-
-def _pair_row(row: PairRow) -> Row:
-    if row.pair is None:
-        return Row(row.origin, None, row.error, row.raw)
-    return Row(row.origin, row.pair.prompt, None, "", (row.pair.chosen, row.pair.rejected))
+    return _make(plan_labels(recipe), read_pairs(recipe.prompts), out, mode, watch, tally)
 
 
 def read_records(out: Path) -> list[Record]:
@@ -95,8 +89,9 @@ def read_records(out: Path) -> list[Record]:
 def _make(checked: Plan, rows: Iterator[Row], out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
     recipe = checked.recipe
     _refuse_folder(recipe, out)
-    if mode == "fresh" and recipe.judge.calibration and Path(recipe.judge.calibration).resolve().is_relative_to(out.resolve()):
-        raise ConfigError(f"judge.calibration: --fresh would delete {recipe.judge.calibration} with the rest of {out}; copy it")
+    inside = [path for path in checked.calibrations if Path(path).resolve().is_relative_to(out.resolve())]
+    if mode == "fresh" and inside:
+        raise ConfigError(f"judge.calibration: --fresh would delete {inside[0]} with the rest of {out}; copy it")
     with RunFolder(out, checked.identity, mode) as folder:
         each = calls_per_prompt(recipe, checked.constitution, checked.policy is None)
         tally.calls_each, tally.judge_calls_each = sum(each.values()), each["judge"]
@@ -154,8 +149,8 @@ def _beside_a_loop(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str,
 
 def _save_recipe(checked: Plan, folder: RunFolder) -> None:
     folder.write_text("constitution.yaml", to_yaml(checked.constitution))
-    if calibration := checked.recipe.judge.calibration:
-        folder.write_text("calibration.yaml", Path(calibration).read_text(encoding="utf-8"))
+    for name, text in checked.calibration_files.items():
+        folder.write_text(name, text)
     folder.write_text("recipe.yaml", checked.pinned_recipe.to_yaml())
 
 
@@ -163,8 +158,7 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
     if checked.recipe.ray.address:
         _run_on_ray(checked, folder.database, tally, rows)
         return
-    engines = Engines(checked.policy, checked.judges)
-    generator = journaled_generator(checked.recipe, checked.constitution, engines, folder.database, tally)
+    generator = journaled_generator(checked.recipe, checked.constitution, checked.engines, folder.database, tally)
 
     async def run() -> None:
         try:
@@ -180,7 +174,7 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
 def _run_on_ray(checked: Plan, database: Database, tally: Tally, rows: Iterator[Row]) -> None:
     from cai.distributed import run_on_ray
 
-    run_on_ray(checked.recipe, checked.constitution, Engines(checked.policy, checked.judges), database, tally, rows)
+    run_on_ray(checked.recipe, checked.constitution, checked.engines, database, tally, rows)
 
 
 def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:

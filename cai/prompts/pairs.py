@@ -12,17 +12,16 @@ answers: texts, or lists of the assistant's messages, as in the `preference` vie
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice, zip_longest
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import msgspec
 
 from cai.config import PromptsConfig
 from cai.errors import RowError, nearest
-from cai.prompts.files import Raw
 from cai.prompts.rows import COLUMNS, _digest, _row_id, _transcript, _turn, to_prompt
-from cai.prompts.sources import _raw_rows
+from cai.prompts.sources import Row, read_rows
 from cai.types import Message, Messages, Prompt, without_surrogates
 
 _ANSWERS = ("chosen", "rejected")
@@ -38,31 +37,16 @@ class Pair(NamedTuple):
     rejected: str
 
 
-class PairRow(NamedTuple):
-    """One row of a source; exactly one of `pair` and `error` is there. `raw` is for the quarantine."""
-
-    origin: str
-    pair: Pair | None
-    error: RowError | None
-    raw: str
-
-
-def read_pairs(config: PromptsConfig) -> Iterator[PairRow]:
-    """The rows of a source, one at a time, up to `limit`.
+def read_pairs(config: PromptsConfig) -> Iterator[Row]:
+    """The rows of a source, one at a time, up to `limit`; given with each prompt are the better completion and the worse one.
 
     Raises `ConfigError` at once where there is no such source, `PromptSourceError` where it cannot be read.
     """
-    return islice(_rows(_raw_rows(config), config.column), config.limit)
+    return read_rows(config, lambda raw: _parts(to_pair(raw, config.column)))
 
 
-def _rows(raw_rows: Iterable[Raw], column: str | None) -> Iterator[PairRow]:
-    for origin, raw in raw_rows:
-        try:
-            if isinstance(raw, RowError):
-                raise raw
-            yield PairRow(origin, to_pair(raw, column), None, "")
-        except RowError as exc:
-            yield PairRow(origin, None, exc, "" if isinstance(raw, RowError) else ascii(raw)[:2000])
+def _parts(pair: Pair) -> tuple[Prompt, tuple[str, ...]]:
+    return pair.prompt, (pair.chosen, pair.rejected)
 
 
 def to_pair(row: Any, column: str | None = None) -> Pair:

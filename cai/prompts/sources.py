@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -47,15 +47,21 @@ def read_prompts(config: PromptsConfig) -> Iterator[Row]:
 
     Raises `ConfigError` at once where there is no such source, `PromptSourceError` where it cannot be read.
     """
-    return islice(_rows(_raw_rows(config), config.column), config.limit)
+    return read_rows(config, lambda raw: (to_prompt(raw, config.column), ()))
 
 
-def _rows(raw_rows: Iterable[Raw], column: str | None) -> Iterator[Row]:
+def read_rows(config: PromptsConfig, parse: Callable[[Any], tuple[Prompt, tuple[str, ...]]]) -> Iterator[Row]:
+    """The same by `parse`, which makes of what a source holds the prompt and what is given with it, or raises `RowError`."""
+    return islice(_rows(_raw_rows(config), parse), config.limit)
+
+
+def _rows(raw_rows: Iterable[Raw], parse: Callable[[Any], tuple[Prompt, tuple[str, ...]]]) -> Iterator[Row]:
     for origin, raw in raw_rows:
         try:
             if isinstance(raw, RowError):
                 raise raw
-            yield Row(origin, to_prompt(raw, column), None, "")
+            prompt, given = parse(raw)
+            yield Row(origin, prompt, None, "", given)
         except RowError as exc:
             yield Row(origin, None, exc, "" if isinstance(raw, RowError) else ascii(raw)[:2000])
 

@@ -1,7 +1,7 @@
 """The run folder: journal of calls, records, quarantine, manifest, lock."""
 
 from cai.store.database import Call, Claim, Database, Quarantined, RoleUsage
-from cai.store.folder import Mode, RunFolder, would_lose, write_whole
+from cai.store.folder import Mode, RunFolder, content_hash, would_lose, write_whole
 from cai.store.remote import Mirror, is_remote, local_copy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Quarantined",
     "RoleUsage",
     "RunFolder",
+    "content_hash",
     "is_remote",
     "local_copy",
     "would_lose",

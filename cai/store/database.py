@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -81,11 +81,10 @@ class Database:
         self._decoder = msgspec.json.Decoder(Record)
         with self._guard():
             self._db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._db.close)
                 self._set_up()
-            except BaseException:
-                self._db.close()
-                raise
+                undo.pop_all()
 
     def _set_up(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -113,25 +112,24 @@ class Database:
                 self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("SAVEPOINT writes")
             self._depth += 1
+            whole = False
             try:
                 yield
-            except BaseException:
-                self._end(undo=True)
-                raise
-            self._end()
+                whole = True
+            finally:
+                self._end(undo=not whole)
 
-    def _end(self, undo: bool = False) -> None:
+    def _end(self, undo: bool) -> None:
         """Leave the innermost `transaction()`; the outermost commits what is left."""
         self._depth -= 1
         if undo and not self._db.in_transaction:  # SQLite undid everything already, as it may on a full disk
             return
-        try:
+        with ExitStack() as failed:  # a transaction that is left open would take in what comes next
+            failed.callback(self._db.rollback)
             if undo:
                 self._db.execute("ROLLBACK TO writes")
             self._db.execute("RELEASE writes" if self._depth else "COMMIT")
-        except BaseException:
-            self._db.rollback()
-            raise
+            failed.pop_all()
 
     def call_results(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """The results of those calls that are finished."""

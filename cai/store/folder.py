@@ -7,11 +7,12 @@ OUT/run/lock              held while a process writes             OUT/manifest.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,8 +24,8 @@ from cai.errors import ConfigError, StoreError
 from cai.store.database import Database
 
 Mode = Literal["continue", "update", "fresh"]
-_OPTIONAL = ("calibration.yaml", "evaluation.json", "evaluation.html")
-_RESULTS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml", *_OPTIONAL)
+_MEASURES = ("evaluation.json", "evaluation.html")
+_RESULTS = ("README.md", "data", "manifest.json", "recipe.yaml", "constitution.yaml", *_MEASURES)
 _LOCK, _OWNER, _JOURNAL, _IDENTITY = "lock", "owner", "journal.sqlite", "identity.json"
 
 
@@ -45,11 +46,10 @@ class RunFolder:
             self.run.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.run / _LOCK)
             self._acquire()
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
             self.database = self._open(identity, mode)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
 
     def _open(self, identity: dict[str, Any], mode: Mode) -> Database:
         if mode == "fresh":
@@ -63,17 +63,24 @@ class RunFolder:
         if before is not None and not journal.exists():
             raise StoreError(f"{journal} is gone, with all finished calls of this run: put it back, or start over with --fresh")
         database = Database(journal)
-        try:
+        with ExitStack() as undo:
+            undo.callback(_close_quietly, database)
             if before != identity:
                 database.forget_records()
-                for name in ("evaluation.json", "evaluation.html"):  # they tell of other verdicts
-                    _remove(self.path / name)
+                self._forget_measures(identity)
                 self.write_json(f"run/{_IDENTITY}", identity)
-        except BaseException:
-            with suppress(StoreError):
-                database.close()
-            raise
+            undo.pop_all()
         return database
+
+    def _forget_measures(self, identity: dict[str, Any]) -> None:
+        """Remove what tells of other verdicts: measures, and calibrations, but for one that this very run uses."""
+        used = json.dumps(identity)
+        with _disk_errors(self.path):
+            for path in _calibrations(self.path):
+                if content_hash(path.read_text(encoding="utf-8", errors="replace")) not in used:
+                    _remove(path)
+            for name in _MEASURES:
+                _remove(self.path / name)
 
     def _identity(self, mode: Mode) -> dict[str, Any] | None:
         """Which run is there; None where there is none. A damaged one equals no identity, which `update` can mend."""
@@ -109,7 +116,7 @@ class RunFolder:
     def _start_over(self) -> None:
         with _disk_errors(self.path):
             # first what says that there is a run: a kill from here on leaves an empty folder, not a damaged one
-            for path in (self.run / _IDENTITY, *(self.path / name for name in _RESULTS)):
+            for path in (self.run / _IDENTITY, *(self.path / name for name in _RESULTS), *_calibrations(self.path)):
                 _remove(path)
             for entry in self.run.iterdir():
                 if entry.name != _LOCK:
@@ -162,11 +169,10 @@ class RunFolder:
             part.mkdir()
             try:
                 yield part
-            except BaseException:
+                _remove(data)
+                part.replace(data)
+            finally:
                 _remove(part)
-                raise
-            _remove(data)
-            part.replace(data)
 
 
 def would_lose(path: Path) -> str | None:
@@ -183,6 +189,21 @@ def would_lose(path: Path) -> str | None:
     finally:
         database.close()
     return f"{calls:,} finished calls" if calls else None
+
+
+def _calibrations(path: Path) -> list[Path]:
+    """That of the run's judge, or one for each member of its panel that has one."""
+    return [*path.glob("calibration.yaml"), *path.glob("calibration-[0-9]*.yaml")]
+
+
+def _close_quietly(database: Database) -> None:
+    with suppress(StoreError):  # what failed before is what has to be told
+        database.close()
+
+
+def content_hash(text: str) -> str:
+    """16 hex digits over a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _refuse_foreign(path: Path) -> None:
