@@ -226,6 +226,7 @@ def test_files_of_others_are_never_written_beside(url, log):
         ("s3://key:secret@bucket/run", "the URL holds a password; give it by the environment"),
         ("gs://bucket/run", "gs:// needs a package that is not installed: pip install gcsfs"),
         ("nothing://bucket/run", "Protocol not known: nothing; expected s3://"),
+        ("http://x/y", "http:// can only be read; expected s3://"),
         ("memory://", "expected a folder there, as in memory://bucket/folder"),
     ],
 )

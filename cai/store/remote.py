@@ -275,6 +275,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     if re.match(r"\w+://[^/@]*:[^/@]*@", url):
         raise ConfigError("-o: the URL holds a password; give it by the environment or a file of the storage's own instead")
+    if scheme in ("http", "https"):
+        raise ConfigError(f"-o {url}: {scheme}:// can only be read; expected s3://, gs://, hf://, file://, or a folder here")
     if not url.partition("://")[2].strip("/"):
         raise ConfigError(f"-o {url}: expected a folder there, as in {scheme}://bucket/folder")
     try:
@@ -284,7 +286,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         hint = f"pip install {package}" if package else str(exc)
         raise ConfigError(f"-o {url}: {scheme}:// needs a package that is not installed: {hint}") from exc
     except ValueError as exc:
-        raise ConfigError(f"-o {url}: {exc}; expected s3://, gs://, hf://, file://, or a folder on this machine") from exc
+        raise ConfigError(f"-o {url}: {exc}; expected s3://, gs://, hf://, file://, or a folder here") from exc
     return fs, str(root).rstrip("/")
 
 
