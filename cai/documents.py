@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import reprlib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, ValidationInfo, field_validator
 
 from cai.errors import ConfigError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+Text = Annotated[str, StringConstraints(min_length=1)]
+"""A text that is not empty."""
 Loc = tuple[str | int, ...]
 _WHOLE_NUMBER, _NUMBER, _TRUTH = "expected a whole number", "expected a number", "expected true or false"
 _MESSAGES = {
@@ -38,6 +41,10 @@ class Part(BaseModel):
     """A part of a document: frozen; an unknown key is an error, and so is true or false for a number or a text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __hash__(self) -> int:
+        """Over its JSON, since a free mapping in it has no hash."""
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
     @field_validator("*", mode="before")
     @classmethod

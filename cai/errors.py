@@ -12,8 +12,9 @@
     ├── EngineError (RuntimeError)       the engine itself is unusable: the run stops, resumable
     ├── StoreError (OSError)             the run folder cannot be used or written
     └── Interrupted (RuntimeError)       the run was asked to stop                               exit 130
+        └── BudgetError                  the run has spent its budget                            exit 1
 
-Exit codes: 2 for a `ConfigError`, 130 for `Interrupted`, 1 for everything else.
+Exit codes: 2 for a `ConfigError`, 130 for `Interrupted` but for a budget, 1 for everything else.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class StoreError(CaiError, OSError):
 
 class Interrupted(CaiError, RuntimeError):
     """The run was asked to stop before it was done."""
+
+
+class BudgetError(Interrupted):
+    """The run has spent what its recipe allows; it can go on with more."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -70,8 +70,12 @@ def _gguf(path: Path) -> ModelPlace:
 def _folder(path: Path) -> ModelPlace:
     if not (path / "config.json").is_file():
         raise ConfigError(f"model '{path}': there is no config.json in it; expected a folder that save_pretrained wrote")
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _WEIGHTS_AND_SETTINGS)
-    return ModelPlace(str(path.resolve()), _content_version(files))
+    return ModelPlace(str(path.resolve()), folder_version(path))
+
+
+def folder_version(path: Path) -> str:
+    """12 hex digits that change with the weights and settings in a folder."""
+    return _content_version(sorted(one for one in path.iterdir() if one.is_file() and one.suffix in _WEIGHTS_AND_SETTINGS))
 
 
 @cache

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "cai"
 ORDER = [
     {"errors"},
     {"documents"},
+    {"servers"},
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
@@ -28,7 +29,7 @@ ORDER = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate"}
+HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "aiohttp"}
 MAY_BE_HEAVY = {"engines", "training", "evaluation"}
 ONLY_HERE = {"ray": PACKAGE / "distributed" / "cluster.py"}
 """What is imported in one file alone."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai.config import JudgeConfig
+from cai.config import JudgeConfig, VllmConfig
 from cai.constitution import Principle, load_constitution
 from cai.documents import Document
 from cai.engines import ScriptedEngine
@@ -28,6 +28,7 @@ from cai.judging.calibration import (
     judge_identity,
     load_calibration,
 )
+from cai.servers import ServerConfig
 from cai.types import Message, Verdict
 from tests.runs import SMALL
 
@@ -227,7 +228,15 @@ NUMBERS = {
     "clamp": (0.1, 0.9),
     "length": "sum",
 }
-NO_NUMBERS = {"model": "m", "revision": "r", "principles": 1, "calibration": "c.yaml", "allow_python": True}
+NO_NUMBERS = {
+    "model": "m",
+    "revision": "r",
+    "server": ServerConfig(retries=9),
+    "vllm": VllmConfig(adapter="lora"),
+    "principles": 1,
+    "calibration": "c.yaml",
+    "allow_python": True,
+}
 
 
 @pytest.mark.parametrize("key", sorted(JudgeConfig.model_fields.keys() - {"members"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import typing
 from collections import Counter
@@ -17,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from cai.config import RATING, JudgeConfig, Recipe, load_recipe, parse_set
 from cai.documents import Document, parse_scalar
 from cai.errors import ConfigError
+from cai.servers import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "pipelines"
@@ -99,7 +101,10 @@ def test_an_empty_section_is_the_defaults(tmp_path: Path, text: str) -> None:
         ("jugde: {}\n", "r.yaml:1: jugde: unknown key (did you mean 'judge'?)"),
         ("max_tokens: 9\n", "r.yaml:1: max_tokens: unknown key (did you mean 'judge.max_tokens' or 'generation.max_tokens'?)"),
         ("model: x\n", "r.yaml:1: model: unknown key (did you mean 'policy.model' or 'judge.model'?)"),
-        ("zzz: 1\n", "r.yaml:1: zzz: unknown key; known keys: constitution, seed, policy, judge, prompts, generation, dataset"),
+        (
+            "zzz: 1\n",
+            "r.yaml:1: zzz: unknown key; known keys: constitution, seed, policy, judge, prompts, generation, dataset, budget",
+        ),
         ("seed: x\n", "r.yaml:1: seed: expected a whole number, found 'x'"),
         ("seed: true\n", "r.yaml:1: seed: expected something else than true or false, found True"),
         ("judge: 3\n", "r.yaml:1: judge: expected a section with keys, found 3"),
@@ -234,6 +239,8 @@ def leaves(model: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 SETTINGS = {
     "policy.dtype": "float16",
+    "policy.vllm.args": "{max_num_seqs: 3}",
+    "judge.vllm": "{adapter: lora}",
     "judge.method": "score",
     "judge.layout": "principle-first",
     "judge.clamp": "[0.25, 0.75]",
@@ -243,6 +250,10 @@ SETTINGS = {
     "generation.comparisons": "tournament",
     "dataset.ranking": "bradley-terry",
     "ray.address": "head:6379",
+    "judge.server": "{retries: 9}",
+    "policy.server.api": "completions",
+    "policy.server.replicas": "['http://other/v1']",
+    "policy.server.extra_body": "{top_k: 20}",
 }
 """Values for keys that do not take just any of their type."""
 TEXTS = {
@@ -251,17 +262,23 @@ TEXTS = {
     "prompts.revision",
     "policy.revision",
     "policy.device",
+    "policy.vllm.adapter",
     "judge.model",
     "judge.revision",
     "judge.calibration",
     "dataset.license",
+    "policy.server.name",
+    "policy.server.key_file",
 }
 """Keys whose default is null and that take a text."""
 BESIDE = {
     "generation.pairs": ["generation.candidates=2"],
     "judge.revision": ["judge.model=m"],
+    "judge.vllm": ["judge.model=vllm:m"],
     "judge.members": ["judge.method=panel"],
     "dataset.ranking": ["generation.candidates=2", "generation.pairs=samples"],
+    "judge.server": ["judge.model=http://127.0.0.1/v1"],
+    **{f"policy.server.{name}": ["policy.model=http://127.0.0.1/v1"] for name in ServerConfig.model_fields},
 }
 """What has to be said beside a key."""
 
@@ -279,10 +296,15 @@ def test_every_key_can_be_set_by_a_flag(key: str) -> None:
     choices = {bool: "true", int: "7", float: "0.5625", str: "other", type(None): "9"}
     text = SETTINGS.get(key) or ("'other'" if key in TEXTS else choices[type(default)])
     more = BESIDE.get(key, [])
-    resolved = leaves(load_recipe(None, [parse_set(one) for one in (*more, f"{key}={text}")]))
-    assert resolved[key] == TypeAdapter(annotation(key)).validate_python(parse_scalar(text)) != default
-    changed = {name for name, value in resolved.items() if value != leaves(Recipe())[name]}
-    assert changed - {one.split("=")[0] for one in more} == {key}
+    recipe = load_recipe(None, [parse_set(one) for one in (*more, f"{key}={text}")])
+    if key == "judge.server":
+        assert recipe.judge.server == ServerConfig(retries=9)
+        return
+    found = functools.reduce(getattr, key.split("."), recipe)
+    assert found == TypeAdapter(annotation(key)).validate_python(parse_scalar(text)) != default
+    changed = {name for name, value in leaves(recipe).items() if value != leaves(Recipe()).get(name)}
+    below = set(leaves(found, f"{key}.")) if isinstance(found, BaseModel) else {key}
+    assert changed - {one.split("=")[0] for one in more} <= below
 
 
 def read_attributes() -> Counter[str]:
@@ -338,6 +360,50 @@ def test_the_judge_has_the_policys_settings_and_its_own_model() -> None:
     other = recipe.judge_model(JudgeConfig(model="b"))
     assert (other.model, other.revision, other.batch_size) == ("b", None, 3)
     assert recipe.judge_model(JudgeConfig(model="b", revision="s")).revision == "s"
+
+
+def test_a_judge_on_the_policys_server_is_asked_as_the_policy_is_and_another_server_is_not_told_its_key() -> None:
+    policy = {"model": "http://a/v1", "server": {"key_env": "MINE", "retries": 1}}
+    recipe = Recipe.model_validate({"policy": policy, "judge": {"model": "http://a/v1"}})
+    assert recipe.judge_model(recipe.judge) == recipe.policy
+    assert recipe.judge_model(JudgeConfig(model="http://b/v1")).server == ServerConfig()
+    own = JudgeConfig(model="http://b/v1", server=ServerConfig(key_env="OTHER"))
+    assert recipe.judge_model(own).server.key_env == "OTHER"
+    assert recipe.judge_model(JudgeConfig(server=ServerConfig(retries=3))).server.retries == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy: {server: {name: x}}", "r.yaml:1: policy.server: these settings are for the URL of a server, and this model"),
+        ("judge: {model: m, server: {name: x}}", "r.yaml:1: judge.server: these settings are for the URL of a server"),
+        ("judge: {server: {name: x}}", "r.yaml:1: judge.server: these settings are for the URL of a server"),
+        ("policy: {model: 'http:///v1'}", "r.yaml:1: policy.model: expected the base URL of a server, such as http://127"),
+        ("policy: {model: 'http://h:99999/'}", "r.yaml:1: policy.model: expected the base URL of a server"),
+        ("policy: {model: 'http://a:b@h/v1'}", "r.yaml:1: policy.model: a URL with a user or a password in it is refused"),
+        ("judge: {model: 'http://h/v1?api_key=1'}", "r.yaml:1: judge.model: a URL with '?' or '#' is refused"),
+        (
+            "policy: {model: 'http://h/v1', server: {replicas: [h]}}",
+            "r.yaml:1: policy.server.replicas: expected the base URL of a server",
+        ),
+        (
+            "policy: {model: 'http://h/v1', server: {extra_body: {messages: []}}}",
+            "r.yaml:1: policy.server.extra_body: 'messages' is not for extra_body; the engine sets it",
+        ),
+        ("budget: {tokens: 0}", "r.yaml:1: budget.tokens: expected greater than 0, found 0"),
+    ],
+)
+def test_what_is_wrong_about_a_server_is_told(tmp_path: Path, text: str, message: str) -> None:
+    assert fault(tmp_path, text).startswith(message)
+
+
+def test_the_hash_of_a_recipe_does_not_hang_on_the_order_of_a_free_mapping() -> None:
+    one, other = (
+        Recipe.model_validate({"policy": {"model": "http://h/v1", "server": {"extra_body": extra}}})
+        for extra in ({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "a": 1})
+    )
+    assert one == other
+    assert hash(one) == hash(other) != hash(Recipe())
 
 
 def test_a_member_of_a_panel_has_the_panels_settings_and_what_it_says_itself(tmp_path: Path) -> None:
@@ -397,11 +463,12 @@ def test_a_saved_recipe_is_read_back_as_it_was(data: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(data)
     text = recipe.to_yaml()
     assert Document(text, "saved").validate(Recipe) == recipe
-    assert set(leaves(recipe)) == {
-        f"{section}.{key}" if isinstance(values, dict) else section
-        for section, values in Document(text, "saved").data.items()
-        for key in (values if isinstance(values, dict) else [section])
-    }
+    data = Document(text, "saved").data
+    assert [key for key in leaves(recipe) if not in_document(data, key.split("."))] == []
+
+
+def in_document(data: Any, path: list[str]) -> bool:
+    return not path or (path[0] in data and in_document(data[path[0]], path[1:]))
 
 
 def test_parse_set_splits_at_the_first_equals_sign() -> None:

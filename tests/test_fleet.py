@@ -278,3 +278,9 @@ def test_without_ray_it_is_told_how_to_install_it(monkeypatch):
     monkeypatch.setattr(planning, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'cai-toolkit\[ray\]'"):
         plan(recipe(ray={"address": "local"}))
+
+
+def test_a_budget_that_workers_would_not_share_is_refused(monkeypatch):
+    monkeypatch.setattr(planning, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="budget: the workers of a Ray cluster do not share one yet"):
+        plan(recipe(ray={"address": "local"}, budget={"tokens": 5}))

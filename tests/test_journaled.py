@@ -21,7 +21,7 @@ from cai.engines import (
     RewardRequest,
     ScriptedEngine,
 )
-from cai.errors import Interrupted, RequestError, VerdictError
+from cai.errors import Interrupted, RequestError, StoreError, VerdictError
 from cai.generation import JournaledEngine, Tally
 from cai.store import Database, RoleUsage
 from cai.types import Completion, Message
@@ -438,3 +438,22 @@ async def test_when_stopping_who_waits_gets_what_was_in_flight_and_begins_nothin
     function.gate.set()
     assert (await first).text == (await second).text == "a"
     assert len(function.requests) == 1
+
+
+async def test_calls_that_end_together_are_written_together(database):
+    engine, _, tally = journaled(database, lambda _: "a")
+    statements: list[str] = []
+    database._db.set_trace_callback(statements.append)
+    await asyncio.gather(*(engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(50)))
+    assert sum(one.startswith("COMMIT") for one in statements) < 5
+    assert (database.count_calls(), tally.calls_made) == (50, 50)
+
+
+async def test_a_write_that_fails_is_told_to_all_that_wait_for_it(database):
+    engine, _, tally = journaled(database, lambda _: "a")
+    database._db.execute("DROP TABLE calls")
+    database._db.execute("CREATE TABLE calls (key BLOB PRIMARY KEY, result BLOB)")
+    asked = (engine.generate(msgspec.structs.replace(ASK, seed=seed)) for seed in range(3))
+    failed = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(one) for one in failed] == [StoreError] * 3
+    assert tally.calls_made == 0

@@ -209,6 +209,8 @@ CHECK = """
 """
 OTHER = f"scripted:{SCRIPTED}:respond"
 LABELS = {"method": "panel", "members": [{"name": "one"}, {"name": "two", "method": "score"}]}
+SERVER_KEY = ({"model": "http://127.0.0.1:9/v1"}, {"server": {"key_env": "SET_NOWHERE"}})
+"""Refused either way: nobody listens there, or the key is looked for and not there."""
 JUDGE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model": ({}, {"model": OTHER}),
     "revision": ({"model": OTHER}, {"revision": "main"}),
@@ -223,6 +225,8 @@ JUDGE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "length": ({"method": "likelihood"}, {"length": "sum"}),
     "allow_python": ({}, {"allow_python": True}),
     "calibration": ({}, {"calibration": "none.yaml"}),
+    "server": SERVER_KEY,
+    "vllm": ({"model": OTHER}, {"vllm": {"args": {"seed": 1}}}),
     "members": (LABELS, {"members": [{"name": "one"}, {"name": "two", "method": "text"}]}),
 }
 MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -232,6 +236,7 @@ MEMBER_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "method": ({}, {"method": "text"}),
     "weight": ({}, {"weight": 3.0}),
     "calibration": ({}, {"calibration": "none.yaml"}),
+    "server": SERVER_KEY,
 }
 GENERATION_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "candidates": ({}, {"candidates": 2}),
@@ -269,7 +274,7 @@ def test_no_key_of_the_judge_is_ignored(key):
     base, change = JUDGE_KEYS[key]
     constitution = SMALL.read_text() + (CHECK if key == "allow_python" else EXEMPLAR)
     before = outcome(constitution, judge=base)
-    assert isinstance(before, str) == (key == "allow_python"), before
+    assert isinstance(before, str) == (key in ("allow_python", "server")), before
     assert before == outcome(constitution, judge=base), "only the key makes a difference"
     assert before != outcome(constitution, judge={**base, **change})
 
@@ -281,7 +286,7 @@ def test_no_key_of_a_member_is_ignored(key):
         outcome(judge={"method": "panel", "members": [{"name": "one"}, {"name": "two", **member}]})
         for member in (base, {**base, **change})
     )
-    assert not isinstance(first, str)
+    assert isinstance(first, str) == (key == "server")
     assert first != second
 
 
@@ -559,7 +564,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 4, 12, 40, 100, 300, 600])
+@pytest.mark.parametrize("free", [0, 4, 12, 40, 100, 300, 400])
 def test_a_disk_that_fills_up_at_any_time_loses_nothing(tmp_path, log, small_disk, free):
     """So many KiB are free when the command starts; then, typed again, enough."""
     filler = small_disk / "filler"

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 
 from cai.engines import REQUIREMENTS, describe_devices, missing_packages
 
-_PACKAGES = ("cai-toolkit", "torch", "transformers", "datasets", "huggingface_hub", "pyarrow", "pydantic", "trl", "peft")
+_PACKAGES = (
+    "cai-toolkit",
+    "torch",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "pyarrow",
+    "pydantic",
+    "trl",
+    "peft",
+    "vllm",
+)
 _LOCAL = ("torch", "transformers", "gguf")
 _EXTRAS = {"local": (_LOCAL, "local"), "train": ((*_LOCAL, "trl", "accelerate", "peft"), "train")}
 
@@ -40,11 +52,11 @@ def _state(needed: tuple[str, ...], extra: str) -> str:
 
 
 def version(package: str) -> str:
-    """The version of a package that is installed, else a dash."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "–"
+    """The version of a package that is installed, under its own name or as its build for CPUs, else a dash."""
+    for name in (package, f"{package}-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "–"
 
 
 def _aliases() -> dict[str, str]:

@@ -83,7 +83,7 @@ def run(recipe: Recipe, out: Path | str, mode: Mode) -> None:
         manifest = pipeline.generate(recipe, out, mode, watch)
     except Interrupted as exc:
         kept = would_lose(local)
-        raise Interrupted(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
+        raise type(exc)(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
     show_summary(manifest, local)
     if local != out:
         console.print(f"  all of it is also at {escape(printable(str(out)))}", soft_wrap=True)

@@ -34,7 +34,7 @@ Pairs = Annotated[
     str, typer.Argument(metavar="PAIRS", help="A file, `datasets` folder, Hub id or -: rows with `chosen` and `rejected`.")
 ]
 Model = Annotated[
-    str | None, option("-m", "--model", panel=MODELS, metavar="MODEL", help="The judge: alias, folder, Hub id, scripted:…")
+    str | None, option("-m", "--model", panel=MODELS, metavar="MODEL", help="The judge: alias, folder, Hub id, URL, scripted:…")
 ]
 Method = Annotated[
     str | None,

@@ -33,7 +33,7 @@ from cai.cli.options import (
     refuse_lone_workers,
     resolve_recipe,
 )
-from cai.errors import CaiError, ConfigError, Interrupted
+from cai.errors import BudgetError, CaiError, ConfigError, Interrupted
 
 app = typer.Typer(
     name="cai",
@@ -95,7 +95,7 @@ def generate(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        option("-m", "--model", panel=MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, scripted:…"),
+        option("-m", "--model", panel=MODELS, metavar="MODEL", help="The policy: alias, folder, Hub id, URL, scripted:…"),
     ] = None,
     judge_model: Annotated[
         str | None, option("--judge-model", panel=MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
@@ -149,7 +149,7 @@ def main() -> None:
     try:
         app()
     except Interrupted as exc:
-        _fail(exc, 130)
+        _fail(exc, 1 if isinstance(exc, BudgetError) else 130)
     except ConfigError as exc:
         _fail(exc, 2)
     except CaiError as exc:

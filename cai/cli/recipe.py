@@ -42,9 +42,9 @@ def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         default, about = field.get_default(), field.description or ""
         if isinstance(default, Part):
-            yield f"\n{name}"
+            yield f"\n{prefix}{name}"
             yield from _wrapped(about, "  ")
-            yield from _described(type(default), f"{name}.")
+            yield from _described(type(default), f"{prefix}{name}.")
         else:
             line = f"{indent}{prefix}{name}: {json.dumps(default)}  ({_type(field.annotation)})"
             yield from [line] if len(line) <= _WIDTH else _wrapped(line.strip(), indent)
@@ -62,8 +62,12 @@ def _type(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f"'{choice}'" for choice in typing.get_args(annotation))
     parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        return "keys with values"
     if typing.get_origin(annotation) is tuple:
         return f"list of {_type(parts[0])}" if parts[-1] is ... else f"[{', '.join(map(_type, parts))}]"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
     if parts:
         return " or ".join(map(_type, parts))
     return _WORDS.get(annotation) or f"section with {', '.join(annotation.model_fields)}"

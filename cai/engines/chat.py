@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
 from cai.config import ModelConfig
-from cai.engines.local_model import load_tokenizer
+from cai.engines.local_model import Tail, load_tokenizer
 from cai.errors import ConfigError, RequestError
 from cai.models import ModelPlace
 from cai.types import Messages
@@ -55,3 +56,18 @@ class ChatTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def tail(self, messages: Messages, choices: Sequence[str]) -> Tail:
+        """The prompt's tokens and each choice's, cut where the tokens of all choices begin to differ from the prompt's.
+
+        Prompt and choice are encoded as one text, since tokens may merge across the seam.
+        """
+        prompt = self.render(messages)
+        alone = self.encode(prompt)
+        joint = [self.encode(prompt + self.neutral(choice)) for choice in choices]
+        seam = len(alone)
+        while seam > 0 and any(tokens[:seam] != alone[:seam] for tokens in joint):
+            seam -= 1
+        if not all(len(tokens) > seam for tokens in joint):
+            raise RequestError("a choice or continuation is empty: there are no tokens to score")
+        return Tail(alone[:seam], [tokens[seam:] for tokens in joint])

@@ -45,7 +45,7 @@ class LocalModel:
         """Load the weights (from `place`, where that is known); a GGUF file is first converted, once, in the cache folder."""
         self.device = torch.device(config.device or best_device())
         self.dtype = resolve_dtype(config)
-        source, revision = _as_pretrained(place or locate(config.model, config.revision))
+        source, revision = pretrained(place or locate(config.model, config.revision))
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         if (head := self.model.get_output_embeddings()) is not None:
@@ -176,11 +176,11 @@ def _read_scores(tails: Sequence[Tail], logits: torch.Tensor) -> list[list[float
                     picked = logprobs[range(len(target)), target]
                     found[tuple(target)] = float(picked.double().sum())
             row += 1
-        scores.append([_exclusive(tuple(target), found) for target in tail.targets])
+        scores.append([exclusive(tuple(target), found) for target in tail.targets])
     return scores
 
 
-def _exclusive(target: tuple[int, ...], logprobs: dict[tuple[int, ...], float]) -> float:
+def exclusive(target: tuple[int, ...], logprobs: dict[tuple[int, ...], float]) -> float:
     """The log-probability of a target that is not the beginning of another one: "1" and not "10"."""
     own = logprobs[target]
     beyond = [other for other in logprobs if len(other) > len(target) and other[: len(target)] == target]
@@ -290,11 +290,12 @@ def describe_devices() -> list[str]:
 
 def load_tokenizer(config: ModelConfig, place: ModelPlace | None = None) -> Any:
     """The model's tokenizer."""
-    source, revision = _as_pretrained(place or locate(config.model, config.revision))
+    source, revision = pretrained(place or locate(config.model, config.revision))
     return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
-def _as_pretrained(place: ModelPlace) -> tuple[str, str | None]:
+def pretrained(place: ModelPlace) -> tuple[str, str | None]:
+    """What `from_pretrained` takes for a model: a folder or Hub id, and the revision. Converts a GGUF file."""
     return (str(_converted(place)), None) if place.is_gguf else (place.source, place.revision)
 
 

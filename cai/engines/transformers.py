@@ -19,14 +19,13 @@ from cai.config import ModelConfig
 from cai.engines.base import (
     Capability,
     ChoiceLogprobs,
-    ChoiceRequest,
     Engine,
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
 )
 from cai.engines.batching import Batcher
-from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError, RequestError
+from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError
 from cai.models import locate
 from cai.types import Completion, Messages
 
@@ -136,7 +135,7 @@ class TransformersEngine(Engine):
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Log-probabilities of the choices after each prompt; what the prompts share is computed once."""
         model = await self._ready()
-        tails = [self._tail(ChoiceRequest(messages, tuple(choices))) for messages in prompts]
+        tails = [self._chat.tail(messages, choices) for messages in prompts]
         for tail in tails:
             longest = len(tail.tokens) + max(map(len, tail.targets))
             self._check_context(model, longest, f"{longest} of judging")
@@ -157,7 +156,7 @@ class TransformersEngine(Engine):
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
         """The summed log-probability of the continuation's tokens, without an end-of-sequence token."""
         model = await self._ready()
-        tail = self._tail(ChoiceRequest(request.messages, (request.continuation,)))
+        tail = self._chat.tail(request.messages, (request.continuation,))
         longest = len(tail.tokens) + len(tail.targets[0])
         self._check_context(model, longest, f"{longest} of judging")
         logprob, computed = await self._scored(tail)
@@ -167,23 +166,6 @@ class TransformersEngine(Engine):
         model = await self._ready()
         scores, computed = await self._run(model.score, batch)
         return [(one[0], share) for one, share in zip(scores, _shares(computed, len(batch)), strict=True)]
-
-    def _tail(self, request: ChoiceRequest) -> Tail:
-        """The prompt's tokens and each choice's, cut where the tokens of all choices begin to differ from the prompt's.
-
-        Prompt and choice are encoded as one text, since tokens may merge across the seam.
-        """
-        from cai.engines.local_model import Tail
-
-        prompt = self._chat.render(request.messages)
-        alone = self._chat.encode(prompt)
-        joint = [self._chat.encode(prompt + self._chat.neutral(choice)) for choice in request.choices]
-        seam = len(alone)
-        while seam > 0 and any(tokens[:seam] != alone[:seam] for tokens in joint):
-            seam -= 1
-        if not all(len(tokens) > seam for tokens in joint):
-            raise RequestError("a choice or continuation is empty: there are no tokens to score")
-        return Tail(alone[:seam], [tokens[seam:] for tokens in joint])
 
     def _check_context(self, model: LocalModel, needed: int, what: str) -> None:
         from cai.engines.local_model import context_length

@@ -25,12 +25,13 @@ from cai.engines import (
     RewardRequest,
 )
 from cai.errors import Interrupted, RequestError, VerdictError
+from cai.generation.budget import Budget
 from cai.generation.record import Generator
 from cai.generation.tally import Tally
 from cai.judging import build_judge
 from cai.judging.calibration import LoadedCalibration
 from cai.store import Call
-from cai.types import Completion, Messages, without_surrogates
+from cai.types import Completion, Message, Messages, without_surrogates
 
 Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
@@ -58,16 +59,55 @@ class Engines(NamedTuple):
     """By the path that the recipe names."""
 
 
+class Sent(NamedTuple):
+    """What a call sends, and the most tokens that it can generate; for the budget."""
+
+    prompts: Sequence[Messages]
+    completion: int
+
+
+class _Commits:
+    """Writes finished calls: all that ended in one turn of the event loop in one transaction."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._pending: list[tuple[list[Call], asyncio.Future[None]]] = []
+
+    async def __call__(self, calls: list[Call]) -> None:
+        """Returns when they are on disk. Raises `StoreError`."""
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        self._pending.append((calls, written))
+        if len(self._pending) == 1:
+            loop.call_soon(self._write)
+        await written
+
+    def _write(self) -> None:
+        pending, self._pending = self._pending, []
+        try:
+            self._journal.add_calls([call for calls, _ in pending for call in calls])
+        except BaseException as exc:  # each that waits has to hear of it
+            for _, written in pending:
+                if not written.done():
+                    written.set_exception(exc)
+            return
+        for _, written in pending:
+            if not written.done():
+                written.set_result(None)
+
+
 class JournaledEngine:
     """Wraps an engine; the key of a call is a hash of the engine's fingerprint and the whole request.
 
     Once `tally.stopping` is set, calls that are not in the journal raise `Interrupted`; those in flight finish.
     """
 
-    def __init__(self, engine: Engine, journal: Journal, role: str, tally: Tally) -> None:
+    def __init__(self, engine: Engine, journal: Journal, role: str, tally: Tally, budget: Budget | None = None) -> None:
         """`role` is `policy` or `judge`: whose cost it is."""
         self._engine, self._journal, self._role, self._tally = engine, journal, role, tally
         self._asked: dict[bytes, asyncio.Future[None]] = {}
+        self._commit = _Commits(journal)
+        self._budget = budget if budget and budget.is_limited else None
         self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
 
     @property
@@ -121,17 +161,33 @@ class JournaledEngine:
                 if not waited_for.done():
                     waited_for.set_result(None)
 
-    async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result:
+    async def _call(self, call: Callable[[], Awaitable[Result]], sent: Sent) -> Result:
         if self._tally.stopping:
             raise Interrupted("stopping")
+        if self._budget:
+            return await self._within(self._budget, call, sent)
+        return await self._count(call)
+
+    async def _within(self, budget: Budget, call: Callable[[], Awaitable[Result]], sent: Sent) -> Result:
+        size = sum(len(message.content.encode("utf-8", "replace")) for prompt in sent.prompts for message in prompt)
+        reserved = await budget.reserve(self._role, size, sent.completion)
+        spent = None
+        try:
+            result = await self._count(call)
+            spent = _spent(result)
+            return result
+        finally:
+            budget.settle(reserved, self._role, size, spent)
+
+    async def _count(self, call: Callable[[], Awaitable[Result]]) -> Result:
         self._tally.in_flight += 1
         try:
             return await call()
         finally:
             self._tally.in_flight -= 1
 
-    def _keep(self, calls: list[Call]) -> None:
-        self._journal.add_calls(calls)
+    async def _keep(self, calls: list[Call]) -> None:
+        await self._commit(calls)
         self._tally.calls_made += len(calls)
         self._tally.prompt_tokens += sum(call.prompt_tokens for call in calls)
         self._tally.completion_tokens += sum(call.completion_tokens for call in calls)
@@ -141,9 +197,10 @@ class JournaledEngine:
         async with self._asking([key := self._key(request)]) as found:
             if found:
                 return _decode_completion(found[key])
-            answer = _encode_completion(await self._call(lambda: self._engine.generate(request)))
+            sent = Sent((request.messages,), request.max_tokens)
+            answer = _encode_completion(await self._call(lambda: self._engine.generate(request), sent))
             completion = _decode_completion(answer)
-            self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
+            await self._keep([Call(key, self._role, completion.prompt_tokens, completion.completion_tokens, answer)])
             return completion
 
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
@@ -157,15 +214,18 @@ class JournaledEngine:
             found = {key: _choice(value) for key, value in journaled.items()}
             missing = {key: prompt for key, prompt in asked.items() if key not in found}
             if missing:
-                answers = await self._call(lambda: self._engine.choice_logprobs(list(missing.values()), choices))
-                found |= self._keep_choices(dict(zip(missing, answers, strict=True)), len(choices))
+                left = list(missing.values())
+                answers = await self._call(lambda: self._engine.choice_logprobs(left, choices), Sent(left, len(left)))
+                found |= await self._keep_choices(dict(zip(missing, answers, strict=True)), len(choices))
         return [found[key] for key in keys]
 
-    def _keep_choices(self, answers: dict[bytes, ChoiceLogprobs], expected: int) -> dict[bytes, ChoiceLogprobs]:
+    async def _keep_choices(self, answers: dict[bytes, ChoiceLogprobs], expected: int) -> dict[bytes, ChoiceLogprobs]:
         """Keeps what is good; raises `VerdictError` where one is not."""
         problems = {key: _problem(answer.logprobs, expected) for key, answer in answers.items()}
         good = {key: answer for key, answer in answers.items() if not problems[key]}
-        self._keep([Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()])
+        await self._keep(
+            [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()]
+        )
         for problem in filter(None, problems.values()):
             raise VerdictError(problem)
         return good
@@ -175,10 +235,11 @@ class JournaledEngine:
         async with self._asking([key := self._key(request)]) as found:
             if found:
                 return Loglikelihood(*msgspec.json.decode(found[key], type=tuple[float, int, int]))
-            result = await self._call(lambda: self._engine.loglikelihood(request))
+            whole = (*request.messages, Message("assistant", request.continuation))
+            result = await self._call(lambda: self._engine.loglikelihood(request), Sent((whole,), 1))
             if problem := _problem((result.logprob,), 1):
                 raise VerdictError(problem)
-            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            await self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
             return result
 
     async def reward(self, request: RewardRequest) -> Reward:
@@ -186,10 +247,10 @@ class JournaledEngine:
         async with self._asking([key := self._key(request)]) as found:
             if found:
                 return Reward(*msgspec.json.decode(found[key], type=tuple[float, int]))
-            result = await self._call(lambda: self._engine.reward(request))
+            result = await self._call(lambda: self._engine.reward(request), Sent((request.messages,), 0))
             if problem := _problem((result.reward,), 1):
                 raise VerdictError(problem)
-            self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
+            await self._keep([Call(key, self._role, result.computed_tokens, 0, _encoder.encode(result))])
             return result
 
     async def close(self) -> None:
@@ -197,12 +258,21 @@ class JournaledEngine:
         await self._engine.close()
 
 
+def _spent(result: Any) -> tuple[int, int]:
+    """Prompt and completion tokens of what an engine answered."""
+    if isinstance(result, Completion):
+        return result.prompt_tokens, result.completion_tokens
+    answers = result if isinstance(result, list) else [result]
+    return sum(answer.computed_tokens for answer in answers), 0
+
+
 def journaled_generator(
-    recipe: Recipe, constitution: Constitution, engines: Engines, journal: Journal, tally: Tally
+    recipe: Recipe, constitution: Constitution, engines: Engines, journal: Journal, tally: Tally, budget: Budget | None = None
 ) -> Generator:
     """What makes records, on engines that are journaled."""
-    policy = JournaledEngine(engines.policy, journal, "policy", tally) if engines.policy else None
-    judging = {engine: JournaledEngine(engine, journal, "judge", tally) for engine in dict.fromkeys(engines.judges.values())}
+    policy = JournaledEngine(engines.policy, journal, "policy", tally, budget) if engines.policy else None
+    judges = dict.fromkeys(engines.judges.values())
+    judging = {engine: JournaledEngine(engine, journal, "judge", tally, budget) for engine in judges}
     judge = build_judge(recipe.judge, constitution, lambda one: judging[engines.judges[one]], engines.calibrations)
     return Generator(recipe, constitution, policy, judge)
 

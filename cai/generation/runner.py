@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from cai.errors import CaiError, EngineError, Interrupted, PromptSourceError, RequestError, StoreError
+from cai.errors import BudgetError, CaiError, EngineError, Interrupted, PromptSourceError, RequestError, StoreError
 from cai.generation.tally import Tally
 from cai.prompts import Row
 from cai.store import Database, Quarantined
@@ -63,6 +63,8 @@ class Runner:
             raise _gravest(failures) from None
         finally:
             feed.close()
+        if self._tally.spent:
+            raise BudgetError(self._tally.spent)
         if self._tally.stopping:
             raise Interrupted("stopped before the end; the same command continues")
         if feed.error:

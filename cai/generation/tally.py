@@ -31,6 +31,8 @@ class Tally:
     """No call is begun any more; those in flight finish."""
     aborted: bool = False
     """Nor are those in flight waited for."""
+    spent: str = ""
+    """Why no call is begun any more, where the budget is the reason."""
     stops: int = 0
     """How often another thread asked to stop; as good as so many signals."""
 

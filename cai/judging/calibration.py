@@ -41,9 +41,9 @@ import msgspec
 from pydantic import Field, PositiveInt, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError
 
-from cai.config import JudgeConfig, Text
+from cai.config import JudgeConfig
 from cai.constitution import Constitution, Principle
-from cai.documents import Document, Part, dump
+from cai.documents import Document, Part, Text, dump
 from cai.errors import ConfigError, VerdictError
 from cai.judging.base import Judge, Named, leaning, probability
 from cai.judging.checks import python_hashes
@@ -54,7 +54,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Range = tuple[Number, Number, Number]
 """An estimate with its 95 % interval: mean, low, high."""
 _AGAIN = "run `cai judge calibrate` again"
-_ELSEWHERE = {"model", "revision", "method", "principles", "calibration", "members", "allow_python"}
+_ELSEWHERE = {"model", "revision", "server", "vllm", "method", "principles", "calibration", "members", "allow_python"}
 """Keys of a judge's section that other keys of a calibration hold, or that change no reading of a principle."""
 _LARGEST = 1e100
 """The largest difference that is believed: beyond it, squares and sums of many overflow."""

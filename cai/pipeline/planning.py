@@ -68,7 +68,9 @@ class Plan:
 
     def _judge_section(self) -> dict[str, Any]:
         """What the judge's section decides; models are named by their fingerprints, a calibration by its content."""
-        section = self.recipe.judge.model_dump(mode="json", exclude={"model", "revision", "allow_python"})
+        keys = ("model", "revision", "allow_python", "server", "vllm")
+        leave_out: dict[str, Any] = {**dict.fromkeys(keys, True), "members": {"__all__": {"server"}}}
+        section = self.recipe.judge.model_dump(mode="json", exclude=leave_out)
         for named in (section, *section["members"]):
             if named["calibration"]:
                 named["calibration"] = self.calibrations[named["calibration"]].hash
@@ -110,7 +112,7 @@ def _copy(member: int | None = None) -> str:
 
 def plan(recipe: Recipe) -> Plan:
     """Find and check all that a recipe names, before anything is written or paid for. Raises `ConfigError`."""
-    _refuse_missing_ray(recipe)
+    _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     if lacking := lacking_principles(constitution, recipe.generation.rounds):
         raise ConfigError(f"generation.rounds: {lacking}")
@@ -167,21 +169,33 @@ def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[Mode
         engines[key] = build_engine(model, reward)
     missing = sorted(NEEDS[section.method] - engines[key].capabilities)
     if missing:
-        raise CapabilityError(f"judge.method: {section.method} needs {missing[0]}, which {model.model} does not offer")
+        raise CapabilityError(
+            f"judge.method: {section.method} needs {missing[0]}, which {model.model} does not offer{_instead(engines[key])}"
+        )
     return engines[key]
+
+
+def _instead(engine: Engine) -> str:
+    """Which methods the engine can serve."""
+    able = [method for method, needed in NEEDS.items() if needed and needed <= engine.capabilities]
+    return f"; it can serve judge.method: {', '.join(able)}" if able else ""
 
 
 def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
-    _refuse_missing_ray(recipe)
+    _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     judges = plan_judges(recipe, constitution, {})
     return Plan(recipe, constitution, None, judges, plan_calibrations(recipe, constitution, judges))
 
 
-def _refuse_missing_ray(recipe: Recipe) -> None:
-    if recipe.ray.address is not None and find_spec("ray") is None:
+def _check_ray(recipe: Recipe) -> None:
+    if recipe.ray.address is None:
+        return
+    if find_spec("ray") is None:
         raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
+    if recipe.budget.tokens is not None or recipe.budget.money is not None:
+        raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:

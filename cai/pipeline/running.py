@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cai.config import Recipe
 from cai.constitution import to_yaml
+from cai.engines import Engine
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Runner, Tally, calls_per_prompt, journaled_generator
+from cai.generation import Budget, Price, Runner, Tally, calls_per_prompt, journaled_generator
 from cai.models import cache_folder
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
 from cai.prompts import Row, count_prompts, read_pairs, read_prompts
+from cai.servers import is_url
 from cai.store import Database, Mirror, Mode, RunFolder, is_remote, local_copy
 from cai.types import Record
 
@@ -158,17 +161,47 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
     if checked.recipe.ray.address:
         _run_on_ray(checked, folder.database, tally, rows)
         return
-    generator = journaled_generator(checked.recipe, checked.constitution, checked.engines, folder.database, tally)
+    budget = Budget(checked.recipe.budget, _prices(checked), folder.database.usage(), tally)
+    told = checked.recipe, checked.constitution, checked.engines
+    generator = journaled_generator(*told, folder.database, tally, budget)
 
     async def run() -> None:
         try:
             await Runner(generator, folder.database, tally, checked.recipe.generation.concurrency).run(rows)
         finally:
-            if not tally.aborted:  # an engine that is loading its weights would make us wait
-                for engine in filter(None, dict.fromkeys((checked.policy, *checked.judges.values()))):
-                    await engine.close()
+            for engine in _closing(checked, tally):
+                await engine.close()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=_fast_loop(checked)) as runner:
+        runner.run(run())
+
+
+def _closing(checked: Plan, tally: Tally) -> list[Engine]:
+    """The engines to close: all; after a stop at once those of servers, since one that loads weights would make us wait."""
+    recipe = checked.recipe
+    models = {engine: recipe.judge_model(section).model for section, engine in checked.judges.items()}
+    if checked.policy:
+        models[checked.policy] = recipe.policy.model
+    return [engine for engine, model in models.items() if is_url(model) or not tally.aborted]
+
+
+def _prices(checked: Plan) -> dict[str, Price]:
+    """What the policy and the judge cost; of several judges the dearest price, since the journal does not tell them apart."""
+    recipe = checked.recipe
+    servers = [recipe.judge_model(section).server for section in checked.judges]
+    dearest = (max((one.input_price for one in servers), default=0.0), max((one.output_price for one in servers), default=0.0))
+    return {"policy": Price(recipe.policy.server.input_price, recipe.policy.server.output_price), "judge": Price(*dearest)}
+
+
+def _fast_loop(checked: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed and a server is asked; else asyncio's own."""
+    models = [checked.recipe.policy.model, *(checked.recipe.judge_model(section).model for section in checked.judges)]
+    if not any(map(is_url, models)) or find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def _run_on_ray(checked: Plan, database: Database, tally: Tally, rows: Iterator[Row]) -> None:

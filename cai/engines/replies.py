@@ -1,0 +1,216 @@
+"""What a server's answers hold: completions, log-probabilities, rewards; and what its errors say.
+
+An answer that cannot be used raises `Transient`: it may be right when it is asked for again. NaN is never a number.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import msgspec
+
+from cai.engines.base import GenerateRequest, Loglikelihood, Reward
+from cai.errors import RequestError
+from cai.types import Completion
+
+_QUOTED = 300
+"""Characters of a server's message that an error repeats."""
+_decoder = msgspec.json.Decoder()
+
+
+class Transient(Exception):
+    """An attempt that failed and may succeed when it is made again."""
+
+    def __init__(self, problem: str, after: float = 0.0, kind: str = "failed") -> None:
+        """`after`: seconds that the server asks to wait; `kind`: `failed`, `overloaded`, `absent`, or `no numbers`."""
+        super().__init__(problem)
+        self.after, self.kind = after, kind
+
+
+def decode(raw: bytes) -> Any:
+    """JSON; NaN and Infinity, which Python's servers write and JSON has not, are read as such. Raises `Transient`."""
+    try:
+        return _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    try:
+        return json.loads(raw)
+    except ValueError as exc:
+        start = raw[:80].decode("utf-8", "replace")
+        raise Transient(f"the answer is not JSON, or cut off after {len(raw)} bytes: {start!r}") from exc
+
+
+def total_tokens(said: Any) -> float:
+    """The tokens that an answer says it cost; 0 where it says nothing."""
+    usage = said.get("usage") if isinstance(said, dict) else None
+    return float((usage or {}).get("total_tokens") or 0)
+
+
+def message_of(raw: bytes) -> str:
+    """What a server says of an error, in whatever form it says it."""
+    try:
+        said = json.loads(raw)
+        error = said.get("error", said.get("detail", said.get("message", said)))
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        text = raw.decode("utf-8", "replace")
+    return " ".join(str(text).split())[:_QUOTED] or "no message"
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds from now that a `Retry-After` names, as a number or as an HTTP date; 0 where it names nothing."""
+    if not header:
+        return 0.0
+    try:
+        return min(max(float(header), 0.0), 3600.0)
+    except ValueError:
+        pass
+    try:
+        return min(max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0), 3600.0)
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _unusable(said: Any, what: str, kind: str = "failed") -> NoReturn:
+    error = said.get("error") if isinstance(said, dict) else None
+    told = error.get("message", error) if isinstance(error, dict) else error
+    raise Transient(f"{what}{f': {told}' if told else ''}"[:300], kind=kind)
+
+
+def read_completion(said: Any, request: GenerateRequest, size: int) -> Completion:
+    """The first completion. Raises `Transient` where there is none."""
+    try:
+        choice = said["choices"][0]
+        message = choice.get("message")
+        text = choice["text"] if message is None else message.get("content") or message.get("refusal") or ""
+        finish, usage = choice.get("finish_reason"), said.get("usage") or {}
+        prompt, made = usage.get("prompt_tokens", size // 4), usage.get("completion_tokens", len(text) // 4)
+        whole = Completion(str(text).strip(), _finish(finish), int(prompt), int(made), request.seed)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        _unusable(said, "an answer without a completion in it (no 'choices')")
+    return whole
+
+
+def _finish(reason: Any) -> Any:
+    if reason == "content_filter":
+        raise RequestError("the server's content filter cut this completion off")
+    if reason == "error":
+        raise Transient("the server ended this completion by an error")
+    return "length" if reason in ("length", "max_tokens", "model_length") else "stop"
+
+
+def _spend(said: Any, spent: list[int]) -> None:
+    """Prompt tokens, and the one that every such question generates."""
+    usage = said.get("usage") or {}
+    spent.append(int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0))
+
+
+def read_texts(said: Any, spent: list[int]) -> Mapping[str, float]:
+    """The likeliest next tokens as texts; `spent` gets the tokens that were paid for."""
+    try:
+        logprobs = said["choices"][0]["logprobs"]
+        if "content" in logprobs:
+            top = logprobs["content"][0]["top_logprobs"]
+            pairs = [(_token_text(one), float(one["logprob"])) for one in top]
+        else:
+            pairs = [(token, float(value)) for token, value in logprobs["top_logprobs"][0].items()]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        _unusable(said, "an answer without log-probabilities", "no numbers")
+    found: dict[str, float] = {}
+    for token, value in pairs:
+        if math.isnan(value):
+            raise Transient("a log-probability is not a number (NaN)", kind="no numbers")
+        if value > -9000:  # vLLM's -9999 and others' -inf stand for none
+            found.setdefault(token, value)
+    if not found:
+        raise Transient("an answer without log-probabilities", kind="no numbers")
+    _spend(said, spent)
+    return found
+
+
+def _token_text(one: Mapping[str, Any]) -> str:
+    """A token's text; by its bytes, which are right where its text shows a part of a character."""
+    given = one.get("bytes")
+    return bytes(given).decode("utf-8", "replace") if given else str(one["token"])
+
+
+def read_ids(said: Any, tokens: Sequence[int], spent: list[int]) -> Mapping[int, float]:
+    """The log-probabilities of the tokens that were asked for."""
+    try:
+        top = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        found = {str(one["token"]).removeprefix("token_id:"): float(one["logprob"]) for one in top}
+        values = {token: found[str(token)] for token in tokens}
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        _unusable(said, "an answer without the log-probabilities that were asked for", "no numbers")
+    _all_numbers(values.values())
+    _spend(said, spent)
+    return values
+
+
+def _all_numbers(values: Any) -> None:
+    if not all(map(math.isfinite, values)):
+        raise Transient("a log-probability is not a finite number", kind="no numbers")
+
+
+def read_token_list(said: Any) -> list[int]:
+    """What `/tokenize` answers."""
+    try:
+        return [int(one) for one in said["tokens"]]
+    except (KeyError, TypeError, ValueError):
+        _unusable(said, "no tokens in the answer of /tokenize")
+
+
+def read_prompt_sum(said: Any, alone: list[int]) -> Loglikelihood:
+    """Over the tokens from where they begin to differ from the dialogue's alone."""
+    try:
+        entries = [next(iter(one.items())) if one else None for one in said["prompt_logprobs"]]
+        same = next((i for i, one in enumerate(entries) if one and (i >= len(alone) or int(one[0]) != alone[i])), len(entries))
+        values = [float(one[1]["logprob"]) for one in entries[same:] if one]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
+    return _summed(values, said)
+
+
+def read_echo_sum(said: Any, start: int) -> Loglikelihood:
+    """Over the tokens that end behind the place where the continuation begins."""
+    try:
+        logprobs = said["choices"][0]["logprobs"]
+        ends = [*logprobs["text_offset"][1:], math.inf]
+        values = [float(value) for value, end in zip(logprobs["token_logprobs"], ends, strict=True) if end > start]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
+    return _summed(values, said)
+
+
+def _summed(values: list[float], said: Any) -> Loglikelihood:
+    if not values:
+        raise RequestError("a continuation has no tokens of its own: there is nothing to score")
+    _all_numbers(values)
+    spent: list[int] = []
+    _spend(said, spent)
+    return Loglikelihood(sum(values), len(values), sum(spent))
+
+
+def read_reward(said: Any) -> Reward:
+    """The one output of a served classifier."""
+    numbers = reward_numbers(said)
+    if len(numbers) != 1 or not math.isfinite(numbers[0]):
+        _unusable(said, f"expected one reward, got {numbers[:4]}", "no numbers")
+    return Reward(numbers[0], int((said.get("usage") or {}).get("prompt_tokens") or 0))
+
+
+def reward_numbers(said: Any) -> list[float]:
+    """The outputs of a served classifier, in any of the forms that vLLM gives them."""
+    try:
+        data = said["data"][0]
+        values = data.get("data", data.get("probs"))
+        while values and isinstance(values[0], list):
+            values = values[0]
+        return [float(value) for value in values]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return []

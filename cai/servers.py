@@ -1,0 +1,108 @@
+"""How to ask a model that a server has, and what that may cost: the sections `server` and `budget` of a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from cai.documents import Part, Text
+
+_OURS = {"model", "messages", "prompt", "n", "stream"}
+_USERINFO = re.compile(r"://[^/\s]*@")
+
+
+class ServerConfig(Part):
+    """How to ask a model that a server has; only `name`, `api` and `extra_body` change what is answered."""
+
+    name: Text | None = None
+    """The model's name at the server; null: the only one that it lists."""
+    api: Literal["chat", "completions"] = "chat"
+    """`chat`: the server applies its chat template; `completions`: a dialogue is sent as a plain text of `Human:` and
+    `Assistant:`, for base models."""
+    replicas: tuple[Text, ...] = ()
+    """More base URLs at which the same model answers; requests go where the fewest are waiting."""
+    key_env: Text = "OPENAI_API_KEY"
+    """The environment variable that holds the key, where the server wants one."""
+    key_file: Text | None = None
+    """A file that holds the key, in place of the variable."""
+    concurrency: int | None = Field(default=None, gt=0, le=10_000)
+    """The most requests in flight at one URL; null: found while running, by what the server can bear."""
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """No more requests are sent."""
+    tokens_per_minute: int | None = Field(default=None, gt=0)
+    """No more tokens are asked for, those of prompts and of completions together."""
+    timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Seconds that one attempt may take."""
+    retries: int = Field(default=6, ge=0, le=1000)
+    """How often a request that failed is sent again, where that can help."""
+    give_up: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """Seconds that an overloaded or unreachable server is waited for, before the run stops."""
+    extra_body: dict[str, Any] = {}  # noqa: RUF012
+    """More fields of every request, such as `{chat_template_kwargs: {enable_thinking: false}}`; null takes a field out."""
+    input_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """What a million prompt tokens cost, in the currency of `budget.money`."""
+    output_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """What a million generated tokens cost."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _adds(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(_OURS & value.keys()):
+            raise ValueError(f"'{own[0]}' is not for extra_body; the engine sets it")
+        return value
+
+    @field_validator("replicas")
+    @classmethod
+    def _urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if problem := url_problem(url):
+                raise ValueError(problem)
+        return value
+
+
+class BudgetConfig(Part):
+    """What a run folder may cost, all its sessions together; a run that has spent it stops and can go on with more."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    """Tokens of prompts and completions, of policy and judge."""
+    money: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Money, by the prices of `policy.server` and `judge.server`."""
+
+
+def is_url(model: str) -> bool:
+    """Whether a model's name is the address of a server."""
+    return model.lower().startswith(("http://", "https://"))
+
+
+def url_problem(url: str) -> str | None:
+    """What is wrong with a server's base URL, without repeating it: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        named = parts.hostname and (parts.port or True)
+    except ValueError:
+        named = False
+    if not is_url(url) or not named:
+        return "expected the base URL of a server, such as http://127.0.0.1:8000/v1"
+    if parts.username is not None or parts.password is not None or "@" in parts.netloc:
+        return "a URL with a user or a password in it is refused; give the key by server.key_env or server.key_file"
+    if parts.query or parts.fragment:
+        return "a URL with '?' or '#' is refused; give the key by server.key_env or server.key_file"
+    return None
+
+
+def model_problem(model: str, server: ServerConfig) -> tuple[str, str] | None:
+    """What is wrong with a model's name and the server's settings beside it: the key, and the problem."""
+    if is_url(model):
+        problem = url_problem(model)
+        return ("model", problem) if problem else None
+    if server != ServerConfig():
+        return "server", "these settings are for the URL of a server, and this model is none; remove them"
+    return None
+
+
+def without_userinfo(text: str) -> str:
+    """A text in which the users and passwords of URLs are starred out."""
+    return _USERINFO.sub("://***@", text)
