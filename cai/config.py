@@ -12,6 +12,7 @@ dataset: {test_fraction: 0.1}
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,6 +254,30 @@ class DatasetConfig(Part):
     """The licence that the card names, as the Hub spells it (`cc-by-4.0`)."""
 
 
+class RayConfig(Part):
+    """Many machines: a Ray cluster whose workers hold the engines. Decides where a record is made, never what is in it."""
+
+    address: Text | None = None
+    """`local` (a cluster on this machine, for this run), `auto` or HOST:PORT (one that runs already, of which this machine is
+    a node); null: no Ray."""
+    workers: int = Field(default=1, gt=0, le=10_000)
+    """How many workers; each has its own engines and `generation.concurrency` prompts in flight."""
+    cpus_per_worker: float = Field(default=1.0, ge=0, le=10_000)
+    """The CPUs that Ray sets aside for a worker; a fraction where it only asks servers."""
+    gpus_per_worker: float = Field(default=0.0, ge=0, le=10_000)
+    """The GPUs of a worker; a fraction shares one."""
+    block_rows: int = Field(default=32, gt=0, le=100_000)
+    """Prompts that go to a worker together; what is lost with a worker is at most what it makes of a few such blocks."""
+
+    @field_validator("address")
+    @classmethod
+    def _of_a_node(cls, value: str | None) -> str | None:
+        if value is None or re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:.]+\]:\d{1,5}", value):
+            return value
+        more = "; run the command on a node of the cluster, or by `ray job submit`" if "://" in value else ""
+        raise ValueError(f"expected local, auto or HOST:PORT{more}")
+
+
 class Recipe(Part):
     """All of it."""
 
@@ -273,7 +298,10 @@ class Recipe(Part):
     budget: BudgetConfig = BudgetConfig()
     """What it may cost."""
 
-    @field_validator("policy", "judge", "prompts", "generation", "dataset", "budget", mode="before")
+    ray: RayConfig = RayConfig()
+    """On which machines."""
+
+    @field_validator("policy", "judge", "prompts", "generation", "dataset", "budget", "ray", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value

@@ -249,6 +249,7 @@ SETTINGS = {
     "generation.pairs": "both",
     "generation.comparisons": "tournament",
     "dataset.ranking": "bradley-terry",
+    "ray.address": "head:6379",
     "judge.server": "{retries: 9}",
     "policy.server.api": "completions",
     "policy.server.replicas": "['http://other/v1']",

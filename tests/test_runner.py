@@ -52,7 +52,8 @@ class Pass:
         self.generator = Generator(recipe, constitution, engine, ChoiceJudge(engine, recipe.judge, constitution))
 
     async def run(self, rows: Iterable[Row]) -> Tally:
-        await Runner(self.generator, self.database, self.tally).run(iter(rows))
+        at_once = self.generator.recipe.generation.concurrency
+        await Runner(self.generator, self.database, self.tally, at_once).run(iter(rows))
         return self.tally
 
     async def fails(self, rows: Iterable[Row], error: type[BaseException]) -> str:

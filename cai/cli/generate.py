@@ -21,13 +21,14 @@ from cai.generation.estimate import Estimate
 from cai.store import Mode, would_lose
 
 
-def show_dry_run(recipe: Recipe, out: Path) -> None:
+def show_dry_run(recipe: Recipe, out: Path | str) -> None:
     """The resolved recipe, the number of calls, about how many tokens, what `out` holds of it already. Makes no call."""
     plan, estimate = pipeline.dry_run(recipe)
     print(recipe.to_yaml())
     _show_estimate(recipe, estimate)
-    there = _identity(out)
-    if there is not None and (kept := would_lose(out)):
+    local = pipeline.local_folder(out)
+    there = _identity(local)
+    if there is not None and (kept := would_lose(local)):
         which = "this run already" if there == plan.identity else "another run (--update keeps what of it still fits)"
         console.print(f"{escape(printable(str(out)))} holds {which}: {kept} are paid for", soft_wrap=True)
 
@@ -68,8 +69,9 @@ def _identity(out: Path) -> object:
         return None
 
 
-def run(recipe: Recipe, out: Path, mode: Mode) -> None:
+def run(recipe: Recipe, out: Path | str, mode: Mode) -> None:
     """Generate with progress, then show what came of it."""
+    local = pipeline.local_folder(out)
 
     @contextmanager
     def watch(tally: Tally, total: int | None) -> Iterator[None]:
@@ -80,9 +82,11 @@ def run(recipe: Recipe, out: Path, mode: Mode) -> None:
     try:
         manifest = pipeline.generate(recipe, out, mode, watch)
     except Interrupted as exc:
-        kept = would_lose(out)
+        kept = would_lose(local)
         raise type(exc)(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
-    show_summary(manifest, out)
+    show_summary(manifest, local)
+    if local != out:
+        console.print(f"  all of it is also at {escape(printable(str(out)))}", soft_wrap=True)
 
 
 def _note_self_judging(recipe: Recipe) -> None:

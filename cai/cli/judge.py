@@ -22,6 +22,7 @@ from cai.cli.options import (
     option,
     resolve_recipe,
 )
+from cai.errors import ConfigError
 
 if TYPE_CHECKING:
     from cai.config import Recipe
@@ -147,4 +148,6 @@ def _recipe(
 
 def _folder(recipe: Recipe, out: str | None, update: bool, fresh: bool, yes: bool) -> tuple[Path, Mode]:
     folder = choose_folder(out, f"judge-{recipe.judge.method}")
+    if isinstance(folder, str):
+        raise ConfigError(f"-o {folder}: a judge's results go to a folder on this machine")
     return folder, choose_mode(folder, update, fresh, yes)

@@ -19,14 +19,18 @@ from cai.cli.options import (
     Constitution,
     Fresh,
     Limit,
+    Ray,
     RecipeFile,
     Seed,
     Set,
     Update,
+    WithRay,
+    Workers,
     Yes,
     choose_folder,
     choose_mode,
     option,
+    refuse_lone_workers,
     resolve_recipe,
 )
 from cai.errors import BudgetError, CaiError, ConfigError, Interrupted
@@ -75,7 +79,7 @@ def _options(
     """Options that stand before any command."""
 
 
-@app.command(epilog=_EXAMPLES)
+@app.command(epilog=_EXAMPLES, cls=WithRay)
 def generate(
     prompts: Annotated[
         str | None,
@@ -97,11 +101,14 @@ def generate(
         str | None, option("--judge-model", panel=MODELS, metavar="MODEL", help="The judge; by default the policy's model.")
     ] = None,
     out: Annotated[
-        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/CONSTITUTION.")
+        str | None,
+        option("-o", "--out", panel=FOLDER, metavar="FOLDER|URL", help="Where to (also s3://…); default runs/CONSTITUTION."),
     ] = None,
     update: Update = False,
     fresh: Fresh = False,
     yes: Yes = False,
+    ray: Ray = None,
+    workers: Workers = None,
     dry_run: Annotated[bool, option("--dry-run", panel=FOLDER, help="Print recipe, calls and tokens; call nothing.")] = False,
 ) -> None:
     """Make a preference dataset from a constitution and prompts.
@@ -118,8 +125,11 @@ def generate(
         "judge.model": ("--judge-model", judge_model),
         "prompts.limit": ("-n", limit),
         "seed": ("--seed", seed),
+        "ray.address": ("--ray", ray),
+        "ray.workers": ("--workers", workers),
     }
     resolved = resolve_recipe(recipe, set_ or (), flags)
+    refuse_lone_workers(resolved, workers)
     folder = choose_folder(out, load_constitution(resolved.constitution).name)
     mode = choose_mode(folder, update, fresh, yes or dry_run)
     if dry_run:

@@ -7,10 +7,12 @@ import hashlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from cai.config import JudgeConfig, Recipe
+from cai.constitution import Constitution
 from cai.engines import (
     Capability,
     ChoiceLogprobs,
@@ -24,14 +26,39 @@ from cai.engines import (
 )
 from cai.errors import Interrupted, RequestError, VerdictError
 from cai.generation.budget import Budget
+from cai.generation.record import Generator
 from cai.generation.tally import Tally
-from cai.store import Call, Database
+from cai.judging import build_judge
+from cai.judging.calibration import LoadedCalibration
+from cai.store import Call
 from cai.types import Completion, Message, Messages, without_surrogates
 
 Result = TypeVar("Result")
 _encoder = msgspec.json.Encoder()
 _MANY = 16
 """From so many calls under way, those that end in the same turn of the event loop are written together."""
+
+
+class Journal(Protocol):
+    """Where finished calls are: the run's database, or what a worker of a cluster holds of it."""
+
+    async def find(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """The results of those calls that are finished."""
+        raise NotImplementedError
+
+    def add_calls(self, calls: list[Call]) -> None:
+        """Keep finished calls."""
+
+
+class Engines(NamedTuple):
+    """Who answers and who judges, and what was read from the files that correct the judges."""
+
+    policy: Engine | None
+    """None where the completions are given."""
+    judges: dict[JudgeConfig, Engine]
+    """By the section of each judge; none where a program decides."""
+    calibrations: dict[str, LoadedCalibration]
+    """By the path that the recipe names."""
 
 
 class Sent(NamedTuple):
@@ -44,8 +71,8 @@ class Sent(NamedTuple):
 class _Commits:
     """Writes finished calls: all that ended in one turn of the event loop in one transaction."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
         self._pending: list[tuple[list[Call], asyncio.Future[None]]] = []
 
     async def __call__(self, calls: list[Call]) -> None:
@@ -60,7 +87,7 @@ class _Commits:
     def _write(self) -> None:
         pending, self._pending = self._pending, []
         try:
-            self._database.add_calls([call for calls, _ in pending for call in calls])
+            self._journal.add_calls([call for calls, _ in pending for call in calls])
         except BaseException as exc:  # each that waits has to hear of it
             for _, written in pending:
                 if not written.done():
@@ -77,11 +104,11 @@ class JournaledEngine:
     Once `tally.stopping` is set, calls that are not in the journal raise `Interrupted`; those in flight finish.
     """
 
-    def __init__(self, engine: Engine, database: Database, role: str, tally: Tally, budget: Budget | None = None) -> None:
+    def __init__(self, engine: Engine, journal: Journal, role: str, tally: Tally, budget: Budget | None = None) -> None:
         """`role` is `policy` or `judge`: whose cost it is."""
-        self._engine, self._database, self._role, self._tally = engine, database, role, tally
+        self._engine, self._journal, self._role, self._tally = engine, journal, role, tally
         self._asked: dict[bytes, asyncio.Future[None]] = {}
-        self._commit = _Commits(database)
+        self._commit = _Commits(journal)
         self._budget = budget if budget and budget.is_limited else None
         self._digest = hashlib.blake2b(engine.fingerprint.encode(), digest_size=16)
 
@@ -116,17 +143,25 @@ class JournaledEngine:
         wanted = list(dict.fromkeys(keys))
         while others := {self._asked[key] for key in wanted if key in self._asked}:
             await asyncio.wait(others)
-        found = self._database.call_results(wanted)
-        self._tally.calls_replayed += len(found)
-        answered = asyncio.get_running_loop().create_future()
-        mine = dict.fromkeys((key for key in wanted if key not in found), answered)
-        self._asked |= mine
+        loop = asyncio.get_running_loop()
+        looked, answered = loop.create_future(), loop.create_future()
+        mine = wanted
+        self._asked |= dict.fromkeys(wanted, looked)
         try:
+            found = await self._journal.find(wanted)
+            for key in found:
+                del self._asked[key]
+            mine = [key for key in wanted if key not in found]
+            self._asked |= dict.fromkeys(mine, answered)
+            looked.set_result(None)
+            self._tally.calls_replayed += len(found)
             yield found
         finally:
             for key in mine:
                 del self._asked[key]
-            answered.set_result(None)
+            for waited_for in (looked, answered):
+                if not waited_for.done():
+                    waited_for.set_result(None)
 
     async def _call(self, call: Callable[[], Awaitable[Result]], sent: Sent) -> Result:
         if self._tally.stopping:
@@ -234,6 +269,17 @@ def _spent(result: Any) -> tuple[int, int]:
         return result.prompt_tokens, result.completion_tokens
     answers = result if isinstance(result, list) else [result]
     return sum(answer.computed_tokens for answer in answers), 0
+
+
+def journaled_generator(
+    recipe: Recipe, constitution: Constitution, engines: Engines, journal: Journal, tally: Tally, budget: Budget | None = None
+) -> Generator:
+    """What makes records, on engines that are journaled."""
+    policy = JournaledEngine(engines.policy, journal, "policy", tally, budget) if engines.policy else None
+    judges = dict.fromkeys(engines.judges.values())
+    judging = {engine: JournaledEngine(engine, journal, "judge", tally, budget) for engine in judges}
+    judge = build_judge(recipe.judge, constitution, lambda one: judging[engines.judges[one]], engines.calibrations)
+    return Generator(recipe, constitution, policy, judge)
 
 
 def _choice(value: bytes) -> ChoiceLogprobs:

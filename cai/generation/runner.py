@@ -10,15 +10,15 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import msgspec
 
 from cai.errors import BudgetError, CaiError, EngineError, Interrupted, PromptSourceError, RequestError, StoreError
-from cai.generation.record import Generator
 from cai.generation.tally import Tally
 from cai.prompts import Row
 from cai.store import Database, Quarantined
-from cai.types import Prompt
+from cai.types import Prompt, Record
 
 _AHEAD = 1000
 """Rows that are read before a worker asks for them."""
@@ -28,12 +28,20 @@ _DETAIL = 2000
 """Characters that the quarantine keeps of an error's message."""
 
 
+class RecordMaker(Protocol):
+    """Makes records: a `Generator` here, or a fleet of workers on other machines."""
+
+    async def make_record(self, prompt: Prompt, given: tuple[str, ...] = ()) -> Record:
+        """As `Generator.make_record`."""
+        raise NotImplementedError
+
+
 class Runner:
     """One pass over the rows of a source."""
 
-    def __init__(self, generator: Generator, database: Database, tally: Tally) -> None:
-        """The tally is where the pass says how far it is."""
-        self._generator, self._database, self._tally = generator, database, tally
+    def __init__(self, maker: RecordMaker, database: Database, tally: Tally, at_once: int) -> None:
+        """`at_once`: the most prompts in flight; the tally is where the pass says how far it is."""
+        self._maker, self._database, self._tally, self._at_once = maker, database, tally, at_once
 
     async def run(self, rows: Iterator[Row]) -> None:
         """Make a record of every row that has none yet.
@@ -43,10 +51,9 @@ class Runner:
         """
         self._database.begin_pass()
         feed = _Feed(rows)
-        workers = self._generator.recipe.generation.concurrency
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._work(feed)) for _ in range(workers)]
+                tasks = [group.create_task(self._work(feed)) for _ in range(self._at_once)]
                 with _on_signals(lambda: self._stop(feed, tasks)):
                     listening = group.create_task(self._listen(feed, tasks))
                     await asyncio.wait(tasks)
@@ -109,7 +116,7 @@ class Runner:
 
     async def _one(self, position: int, row: Row, prompt: Prompt) -> None:
         try:
-            record = await self._generator.make_record(prompt, row.given)
+            record = await self._maker.make_record(prompt, row.given)
         except Interrupted:
             return
         except RequestError as exc:

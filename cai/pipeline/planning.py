@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cai.config import JudgeConfig, ModelConfig, PanelMember, Recipe
+from cai.config import JudgeConfig, ModelConfig, PanelMember, RayConfig, Recipe
 from cai.constitution import Constitution, load_constitution
 from cai.engines import Engine, build_engine
 from cai.errors import CapabilityError, ConfigError
-from cai.generation import template_hash
+from cai.generation import Engines, template_hash
 from cai.generation.estimate import Estimate, estimate
 from cai.judging import NEEDS, usable_principles
 from cai.judging.calibration import LoadedCalibration, check_fits, judge_identity, load_calibration
@@ -37,6 +37,11 @@ class Plan:
     """The engine of the judge, or of each member of a panel."""
     calibrations: dict[str, LoadedCalibration]
     """What was read from each file that the judge, or a member of a panel, names as its calibration."""
+
+    @property
+    def engines(self) -> Engines:
+        """Who works."""
+        return Engines(self.policy, self.judges, self.calibrations)
 
     @property
     def judge_names(self) -> str:
@@ -81,7 +86,7 @@ class Plan:
     @property
     def pinned_recipe(self) -> Recipe:
         """The recipe that makes the same requests again, for the run folder: models of the Hub by their commit."""
-        recipe = self.recipe
+        recipe = self.recipe.model_copy(update={"ray": RayConfig()})  # another machine has another cluster
         revision = self.policy.revision if self.policy else recipe.policy.revision
         policy = recipe.policy.model_copy(update={"revision": revision})
         pinned = {"constitution": "constitution.yaml", "policy": policy, "judge": self._pinned_judge()}
@@ -107,6 +112,7 @@ def _copy(member: int | None = None) -> str:
 
 def plan(recipe: Recipe) -> Plan:
     """Find and check all that a recipe names, before anything is written or paid for. Raises `ConfigError`."""
+    _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     if lacking := lacking_principles(constitution, recipe.generation.rounds):
         raise ConfigError(f"generation.rounds: {lacking}")
@@ -177,9 +183,19 @@ def _instead(engine: Engine) -> str:
 
 def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
+    _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
     judges = plan_judges(recipe, constitution, {})
     return Plan(recipe, constitution, None, judges, plan_calibrations(recipe, constitution, judges))
+
+
+def _check_ray(recipe: Recipe) -> None:
+    if recipe.ray.address is None:
+        return
+    if find_spec("ray") is None:
+        raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
+    if recipe.budget.tokens is not None or recipe.budget.money is not None:
+        raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:

@@ -17,13 +17,13 @@ from cai.config import Recipe
 from cai.constitution import to_yaml
 from cai.engines import Engine
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
-from cai.generation import Budget, Generator, JournaledEngine, Price, Runner, Tally, calls_per_prompt
-from cai.judging import build_judge
+from cai.generation import Budget, Price, Runner, Tally, calls_per_prompt, journaled_generator
+from cai.models import cache_folder
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
 from cai.prompts import Row, count_prompts, read_pairs, read_prompts
 from cai.servers import is_url
-from cai.store import Database, Mode, RunFolder
+from cai.store import Database, Mirror, Mode, RunFolder, is_remote, local_copy
 from cai.types import Record
 
 Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
@@ -38,10 +38,11 @@ def generate(recipe: Recipe, out: Path | str, mode: Mode = "continue", watch: Wa
     """Run a recipe into the folder `out` and return its manifest; a run that was begun there is continued.
 
     Raises `ConfigError` before anything is written, `Interrupted` after a Ctrl-C, other `CaiError`s where the run
-    cannot go on. Whatever was finished is kept, and the same call continues.
+    cannot go on. Whatever was finished is kept, and the same call continues. `out` may be a URL (`s3://bucket/run`): the
+    run then works in a local copy, which is mirrored there.
     """
     tally = Tally()
-    return _run_anywhere(partial(_generate, recipe, Path(out), mode, watch, tally), tally)
+    return _run_anywhere(partial(_generate, recipe, out, mode, watch, tally), tally)
 
 
 def label(recipe: Recipe, out: Path, mode: Mode = "continue", watch: Watch | None = None) -> dict[str, Any]:
@@ -57,8 +58,22 @@ def _run_anywhere(run: Callable[[], dict[str, Any]], tally: Tally) -> dict[str, 
     return _beside_a_loop(run, tally) if _in_event_loop() else run()
 
 
-def _generate(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
-    return _make(plan(recipe), read_prompts(recipe.prompts), out, mode, watch, tally)
+def _generate(recipe: Recipe, out: Path | str, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
+    checked, rows = plan(recipe), read_prompts(recipe.prompts)
+    if not is_remote(out):
+        return _make(checked, rows, Path(out), mode, watch, tally)
+    local = local_folder(out)
+
+    def stop() -> None:
+        tally.stops += 1
+
+    with Mirror(str(out), local).writing(mode == "fresh", stop):
+        return _make(checked, rows, local, mode, watch, tally)
+
+
+def local_folder(out: Path | str) -> Path:
+    """Where a run folder is on this machine: itself, or the local copy of one behind a URL."""
+    return local_copy(str(out), cache_folder()) if is_remote(out) else Path(out)
 
 
 def _label(recipe: Recipe, out: Path, mode: Mode, watch: Watch | None, tally: Tally) -> dict[str, Any]:
@@ -143,18 +158,16 @@ def _save_recipe(checked: Plan, folder: RunFolder) -> None:
 
 
 def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) -> None:
-    database, budget = folder.database, Budget(checked.recipe.budget, _prices(checked), folder.database.usage(), tally)
-    policy = JournaledEngine(checked.policy, database, "policy", tally, budget) if checked.policy else None
-    engines = dict.fromkeys(checked.judges.values())
-    judges = {engine: JournaledEngine(engine, database, "judge", tally, budget) for engine in engines}
-    judge = build_judge(
-        checked.recipe.judge, checked.constitution, lambda one: judges[checked.judges[one]], checked.calibrations
-    )
-    generator = Generator(checked.recipe, checked.constitution, policy, judge)
+    if checked.recipe.ray.address:
+        _run_on_ray(checked, folder.database, tally, rows)
+        return
+    budget = Budget(checked.recipe.budget, _prices(checked), folder.database.usage(), tally)
+    told = checked.recipe, checked.constitution, checked.engines
+    generator = journaled_generator(*told, folder.database, tally, budget)
 
     async def run() -> None:
         try:
-            await Runner(generator, folder.database, tally).run(rows)
+            await Runner(generator, folder.database, tally, checked.recipe.generation.concurrency).run(rows)
         finally:
             for engine in _closing(checked, tally):
                 await engine.close()
@@ -189,6 +202,12 @@ def _fast_loop(checked: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:
 
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def _run_on_ray(checked: Plan, database: Database, tally: Tally, rows: Iterator[Row]) -> None:
+    from cai.distributed import run_on_ray
+
+    run_on_ray(checked.recipe, checked.constitution, checked.engines, database, tally, rows)
 
 
 def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:

@@ -2,16 +2,20 @@
 
 from cai.store.database import Call, Claim, Database, Quarantined, RoleUsage
 from cai.store.folder import Mode, RunFolder, content_hash, would_lose, write_whole
+from cai.store.remote import Mirror, is_remote, local_copy
 
 __all__ = [
     "Call",
     "Claim",
     "Database",
+    "Mirror",
     "Mode",
     "Quarantined",
     "RoleUsage",
     "RunFolder",
     "content_hash",
+    "is_remote",
+    "local_copy",
     "would_lose",
     "write_whole",
 ]
