@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -150,7 +151,9 @@ class _Feed:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Row] | None] = asyncio.Queue()
         self._room = threading.Semaphore(_AHEAD)
-        self._closed = False
+        self._taken = 0
+        self._ready: deque[tuple[int, Row] | None] = deque()
+        self._announced = self._closed = False
         self.error: PromptSourceError | None = None
         threading.Thread(target=self._read, args=(rows,), daemon=True).start()
 
@@ -160,8 +163,15 @@ class _Feed:
         if item is None:
             self._queue.put_nowait(None)
         else:
-            self._room.release()
+            self._make_room()
         return item
+
+    def _make_room(self) -> None:
+        """Wake the reading thread for a quarter of the rows at a time: for each row that would cost more than the row."""
+        self._taken += 1
+        if self._taken >= _AHEAD // 4:
+            self._room.release(self._taken)
+            self._taken = 0
 
     def close(self) -> None:
         """Wake up all that wait for a row; no further one is read."""
@@ -184,8 +194,17 @@ class _Feed:
             self._hand_over(None)
 
     def _hand_over(self, item: tuple[int, Row] | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        """Wake the loop once for all rows that are read before it comes to take them."""
+        self._ready.append(item)
+        if not self._announced:
+            self._announced = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._announced = False  # at first, so that a row that comes now is announced again
+        while self._ready:
+            self._queue.put_nowait(self._ready.popleft())
 
 
 def _storable(text: str) -> str:

@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS quarantine (
     row TEXT NOT NULL);
 """
 FORMAT = 2
+_CACHE = 16 * 1024
+"""KiB of pages in memory: keys are hashes, so that each write of a large run falls on another page."""
 _SPACE = "free some space, then the same command continues"
 _DAMAGED = "the file is damaged: put a copy of it back, or start over with --fresh"
 _HINTS = {"SQLITE_FULL": _SPACE, "SQLITE_NOTADB": _DAMAGED, "SQLITE_CORRUPT": _DAMAGED}
@@ -92,6 +94,7 @@ class Database:
             raise StoreError(f"{self.path}: written by another version of cai (format {version}); use another -o")
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(f"PRAGMA cache_size=-{_CACHE}")
         if version == 0:
             self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={FORMAT};COMMIT")
 
