@@ -190,7 +190,7 @@ class JournaledEngine:
 
     async def _keep(self, calls: list[Call]) -> None:
         if self._tally.in_flight < _MANY:
-            self._database.add_calls(calls)
+            self._journal.add_calls(calls)
         else:
             await self._commit(calls)
         self._tally.calls_made += len(calls)
