@@ -191,7 +191,7 @@ def test_prompts_come_from_standard_input(tmp_path, text):
 
 def test_nothing_on_standard_input_is_a_failure(tmp_path):
     done = generate(tmp_path, "-")
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "cai: prompts '-': there are none in it")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "cai: '-': there are no rows in it")
 
 
 # --- a dry run
@@ -266,9 +266,9 @@ def test_wrong_usage_is_told_on_standard_error_and_nothing_is_written(tmp_path, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"", "there are none in it"),
-        ("blank.txt", b"\n \n\n", "there are none in it"),
-        ("list.json", b"[]", "there are none in it"),
+        ("empty.jsonl", b"", "there are no rows in it"),
+        ("blank.txt", b"\n \n\n", "there are no rows in it"),
+        ("list.json", b"[]", "there are no rows in it"),
         ("none.jsonl", b'{"a": 1}\n', "the only row became no record (unreadable row: 1); the first, none.jsonl:1: "),
         ("broken.json", b'[{"prompt": "a"}, {', "not valid JSON"),
         ("cut.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0", "damaged or cut short"),

@@ -99,3 +99,12 @@ def test_a_prompt_is_counted_as_often_as_it_is_sent():
     assert long.policy_prompt_tokens - short.policy_prompt_tokens == 100 * (3 + 2 + 2)
     assert long.judge_prompt_tokens - short.judge_prompt_tokens == 100 * long.calls["judge"] == 100 * 8
     assert long.policy_completion_tokens == short.policy_completion_tokens
+
+
+GENERATED = [({"method": "reasoning", "max_tokens": 50}, 100), ({"method": "text"}, 24), ({}, 0)]
+
+
+@pytest.mark.parametrize(("judge", "each"), GENERATED)
+def test_what_the_judge_generates_is_told(judge, each):
+    asked = Recipe.model_validate({"judge": {**judge, "principles": 1}})
+    assert estimate(asked, CONSTITUTION, rows("Hi")).judge_completion_tokens == each, "in two orders"

@@ -336,3 +336,8 @@ def test_the_real_hh_data() -> None:
                 if not (all(line[name].endswith(text) for name, text in zip(("chosen", "rejected"), found.given, strict=True))):
                     not_as_written.append(found.origin)
     assert not_as_written == ["hh_harmless_dev.jsonl.gz:485"], "an answer in two turns"
+
+
+def test_an_answer_that_begins_like_a_transcript_is_an_answer_where_nobody_replies_in_it():
+    pair = to_pair({"prompt": "Translate: Mensch:", "chosen": "Human: a person.", "rejected": "Dog"})
+    assert (pair.chosen, pair.rejected) == ("Human: a person.", "Dog")

@@ -12,10 +12,9 @@ from rich.table import Table
 
 from cai import pipeline
 from cai.cli import progress
-from cai.cli.summary import show_summary
+from cai.cli.summary import saying_what_is_kept, show_summary
 from cai.cli.terminal import console, counted, errors, printable
 from cai.config import Recipe
-from cai.errors import Interrupted
 from cai.generation import Tally
 from cai.generation.estimate import Estimate
 from cai.store import Mode, would_lose
@@ -48,7 +47,7 @@ def _show_estimate(recipe: Recipe, estimate: Estimate) -> None:
     asked = sum(estimate.calls.values()) - judged
     for role, model, *numbers in (
         ("policy", recipe.policy.model, asked, estimate.policy_prompt_tokens, estimate.policy_completion_tokens),
-        ("judge", _judge_models(recipe), judged, estimate.judge_prompt_tokens, 0),
+        ("judge", _judge_models(recipe), judged, estimate.judge_prompt_tokens, estimate.judge_completion_tokens),
         ("together", "", asked + judged),
     ):
         table.add_row(role, escape(printable(str(model))), *(f"{number:,}" for number in numbers))
@@ -79,11 +78,8 @@ def run(recipe: Recipe, out: Path | str, mode: Mode) -> None:
         with progress.watch(tally, total):
             yield
 
-    try:
+    with saying_what_is_kept(local):
         manifest = pipeline.generate(recipe, out, mode, watch)
-    except Interrupted as exc:
-        kept = would_lose(local)
-        raise type(exc)(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
     show_summary(manifest, local)
     if local != out:
         console.print(f"  all of it is also at {escape(printable(str(out)))}", soft_wrap=True)

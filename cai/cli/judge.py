@@ -46,7 +46,7 @@ Method = Annotated[
     ),
 ]
 Out = Annotated[
-    str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="The run folder; default runs/judge-METHOD.")
+    str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="The run folder; default runs/COMMAND-METHOD.")
 ]
 
 
@@ -73,7 +73,7 @@ def evaluate(
     from cai.cli import judging
 
     resolved = _recipe(pairs, constitution, model, method, limit, recipe, set_)
-    folder, mode = _folder(resolved, out, update, fresh, yes)
+    folder, mode = _folder("evaluate", resolved, out, update, fresh, yes)
     judging.evaluate(resolved, folder, mode)
 
 
@@ -101,7 +101,7 @@ def calibrate(
     from cai.cli import judging
 
     resolved = _recipe(pairs, constitution, model, method, limit, recipe, ["judge.principles=all", *(set_ or ())])
-    folder, mode = _folder(resolved, out, update, fresh, yes)
+    folder, mode = _folder("calibrate", resolved, out, update, fresh, yes)
     judging.calibrate(resolved, folder, mode, save or folder / "calibration.yaml")
 
 
@@ -123,7 +123,7 @@ def label(
     from cai.cli import judging
 
     resolved = _recipe(pairs, constitution, model, method, limit, recipe, set_)
-    folder, mode = _folder(resolved, out, update, fresh, yes)
+    folder, mode = _folder("label", resolved, out, update, fresh, yes)
     judging.label(resolved, folder, mode)
 
 
@@ -146,8 +146,8 @@ def _recipe(
     return resolve_recipe(recipe, assignments or (), flags)
 
 
-def _folder(recipe: Recipe, out: str | None, update: bool, fresh: bool, yes: bool) -> tuple[Path, Mode]:
-    folder = choose_folder(out, f"judge-{recipe.judge.method}")
+def _folder(command: str, recipe: Recipe, out: str | None, update: bool, fresh: bool, yes: bool) -> tuple[Path, Mode]:
+    folder = choose_folder(out, f"{command}-{recipe.judge.method}")
     if isinstance(folder, str):
         raise ConfigError(f"-o {folder}: a judge's results go to a folder on this machine")
     return folder, choose_mode(folder, update, fresh, yes)

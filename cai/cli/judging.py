@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cai import pipeline
 from cai.cli.progress import watch
-from cai.cli.summary import show_summary
+from cai.cli.summary import saying_what_is_kept, show_summary
 from cai.cli.terminal import console, printable
 from cai.config import Recipe
 from cai.constitution import load_constitution
@@ -26,7 +26,12 @@ _NEEDED = ("scipy", "sklearn", "matplotlib", "krippendorff")
 
 def label(recipe: Recipe, out: Path, mode: Mode) -> None:
     """Judge the pairs, then show the dataset that came of it."""
-    show_summary(pipeline.label(recipe, out, mode, watch), out)
+    show_summary(_judged(recipe, out, mode), out)
+
+
+def _judged(recipe: Recipe, out: Path, mode: Mode) -> dict[str, Any]:
+    with saying_what_is_kept(out):
+        return pipeline.label(recipe, out, mode, watch)
 
 
 def evaluate(recipe: Recipe, out: Path, mode: Mode) -> None:
@@ -35,15 +40,18 @@ def evaluate(recipe: Recipe, out: Path, mode: Mode) -> None:
     from cai.evaluation import measure
     from cai.report.agreement import render_page
 
-    manifest = pipeline.label(recipe, out, mode, watch)
+    manifest = _judged(recipe, out, mode)
     agreement = measure(pipeline.read_records(out), manifest["prompts"]["quarantined"], recipe.seed).to_json()
     usage = manifest["usage"].get("judge", {"calls": 0, "prompt_tokens": 0, "completion_tokens": 0})
     facts = _facts(recipe, manifest, usage)
     told = {"facts": facts, "usage": usage, "agreement": agreement}
     write_whole(out / "evaluation.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    title = f"{recipe.judge.method} by {manifest['judge']}"
+    title = recipe.judge.method if recipe.judge.method == "checks" else f"{recipe.judge.method} by {manifest['judge']}"
     write_whole(out / "evaluation.html", render_page(agreement, title, facts))
     show_agreement(agreement, facts)
+    if agreement["failures"]:
+        file = out / "run" / "quarantine.jsonl"
+        console.print(f"\nthe rows that failed, each with its reason: {escape(printable(str(file)))}", soft_wrap=True)
     console.print(f"\nthe page with pictures: {escape(printable(str(out / 'evaluation.html')))}", soft_wrap=True)
 
 
@@ -59,14 +67,14 @@ def calibrate(recipe: Recipe, out: Path, mode: Mode, save: Path) -> None:
     _check_target(save, out)
     if recipe.prompts.source != "-":  # what is piped in can be read only once
         check_enough(read_pairs(recipe.prompts))
-    manifest = pipeline.label(recipe, out, mode, watch)
+    manifest = _judged(recipe, out, mode)
     judge = judge_identity(recipe.judge, manifest["judge"], load_constitution(str(out / "constitution.yaml")))
     found = fit(pipeline.read_records(out), judge, recipe.seed)
     write_whole(save, found.calibration.to_yaml())
     table = Table("cross-validated", "accuracy", "log loss", "ECE", box=None, header_style="bold", pad_edge=False)
-    rows = {"as it was": found.uncalibrated, "one scale": found.scale, "weights of principles": found.weights}
-    for name, measures in rows.items():
-        table.add_row(name, *(_range(*estimate) for estimate in measures))
+    rows = {"as it was": found.uncalibrated, "one scale": found.scale, "by principle": found.weights}
+    for name, (accuracy, log_loss, error) in rows.items():
+        table.add_row(name, _short(accuracy, ".1%"), _short(log_loss), _short(error))
     console.print()
     console.print(table)
     console.print(f"\n{escape(found.finding)}", soft_wrap=True)
@@ -140,17 +148,32 @@ def _facts(recipe: Recipe, manifest: Mapping[str, Any], usage: Mapping[str, Any]
         "pairs": f"{recipe.prompts.source}: {manifest['prompts']['read']:,} read",
         "constitution": f"{constitution['name']} {constitution['version']} ({constitution['hash']})",
         "judge": str(manifest["judge"]),
-        "method": f"{recipe.judge.method}, {recipe.judge.principles} principles a pair",
+        "method": _method(recipe),
         "cost": f"{usage['calls']:,} calls, {usage['prompt_tokens']:,} prompt tokens computed, "
         f"{usage['completion_tokens']:,} generated, in this folder in all",
     }
+
+
+def _method(recipe: Recipe) -> str:
+    judge, members = (
+        recipe.judge,
+        ", ".join(f"{one.name} ({one.method}, weight {one.weight:g})" for one in recipe.judge.members),
+    )
+    if judge.method in ("checks", "reward-model"):
+        return judge.method
+    return f"{judge.method}{members and f' of {members}'}, principles a pair: {judge.principles}"
+
+
+def _short(estimate: tuple[float, float, float], form: str = ".3f") -> str:
+    value, low, high = estimate
+    return f"{value:{form}} ({low:{form}}–{high:{form}})".replace("%–", "–")
 
 
 def _estimate(estimate: Mapping[str, Any], form: str = ".1%") -> str:
     return _range(estimate["value"], estimate["low"], estimate["high"], form)
 
 
-def _range(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:
+def _range(value: float | None, low: float | None, high: float | None, form: str) -> str:
     if value is None:
         return "–"
     return f"{value:{form}}" + ("" if low is None or high is None else f"  ({low:{form}} to {high:{form}})")

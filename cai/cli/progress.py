@@ -88,7 +88,9 @@ def _state(tally: Tally, began: float) -> str:
         return f"{duration(seconds)}, loading the model and waiting for first answers"
     if not tally.calls_made and tally.records_kept:
         return f"{tally.records_kept:,} kept from before, no call was needed"
-    parts = [f"{tally.calls_made:,} calls", f"{tally.completion_tokens / max(seconds, 1e-9):,.0f} tokens/s"]
+    seconds = max(seconds, 1e-9)
+    generated, made = tally.completion_tokens / seconds, tally.calls_made / seconds
+    parts = [f"{tally.calls_made:,} calls", f"{generated:,.0f} tokens/s" if generated else f"{made:,.1f} calls/s"]
     if tally.quarantined or tally.duplicates:
         parts.append(f"{tally.quarantined.total() + tally.duplicates} left out")
     return ", ".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cai.cli.terminal import console, counted, duration, printable, shortened
+from cai.errors import Interrupted
+from cai.store import would_lose
 
 _GROUPS = ("rows", "candidates", "revisions", "sft", "preference", "unpaired")
 """What is left out, in the order in which it is."""
@@ -24,6 +28,16 @@ _HINTS = {
     "revisions: truncated": _LONGER,
 }
 """By what most pairs, or the texts for them, were left out: what may help."""
+
+
+@contextmanager
+def saying_what_is_kept(out: Path) -> Iterator[None]:
+    """Adds to an interruption how many finished calls the folder keeps."""
+    try:
+        yield
+    except Interrupted as exc:
+        kept = would_lose(out)
+        raise type(exc)(f"{exc}; {kept} are kept" if kept else str(exc)) from exc
 
 
 def show_summary(manifest: dict[str, Any], out: Path) -> None:

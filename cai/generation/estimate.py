@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from cai.config import Recipe
 from cai.constitution import Constitution
 from cai.generation.dialogues import critique_request, few_shot, revision_request
-from cai.generation.record import calls_per_prompt
+from cai.generation.record import calls_per_prompt, comparisons_per_prompt
+from cai.judging import generated_tokens
 from cai.judging.choice import question
 from cai.prompts import Row
 from cai.types import Messages
@@ -27,6 +28,7 @@ class Estimate:
     policy_prompt_tokens: int
     policy_completion_tokens: int
     judge_prompt_tokens: int
+    judge_completion_tokens: int
 
 
 def estimate(recipe: Recipe, constitution: Constitution, rows: Iterable[Row]) -> Estimate:
@@ -55,6 +57,7 @@ def estimate(recipe: Recipe, constitution: Constitution, rows: Iterable[Row]) ->
         policy_prompt_tokens=each["answer"] * asked + critiques + revisions,
         policy_completion_tokens=(calls["answer"] + calls["critique"] + calls["revision"]) * most,
         judge_prompt_tokens=each["judge"] * asked + calls["judge"] * (2 * most + compare),
+        judge_completion_tokens=prompts * generated_tokens(recipe.judge, constitution, comparisons_per_prompt(recipe)),
     )
 
 

@@ -172,13 +172,18 @@ def calls_per_prompt(recipe: Recipe, constitution: Constitution, given: bool = F
     if given:
         return {"judge": judge_calls(recipe.judge, constitution, 2, 1)}
     generation = recipe.generation
-    each = generation.candidates - 1 if generation.comparisons == "tournament" else math.comb(generation.candidates, 2)
     revised, sampled = generation.pairs != "samples", generation.pairs != "revision"
-    comparisons = revised + sampled * each
     completions = (generation.candidates if sampled else 1) + revised
     return {
         "answer": generation.candidates,
         "critique": generation.rounds,
         "revision": generation.rounds,
-        "judge": judge_calls(recipe.judge, constitution, completions, comparisons),
+        "judge": judge_calls(recipe.judge, constitution, completions, comparisons_per_prompt(recipe)),
     }
+
+
+def comparisons_per_prompt(recipe: Recipe) -> int:
+    """The most pairs of one prompt that are judged."""
+    generation = recipe.generation
+    each = generation.candidates - 1 if generation.comparisons == "tournament" else math.comb(generation.candidates, 2)
+    return (generation.pairs != "samples") + (generation.pairs != "revision") * each

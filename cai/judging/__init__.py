@@ -17,9 +17,9 @@ from cai.judging.likelihood import LikelihoodJudge
 from cai.judging.reasoning import ReasoningJudge
 from cai.judging.reward_model import RewardModelJudge
 from cai.judging.score import ScoreJudge
-from cai.judging.text import TextJudge
+from cai.judging.text import MAX_TOKENS, TextJudge
 
-__all__ = ["NEEDS", "Judge", "build_judge", "judge_calls", "usable_principles"]
+__all__ = ["NEEDS", "Judge", "build_judge", "generated_tokens", "judge_calls", "usable_principles"]
 
 NEEDS: dict[Method, frozenset[Capability]] = {
     "choice": frozenset({"choice_logprobs"}),
@@ -115,3 +115,11 @@ def judge_calls(config: JudgeConfig, constitution: Constitution, completions: in
             return completions
         case _:
             return 0
+
+
+def generated_tokens(config: JudgeConfig, constitution: Constitution, comparisons: int) -> int:
+    """The most tokens that the judge generates for so many comparisons."""
+    if config.method == "panel":
+        return sum(generated_tokens(config.member(one), constitution, comparisons) for one in config.members)
+    each = {"reasoning": config.max_tokens / 2, "text": MAX_TOKENS}.get(config.method, 0)  # a thought, then a choice
+    return int(each * judge_calls(config, constitution, 0, comparisons)) if each else 0

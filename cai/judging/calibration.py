@@ -145,6 +145,8 @@ class LoadedCalibration(NamedTuple):
 
 def load_calibration(path: Path) -> LoadedCalibration:
     """A calibration from a file. Raises `ConfigError` naming file, line, key and fix."""
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such calibration; `cai judge calibrate PAIRS --save {path}` makes one")
     document = Document.read(path)
     return LoadedCalibration(document.validate(Calibration), document.text)
 

@@ -148,7 +148,7 @@ def find_function(target: str) -> Any:
     try:
         function = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything at import
-        problem = f"{type(exc).__name__}: {exc}; expected package.module:function that can be imported"
+        problem = f"{type(exc).__name__}: {exc}; expected package.module:function, installed or in a folder of PYTHONPATH"
         raise ConfigError(f"check {target}: {problem}") from exc
     if not callable(function):
         raise ConfigError(f"check {target}: this is no function")

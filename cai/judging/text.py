@@ -24,7 +24,7 @@ from cai.types import Messages
 
 _TEMPLATE = Template(Path(__file__).with_name("text.txt").read_text(encoding="utf-8"))
 _ANSWER = re.compile(r"(?:(?:the )?(?:better )?(?:answer|completion)(?: is)?:? *)?[\"'(*]*([AB])[\"')*]*\.?", re.IGNORECASE)
-_MAX_TOKENS = 12
+MAX_TOKENS = 12
 _TRIES = 3
 """How often one sample is drawn anew where it is no answer."""
 
@@ -56,7 +56,7 @@ class TextJudge(OrderedJudge):
     async def _letter(self, asked: Messages, seed: int) -> str:
         text, config = "", self._config
         for number in range(_TRIES if config.temperature else 1):
-            request = GenerateRequest(asked, _MAX_TOKENS, config.temperature, 1.0, derive_seed(seed, "try", number))
+            request = GenerateRequest(asked, MAX_TOKENS, config.temperature, 1.0, derive_seed(seed, "try", number))
             text = (await self._engine.generate(request)).text
             if letter := parse(text):
                 return letter

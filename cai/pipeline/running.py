@@ -229,7 +229,7 @@ def _run_on_ray(checked: Plan, database: Database, tally: Tally, rows: Iterator[
 
 def _check_result(recipe: Recipe, tally: Tally, folder: RunFolder) -> None:
     if tally.read == 0:
-        raise PromptSourceError(f"prompts '{recipe.prompts.source}': there are none in it")
+        raise PromptSourceError(f"'{recipe.prompts.source}': there are no rows in it")
     if tally.done != tally.read:
         raise EngineError(f"unaccounted for: {tally.read - tally.done} of {tally.read} rows; the same command continues")
     if not tally.records_made and not tally.records_kept:

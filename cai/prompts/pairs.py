@@ -92,7 +92,9 @@ def _answer(value: Any, where: str) -> tuple[Messages, str]:
 
 def _turns(value: Any, where: str) -> list[Message]:
     if isinstance(value, str):
-        is_dialogue = value.lstrip("\n").startswith("Human:")
+        is_dialogue = value.startswith("\n\nHuman:") or (
+            value.lstrip("\n").startswith("Human:") and "\n\nAssistant:" in value  # else an answer that begins so
+        )
         return _transcript(value) if is_dialogue else [Message("assistant", without_surrogates(value))]
     if isinstance(value, list | tuple):
         return [_turn(item, f"{where}[{index}]") for index, item in enumerate(value)]
