@@ -96,7 +96,7 @@ async def through_cai(folder: Path, count: int, max_tokens: int, repeats: int) -
         start = time.perf_counter()
         policy, judge = (JournaledEngine(recording, database, role, tally) for role in ("policy", "judge"))
         comparing = build_judge(recipe.judge, constitution, lambda _, judge=judge: judge)
-        await Runner(Generator(recipe, constitution, policy, comparing), database, tally).run(iter(rows))
+        await Runner(Generator(recipe, constitution, policy, comparing), database, tally, len(rows)).run(iter(rows))
         seconds.append(time.perf_counter() - start)
         database.close()
         (folder / f"calls-{repeat}.json").write_text(json.dumps(recording.calls))
