@@ -25,6 +25,8 @@ from zlib import crc32
 import msgspec
 from aiohttp import web
 
+from benchmarks.mock_batches import Batches, Problem
+
 _SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in ("a", "e", "i", "o", "u", "ai", "ou")]
 WORDS = [first + last for last in ("n", "rel", "st", "m", "vin", "sk") for first in _SYLLABLES][::-1][:619]
 """A prime number of them, so that no stride comes round before all were said: what repeats itself is no revision."""
@@ -75,6 +77,18 @@ class Settings(msgspec.Struct):
     remember: bool = True
     """Whether it tells which calls were made twice; that wants memory for each call."""
     seed: int = 0
+    batches: bool = True
+    """Whether there is a batch API; see `mock_batches.py`."""
+    batch_delay: float = 0.2
+    """Seconds that a batch takes."""
+    batch_refuse: str = ""
+    """Why batches fail when they are validated; empty: they do not."""
+    batch_expire: int = 0
+    """So many batches expire when half of their lines are answered."""
+    batch_page: int = 100
+    """The most batches of one list."""
+    create_hang: bool = False
+    """Creating a batch works, and is never answered."""
 
 
 def logprob(context: str, token: str) -> float:
@@ -130,6 +144,7 @@ class MockServer:
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None, handler_cancellation=True))
         self._slots = asyncio.Condition()
         self._working = self._waiting = 0
+        self._batches = Batches(self)
         self._clear()
 
     def _clear(self) -> None:
@@ -176,6 +191,8 @@ class MockServer:
         if path == "/v1/models":
             root = {"root": f"weights/{settings.model}"} if settings.flavour == "vllm" else {}
             return _json({"object": "list", "data": [{"id": settings.model, "object": "model", **root}]})
+        if path.startswith(("/v1/files", "/v1/batches")) and settings.batches:
+            return await self._batch(request)
         raw = await request.read()
         try:
             body = _decode(raw)
@@ -188,6 +205,36 @@ class MockServer:
             shown = {"token_strs": tokens} if body.get("return_token_strs") else {}
             return _json({"count": len(tokens), "max_model_len": settings.context, "tokens": [*map(token_id, tokens)], **shown})
         return await self._call(request, path, raw, body)
+
+    async def _batch(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            answer = await self._batches.handle(request)
+        except Problem as exc:
+            return self._refuse(exc.status, str(exc))
+        if self.settings.create_hang and request.method == "POST" and request.path == "/v1/batches":
+            await asyncio.sleep(3600)
+        return web.Response(body=answer, content_type="application/jsonl") if isinstance(answer, bytes) else _json(answer)
+
+    def answer_line(self, path: str, raw: bytes) -> tuple[int, Any]:
+        """Status and JSON of a batch's line; the faults `error`, `overload` and `empty` hit lines, too."""
+        self.calls += 1
+        self.paths[f"batch {path}"] += 1
+        fault, body = self._draw(), _decode(raw)
+        if fault in ("error", "overload"):
+            self.faults[fault] += 1
+            status = self.settings.error_status if fault == "error" else self.settings.overload_status
+            return status, {"error": {"message": f"the mock has an {fault}"}}
+        answer = self._answer(path, body)
+        if isinstance(answer, web.Response):
+            return answer.status, _decode(bytes(answer.body))  # type: ignore[arg-type]
+        if fault == "empty":
+            self.faults[fault] += 1
+            return 200, {**answer, "choices": []}
+        self._remember(raw)
+        self.tokens[0] += answer["usage"]["prompt_tokens"]
+        self.tokens[1] += answer["usage"].get("completion_tokens", 0)
+        self.statuses[200] += 1
+        return 200, answer
 
     async def _control(self, request: web.BaseRequest) -> web.Response:
         """New settings, at once; `{"clear": true}` empties the counters, `{"die": true}` kills."""
@@ -419,6 +466,7 @@ class MockServer:
             "statuses": {str(status): count for status, count in self.statuses.items()},
             "faults": dict(self.faults),
             "paths": dict(self.paths),
+            "batches": self._batches.stats(),
             "in_flight": self.in_flight,
             "peak": self.peak,
             "prompt_tokens": self.tokens[0],

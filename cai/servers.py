@@ -6,7 +6,7 @@ import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cai.documents import Part, Text
 
@@ -40,6 +40,13 @@ class ServerConfig(Part):
     """How often a request that failed is sent again, where that can help."""
     give_up: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     """Seconds that an overloaded or unreachable server is waited for, before the run stops."""
+    batch: bool = False
+    """Send calls through the server's batch API (`/v1/batches`), which hosted providers offer at a lower price within 24 hours.
+    Thousands of prompts are worked on at once, whatever `generation.concurrency` says; a run can change to and fro."""
+    batch_wait: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Seconds without a new call after which those that are gathered become a batch."""
+    batch_poll: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Seconds before a batch is first looked at; the pauses grow to the twelvefold."""
     extra_body: dict[str, Any] = {}  # noqa: RUF012
     """More fields of every request, such as `{chat_template_kwargs: {enable_thinking: false}}`; null takes a field out."""
     input_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -61,6 +68,12 @@ class ServerConfig(Part):
             if problem := url_problem(url):
                 raise ValueError(problem)
         return value
+
+    @model_validator(mode="after")
+    def _batches_at_one_url(self) -> ServerConfig:
+        if self.batch and self.replicas:
+            raise ValueError("replicas are not used with batch: files and batches belong to one URL; remove one of them")
+        return self
 
 
 class BudgetConfig(Part):

@@ -84,10 +84,12 @@ def _state(tally: Tally, began: float) -> str:
     if tally.stopping:
         return f"stopping: {tally.in_flight} calls in flight finish; Ctrl-C again stops at once"
     seconds = time.monotonic() - began
-    if not tally.calls_made and tally.in_flight:
+    if not tally.calls_made and tally.in_flight and not tally.batches.in_words:
         return f"{duration(seconds)}, loading the model and waiting for first answers"
     if not tally.calls_made and tally.records_kept:
         return f"{tally.records_kept:,} kept from before, no call was needed"
+    if batches := tally.batches.in_words:
+        return f"{duration(seconds)}, {tally.calls_made:,} calls, {batches}"
     seconds = max(seconds, 1e-9)
     generated, made = tally.completion_tokens / seconds, tally.calls_made / seconds
     parts = [f"{tally.calls_made:,} calls", f"{generated:,.0f} tokens/s" if generated else f"{made:,.1f} calls/s"]

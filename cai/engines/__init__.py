@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 from cai.config import ModelConfig, VllmConfig
 from cai.engines.base import (
+    Batching,
+    BatchWork,
     Capability,
     ChoiceLogprobs,
     ChoiceRequest,
@@ -29,6 +31,8 @@ REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {
 
 __all__ = [
     "REQUIREMENTS",
+    "BatchWork",
+    "Batching",
     "Capability",
     "ChoiceLogprobs",
     "ChoiceRequest",

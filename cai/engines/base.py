@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
 from cai.errors import CapabilityError
+from cai.store import Database
 from cai.types import Completion, Messages
 
 Capability = Literal["generate", "choice_logprobs", "loglikelihood", "reward"]
@@ -109,6 +110,48 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop as soon as possible and release what is held; waiting requests fail."""
+
+
+class BatchWork:
+    """What servers work on in batches: for the progress display, and to end the waiting."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[str, tuple[int, int]] = {}
+        self._on_stop: list[Callable[[], None]] = []
+
+    def note(self, name: str, calls: int, finished: int) -> None:
+        """How far a batch is."""
+        self._under_way[name] = calls, finished
+
+    def ended(self, name: str) -> None:
+        """It is no longer under way."""
+        self._under_way.pop(name, None)
+
+    @property
+    def in_words(self) -> str:
+        """`3 batches of 2,000 calls under way, 40% finished`; empty where there is none."""
+        counts = list(self._under_way.values())
+        calls, finished = sum(one[0] for one in counts), sum(one[1] for one in counts)
+        what = "1 batch" if len(counts) == 1 else f"{len(counts):,} batches"
+        return f"{what} of {calls:,} calls under way, {finished / max(calls, 1):.0%} finished" if counts else ""
+
+    def on_stop(self, stop: Callable[[], None]) -> None:
+        """Call this when the run is to stop: a batch may take a day, and goes on without us."""
+        self._on_stop.append(stop)
+
+    def stop(self) -> None:
+        """Nobody waits for batches any more."""
+        for stop in self._on_stop:
+            stop()
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An engine that hands calls to a server which goes on working on them when this process is gone."""
+
+    def keep_batches(self, database: Database, work: BatchWork) -> None:
+        """Where to note what was handed over, and where to say how far it is."""
+        raise NotImplementedError
 
 
 def _unable(engine: Engine, call: Capability) -> CapabilityError:

@@ -117,7 +117,7 @@ class Client:
         number = self._number
         self._flying[number] = None
         try:
-            answer = await self._tries(lambda: self._attempt(call, read))
+            answer = await self.tries(lambda: self._attempt(call, read))
         except RequestError as exc:
             self._failed(str(exc), number)
             raise
@@ -129,7 +129,7 @@ class Client:
         self._failures, self._last_success = 0, time.monotonic()
         return answer
 
-    async def _tries(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def tries(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """The first attempt without more ado, since nearly all succeed; then `tenacity` goes on from its failure."""
         try:
             return await attempt()
@@ -216,6 +216,36 @@ class Client:
             if response.status == 404:
                 return 404, self._clean(message_of(raw))
             raise
+
+    async def fetch(self, path: str, body: bytes | aiohttp.FormData | None = None) -> bytes | None:
+        """One attempt at a file or a batch, which are at the first URL: what is there, or None for a 404.
+
+        Raises `Transient`, `RequestError`, `EngineError`; GET where there is no body. To be repeated by `tries`.
+        """
+        endpoint, headers = self.endpoints[0], {}
+        data: Any = body
+        if isinstance(body, aiohttp.FormData):
+            data = body()
+            headers = {"Content-Type": data.headers["Content-Type"]}
+        method = "GET" if body is None else "POST"
+        try:
+            async with self._open().request(
+                method, endpoint.at(path), data=data, headers=headers, allow_redirects=False
+            ) as response:
+                raw = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+            problem = str(getattr(exc, "os_error", exc)) or type(exc).__name__
+            raise Transient(f"{endpoint.base} cannot be reached: {problem}", kind="overloaded") from exc
+        if response.status == 404:
+            return None
+        if response.status not in (200, 201):
+            self._refuse(response.status, raw, response.headers, endpoint, path)
+        self._last_success = time.monotonic()
+        return raw
+
+    def refuse_line(self, status: int, raw: bytes, path: str) -> NoReturn:
+        """Raise what a line of a batch without an answer means: the same as the answer to a single request."""
+        self._refuse(status, raw, {}, self.endpoints[0], path)
 
     # -- which URL ------------------------------------------------------------------------------------------------------
 

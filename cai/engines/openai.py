@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import msgspec
 
 from cai.config import ModelConfig
 from cai.engines.base import (
+    BatchWork,
     Capability,
     ChoiceLogprobs,
     Engine,
@@ -31,6 +32,8 @@ from cai.engines.base import (
     Reward,
     RewardRequest,
 )
+from cai.engines.batch_api import check_batches
+from cai.engines.batches import Batches
 from cai.engines.choices import Spelled, by_ids, by_text
 from cai.engines.http import Client, Post
 from cai.engines.probe import CONTINUE, Facts, probe, with_extra
@@ -44,6 +47,7 @@ from cai.engines.replies import (
     read_token_list,
 )
 from cai.errors import RequestError
+from cai.store import Database
 from cai.types import Completion, Message, Messages
 
 Answer = TypeVar("Answer")
@@ -68,6 +72,7 @@ class OpenAIEngine(Engine):
         self._config, self._server, self._reward, self._section = config, config.server, reward, section
         self._urls = list(dict.fromkeys(url.rstrip("/") for url in (config.model, *config.server.replicas)))
         self._client = self._new_client()
+        self._batches = Batches(self._client, config.server) if config.server.batch else None
         self._known: Facts | None = None
         self._probing = threading.Lock()
         self._spellings: dict[tuple[str | None, tuple[str, ...]], asyncio.Future[tuple[int, list[Spelled]] | None]] = {}
@@ -89,6 +94,8 @@ class OpenAIEngine(Engine):
     async def _probe(self) -> Facts:
         client = self._new_client()
         try:
+            if self._server.batch:
+                await check_batches(client)
             return await probe(client, self._server, self._reward)
         finally:
             self._client.models = client.models
@@ -122,6 +129,11 @@ class OpenAIEngine(Engine):
             return " choices by token"
         return f" choices by top-{facts.top} {'in words' if facts.prefill == 'none' else 'prefilled'}" if facts.top else ""
 
+    def keep_batches(self, database: Database, work: BatchWork) -> None:
+        """Where to note the batches that are handed to the server."""
+        if self._batches:
+            self._batches.keep(database, work)
+
     # -- requests -------------------------------------------------------------------------------------------------------
 
     def _post(self, path: str, tokens: int, kind: Any, **fields: Any) -> Post:
@@ -130,6 +142,12 @@ class OpenAIEngine(Engine):
         except UnicodeEncodeError as exc:
             raise RequestError("a text of this dialogue holds lone surrogates, which no request can carry") from exc
         return Post(path, body, len(body) / 4 + tokens, kind)
+
+    async def _send(self, call: Post, read: Callable[[Any], Answer]) -> Answer:
+        """At once, or in a batch."""
+        if self._batches and call.path in (_CHAT, _TEXT):
+            return await self._batches.post(call, read)
+        return await self._client.post(call, read)
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion. Raises `RequestError`, and `ContextLengthError` where the server says so."""
@@ -147,7 +165,7 @@ class OpenAIEngine(Engine):
         if stop := [*request.stop, *([] if chat else ["\n\nHuman:"])]:
             fields["stop"] = stop
         call = self._post(_CHAT if chat else _TEXT, request.max_tokens, request.max_tokens, **fields)
-        return await self._client.post(call, lambda said: read_completion(said, request, len(call.body)))
+        return await self._send(call, lambda said: read_completion(said, request, len(call.body)))
 
     def _dialogue(self, messages: Messages, more: str = "") -> dict[str, Any]:
         """The messages as the chat API takes them, the last one with `more` at its end."""
@@ -164,7 +182,7 @@ class OpenAIEngine(Engine):
         """
         if not (self.facts.top or self.facts.token_ids):
             return await super().choice_logprobs(prompts, choices)
-        ahead = 1 if len(prompts) >= _SHARED and self.facts.token_ids else 0
+        ahead = 1 if len(prompts) >= _SHARED and self.facts.token_ids and not self._batches else 0
         first = [await self._choose(prompt, choices) for prompt in prompts[:ahead]]
         return [*first, *await asyncio.gather(*(self._choose(prompt, choices) for prompt in prompts[ahead:]))]
 
@@ -209,13 +227,13 @@ class OpenAIEngine(Engine):
             call = self._post(
                 _TEXT, 1, "choice", prompt=plain_text(messages), max_tokens=1, logprobs=top, temperature=1.0, seed=0
             )
-        return await self._client.post(call, lambda said: read_texts(said, spent))
+        return await self._send(call, lambda said: read_texts(said, spent))
 
     async def _next_ids(self, messages: Messages, tokens: Sequence[int], spent: list[int]) -> Mapping[int, float]:
         """Chosen next tokens (vLLM)."""
         asked = {"logprobs": True, "logprob_token_ids": list(tokens), "return_tokens_as_token_ids": True}
         fields = {**self._dialogue(messages), self.facts.limit: 1, "temperature": 1.0, "seed": 0, **asked}
-        return await self._client.post(self._post(_CHAT, 1, "choice", **fields), lambda said: read_ids(said, tokens, spent))
+        return await self._send(self._post(_CHAT, 1, "choice", **fields), lambda said: read_ids(said, tokens, spent))
 
     # -- tokens (vLLM) --------------------------------------------------------------------------------------------------
 
@@ -225,7 +243,7 @@ class OpenAIEngine(Engine):
         fields: dict[str, Any] = {key: extra[key] for key in ("chat_template", "chat_template_kwargs") if key in extra}
         shown = [Message(one.role, neutral(one.content)) for one in messages]
         body: dict[str, Any] = {"model": self.facts.model, "messages": shown, **fields, **(CONTINUE if goes_on else {})}
-        return await self._client.post(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), read_token_list)
+        return await self._send(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), read_token_list)
 
     async def _spell(self, messages: Messages, choices: tuple[str, ...]) -> tuple[int, list[Spelled]] | None:
         """The choices in tokens after such an ending, and how many characters of it they take in; None: not by tokens."""
@@ -273,14 +291,14 @@ class OpenAIEngine(Engine):
         whole = _continued(request.messages, request.continuation)
         fields = {**self._dialogue(whole), self.facts.limit: 1, "prompt_logprobs": 0, "temperature": 1.0}
         call = self._post(_CHAT, 1, "likelihood", **fields)
-        return await self._client.post(call, lambda said: read_prompt_sum(said, alone))
+        return await self._send(call, lambda said: read_prompt_sum(said, alone))
 
     async def _echoed(self, request: LoglikelihoodRequest) -> Loglikelihood:
         text = plain_text(request.messages)
         space = " " if request.messages[-1].role != "assistant" else ""
         whole = text + space + _plain(request.continuation)
         call = self._post(_TEXT, 0, "likelihood", prompt=whole, max_tokens=0, echo=True, logprobs=1, temperature=1.0)
-        return await self._client.post(call, lambda said: read_echo_sum(said, len(text)))
+        return await self._send(call, lambda said: read_echo_sum(said, len(text)))
 
     async def reward(self, request: RewardRequest) -> Reward:
         """What a served classifier with one output gives, before any activation."""
@@ -288,10 +306,12 @@ class OpenAIEngine(Engine):
             return await super().reward(request)
         shown = [Message(one.role, neutral(one.content)) for one in request.messages]
         fields = {"messages": shown, "add_generation_prompt": False, "use_activation": False}
-        return await self._client.post(self._post(self.facts.reward, 0, "reward", **fields), read_reward)
+        return await self._send(self._post(self.facts.reward, 0, "reward", **fields), read_reward)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; batches that were handed over go on."""
+        if self._batches:
+            await self._batches.close()
         await self._client.close()
 
 

@@ -67,7 +67,9 @@ class Runner:
         if self._tally.spent:
             raise BudgetError(self._tally.spent)
         if self._tally.stopping:
-            raise Interrupted("stopped before the end; the same command continues")
+            under_way = self._tally.batches.in_words
+            begun = f"; {under_way}: they go on at the server, and the same command fetches them" if under_way else ""
+            raise Interrupted(f"stopped before the end; the same command continues{begun}")
         if feed.error:
             raise feed.error
 
@@ -78,6 +80,7 @@ class Runner:
             for task in tasks:
                 task.cancel()
         self._tally.stopping = True
+        self._tally.batches.stop()
         feed.close()
 
     async def _listen(self, feed: _Feed, tasks: list[asyncio.Task[None]]) -> None:

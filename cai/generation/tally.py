@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from cai.engines import BatchWork
+
 _GENERATED = 10
 """How many of a judge's calls, which generate nothing, take about as long as one that generates a text."""
 
@@ -33,6 +35,8 @@ class Tally:
     """Nor are those in flight waited for."""
     spent: str = ""
     """Why no call is begun any more, where the budget is the reason."""
+    batches: BatchWork = field(default_factory=BatchWork)
+    """What servers work on in batches."""
     stops: int = 0
     """How often another thread asked to stop; as good as so many signals."""
 

@@ -196,6 +196,9 @@ def _check_ray(recipe: Recipe) -> None:
         raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
     if recipe.budget.tokens is not None or recipe.budget.money is not None:
         raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
+    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
+    if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, sections))):
+        raise ConfigError("server.batch: only a run on one machine notes its batches; remove it, or run without --ray")
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cai.config import Recipe
+from cai.config import ModelConfig, Recipe
 from cai.constitution import to_yaml
-from cai.engines import Engine
+from cai.engines import Batching, Engine
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, PromptSourceError, StoreError
 from cai.generation import Budget, Price, Runner, Tally, calls_per_prompt, journaled_generator
 from cai.models import cache_folder
@@ -31,6 +31,8 @@ Watch = Callable[[Tally, int | None], AbstractContextManager[None]]
 """Shows a pass while it runs: gets its counters and how many rows there are, where that is known."""
 _COLLECT_AFTER = 50_000
 """New objects between two looks for cycles while calls are made; some MB."""
+_AT_ONCE_IN_BATCHES = 10_000
+"""Prompts in flight where a server is asked in batches: each waits for hours, and a batch holds what is in flight."""
 _PATIENCE = 5.0
 """Seconds that a run in a thread has to end when it is to stop at once."""
 _CAUSE = 300
@@ -168,9 +170,16 @@ def _run(checked: Plan, folder: RunFolder, tally: Tally, rows: Iterator[Row]) ->
     told = checked.recipe, checked.constitution, checked.engines
     generator = journaled_generator(*told, folder.database, tally, budget)
 
+    at_once = checked.recipe.generation.concurrency
+    if any(model.server.batch for model in _models(checked)):
+        at_once = max(at_once, _AT_ONCE_IN_BATCHES)
+    for engine in filter(None, (checked.policy, *checked.judges.values())):
+        if isinstance(engine, Batching):
+            engine.keep_batches(folder.database, tally.batches)
+
     async def run() -> None:
         try:
-            await Runner(generator, folder.database, tally, checked.recipe.generation.concurrency).run(rows)
+            await Runner(generator, folder.database, tally, at_once).run(rows)
         finally:
             for engine in _closing(checked, tally):
                 await engine.close()
@@ -208,6 +217,12 @@ def _prices(checked: Plan) -> dict[str, Price]:
     servers = [recipe.judge_model(section).server for section in checked.judges]
     dearest = (max((one.input_price for one in servers), default=0.0), max((one.output_price for one in servers), default=0.0))
     return {"policy": Price(recipe.policy.server.input_price, recipe.policy.server.output_price), "judge": Price(*dearest)}
+
+
+def _models(checked: Plan) -> list[ModelConfig]:
+    """Of the policy, where it answers, and of each judge."""
+    judges = [checked.recipe.judge_model(section) for section in checked.judges]
+    return [checked.recipe.policy, *judges] if checked.policy else judges
 
 
 def _fast_loop(checked: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -28,6 +28,12 @@ CREATE TABLE IF NOT EXISTS quarantine (
     position INTEGER PRIMARY KEY, origin TEXT NOT NULL, prompt_id TEXT, reason TEXT NOT NULL, detail TEXT NOT NULL,
     row TEXT NOT NULL);
 """
+_BATCHES = """
+CREATE TABLE IF NOT EXISTS batches (
+    name TEXT PRIMARY KEY, endpoint TEXT NOT NULL, remote TEXT NOT NULL, status TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS batched (custom_id TEXT PRIMARY KEY, batch TEXT NOT NULL) WITHOUT ROWID;
+"""
+"""Not part of the format: a folder that an earlier version wrote gets these tables when it is opened."""
 FORMAT = 2
 _CACHE = 16 * 1024
 """KiB of pages in memory: keys are hashes, so that each write of a large run falls on another page."""
@@ -58,6 +64,18 @@ class Quarantined(msgspec.Struct, frozen=True):
     reason: str
     detail: str
     row: str
+
+
+class Batch(NamedTuple):
+    """Calls that were handed to a server's batch API together."""
+
+    name: str
+    """What the batch is called in its own metadata, so that it can be found before its id is known."""
+    endpoint: str
+    remote: str
+    """The server's id of it; empty where it is not known whether it was created."""
+    status: str
+    """`intended`, `created`, or `ended`, where its answers were read."""
 
 
 class RoleUsage(NamedTuple):
@@ -97,6 +115,8 @@ class Database:
         self._db.execute(f"PRAGMA cache_size=-{_CACHE}")
         if version == 0:
             self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={FORMAT};COMMIT")
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='batched'").fetchone():
+            self._db.executescript(f"BEGIN;{_BATCHES}COMMIT")
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -214,6 +234,43 @@ class Database:
         with self._guard():
             for row in self._db.execute("SELECT * FROM quarantine ORDER BY position"):
                 yield Quarantined(*row)
+
+    # -- batches at servers ---------------------------------------------------------------------------------------------
+
+    def add_batch(self, batch: Batch, custom_ids: list[str]) -> None:
+        """Note a batch and its calls; a call that was in another batch before now belongs to this one."""
+        with self.transaction():
+            self._db.execute("INSERT INTO batches VALUES (?,?,?,?)", batch)
+            rows = ((one, batch.name) for one in custom_ids)
+            self._db.executemany("INSERT OR REPLACE INTO batched VALUES (?,?)", rows)
+
+    def update_batch(self, name: str, remote: str, status: str) -> None:
+        """Note how far a batch is."""
+        with self.transaction():
+            self._db.execute("UPDATE batches SET remote=?, status=? WHERE name=?", (remote, status, name))
+
+    def drop_batch(self, name: str) -> None:
+        """Forget a batch that the server does not have, or refuses: its calls can be made anew."""
+        with self.transaction():
+            self._db.execute("DELETE FROM batched WHERE batch=?", (name,))
+            self._db.execute("DELETE FROM batches WHERE name=?", (name,))
+
+    def find_batches(self, custom_ids: list[str]) -> dict[str, Batch]:
+        """In which batch each of these calls was sent last; those that never were are left out."""
+        query = (
+            "SELECT custom_id, name, endpoint, remote, status FROM batched JOIN batches ON name = batch "
+            "WHERE custom_id IN (SELECT value FROM json_each(?))"
+        )
+        with self._guard():
+            found = self._db.execute(query, (msgspec.json.encode(custom_ids).decode(),))
+            return {one: Batch(*rest) for one, *rest in found}
+
+    def open_batches(self) -> tuple[int, int]:
+        """How many batches were handed over whose answers were not read, and how many calls are in them."""
+        query = "SELECT COUNT(DISTINCT name), COUNT(*) FROM batches JOIN batched ON batch = name WHERE status != 'ended'"
+        with self._guard():
+            batches, calls = self._db.execute(query).fetchone()
+        return batches, calls
 
     def close(self) -> None:
         """Close; SQLite folds the WAL back into the file where it can."""

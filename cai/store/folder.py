@@ -185,10 +185,13 @@ def would_lose(path: Path) -> str | None:
     except StoreError:
         return "a journal that cannot be read"
     try:
-        calls = database.count_calls()
+        calls, (batches, begun) = database.count_calls(), database.open_batches()
     finally:
         database.close()
-    return f"{calls:,} finished calls" if calls else None
+    kept = [f"{calls:,} finished calls"] if calls else []
+    if batches:
+        kept.append(f"{begun:,} calls that a server works on in batches")
+    return " and ".join(kept) or None
 
 
 def _calibrations(path: Path) -> list[Path]:
