@@ -191,8 +191,8 @@ class MockServer:
         if path == "/v1/models":
             root = {"root": f"weights/{settings.model}"} if settings.flavour == "vllm" else {}
             return _json({"object": "list", "data": [{"id": settings.model, "object": "model", **root}]})
-        if path.startswith(("/v1/files", "/v1/batches")) and settings.batches:
-            return await self._batch(request)
+        if path.startswith(("/v1/files", "/v1/batches")):
+            return await self._batch(request) if settings.batches else self._refuse(404, "Not Found")
         raw = await request.read()
         try:
             body = _decode(raw)

@@ -172,7 +172,7 @@ def test_ctrl_c_does_not_wait_and_says_what_goes_on(tmp_path: Path, reference: d
     with served(batch_delay=3600) as server:
         file = tmp_path / "recipe.yaml"
         file.write_text(on(server.url).to_yaml())
-        process = start("generate", "-r", file, "-o", out)
+        process = start("generate", "--recipe", file, "-o", out)
         wait_until(lambda: batches(out) == [("batch_1", "created")])
         process.terminate()
         _, err = process.communicate(timeout=20)
@@ -250,10 +250,43 @@ def test_a_batch_that_is_refused_stops_the_run_and_says_why(tmp_path: Path, refe
         assert is_whole(server, out, reference)
 
 
-def test_a_batch_of_which_all_calls_fail_stops_the_run(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Question {number}?"} for number in range(40)]
-    with served(refuse="Question") as server, pytest.raises(EngineError, match="all 40 calls of batch batch_1 failed"):
-        generate(on(server.url, prompts={"source": written_rows(tmp_path, *rows), "limit": None}), tmp_path / "run")
+def test_a_batch_of_which_all_calls_fail_stops_the_run() -> None:
+    async def ask(engine: Any) -> None:
+        requests = [GenerateRequest((Message("user", f"Question {number}?"),), 4, 0.0, 1.0, 1) for number in range(40)]
+        try:
+            found = await asyncio.gather(*map(engine.generate, requests), return_exceptions=True)
+            assert {type(one) for one in found} == {RequestError}
+            await engine.generate(requests[0])
+        finally:
+            await engine.close()
+
+    with served(refuse="Question") as server:
+        one = build_engine(ModelConfig.model_validate({"model": server.url, "server": QUICK}))
+        with pytest.raises(
+            EngineError, match="all 40 calls of batch batch_1 failed, the last of them: HTTP 400: this dialogue"
+        ):
+            asyncio.run(ask(one))
+        assert len(server.stats()["batches"]["sizes"]) == 1
+
+
+def test_equal_calls_share_a_line_and_limits_make_more_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai.engines import batches
+
+    monkeypatch.setattr(batches, "_MOST_LINES", 10)
+
+    async def ask(engine: Any) -> list[str]:
+        requests = [GenerateRequest((Message("user", f"Question {number % 25}?"),), 4, 0.0, 1.0, 1) for number in range(50)]
+        try:
+            return [one.text for one in await asyncio.gather(*map(engine.generate, requests))]
+        finally:
+            await engine.close()
+
+    with served() as server:
+        one = build_engine(ModelConfig.model_validate({"model": server.url, "server": QUICK}))
+        found = asyncio.run(ask(one))
+        assert found[:25] == found[25:]
+        assert len(set(found)) == 25
+        assert sorted(server.stats()["batches"]["sizes"].values()) == [5, 10, 10]
 
 
 def test_a_key_that_is_refused_while_a_batch_is_under_way(
@@ -262,7 +295,7 @@ def test_a_key_that_is_refused_while_a_batch_is_under_way(
     out = tmp_path / "run"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-mine-1234567")
     with served(batch_delay=3600, key="sk-mine-1234567") as server:
-        run = forked(generate_in, {}, on(server.url), out)
+        run = forked(generate_in, {"OPENAI_API_KEY": "sk-mine-1234567"}, on(server.url), out)
         wait_until(lambda: batches(out) == [("batch_1", "created")])
         server.control(key="another")
         run.join(30)

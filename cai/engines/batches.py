@@ -89,6 +89,7 @@ class Batches:
         self._gathering: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken: CaiError | None = None
+        self._last_problem = ""
 
     def keep(self, database: Database, work: BatchWork) -> None:
         """Note batches there; say there how far they are."""
@@ -199,7 +200,7 @@ class Batches:
         if look.status == "cancelled" and waiting:
             raise EngineError(f"batch {remote} was cancelled at the server; the same command asks again for what is left")
         if not (good or waiting) and len(lines) >= _FAILING:
-            raise EngineError(f"all {len(lines):,} calls of batch {remote} failed; run/quarantine.jsonl says why")
+            raise EngineError(f"all {len(lines):,} calls of batch {remote} failed, the last of them: {self._last_problem}")
 
     async def _resume(self, batch: Batch, lines: list[_Line]) -> None:
         """Calls that were handed over before, perhaps by a process that was killed; what failed there is asked anew."""
@@ -278,6 +279,7 @@ class Batches:
     def _give_up(self, line: _Line, problem: RequestError) -> None:
         self._lines.pop(line.custom_id, None)
         line.fail(problem)
+        self._last_problem = str(problem)
 
     async def close(self) -> None:
         """Wait for nothing more; what was handed over goes on."""
