@@ -91,7 +91,10 @@ class Batches:
     async def _upload(self, request: web.BaseRequest) -> dict[str, Any]:
         fields: dict[str, bytes] = {}
         async for part in await request.multipart():
-            fields[part.name or ""] = bytes(await part.read())  # type: ignore[union-attr]
+            content = bytearray()
+            while chunk := await part.read_chunk(1 << 20):  # type: ignore[union-attr]
+                content += chunk
+            fields[part.name or ""] = bytes(content)  # type: ignore[union-attr]
         if fields.get("purpose") != b"batch" or "file" not in fields:
             raise Problem(400, "expected a file, and the purpose 'batch'")
         return {"id": self._store(fields["file"]), "object": "file", "purpose": "batch", "bytes": len(fields["file"])}

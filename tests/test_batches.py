@@ -14,7 +14,7 @@ import pytest
 
 from cai.config import ModelConfig, Recipe
 from cai.engines import BatchWork, GenerateRequest, build_engine
-from cai.errors import ConfigError, EngineError, RequestError
+from cai.errors import BudgetError, ConfigError, EngineError, RequestError
 from cai.pipeline import generate
 from cai.store import Batch, Database, would_lose
 from cai.types import Message
@@ -341,6 +341,23 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(tmp_path: Path, referen
 def test_a_batch_and_replicas_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="replicas are not used with batch"):
         on("http://127.0.0.1/v1", {"batch": True, "replicas": ["http://127.0.0.2/v1"]})
+
+
+def test_a_ray_cluster_does_not_take_batches() -> None:
+    pytest.importorskip("ray")
+    with served() as server, pytest.raises(ConfigError, match=r"server.batch: only a run on one machine"):
+        generate(on(server.url, ray={"address": "local"}), Path("unused"))
+
+
+def test_a_budget_holds_in_batches_too(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "run"
+    with served() as server:
+        with pytest.raises(BudgetError, match=r"budget\.tokens"):
+            generate(on(server.url, budget={"tokens": 6000}), out)
+        stats = server.stats()
+        assert 2000 < stats["prompt_tokens"] + stats["completion_tokens"] < 6300
+        generate(on(server.url, budget={"tokens": 10**9}), out)
+        assert is_whole(server, out, reference)
 
 
 def test_notes_of_batches(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Budget:
         """`usage` is what the folder's journal holds already; roles without a price cost nothing."""
         self._config, self._prices, self._tally = config, prices, tally
         self._tokens = self._money = 0.0
-        self._reserved: list[Cost] = []
+        self._under_way, self._reserved = 0, Cost(0.0, 0.0)
         self._waiting: list[Future[None]] = []
         self._ratio = _RATIO
         self._seen = False
@@ -71,9 +71,9 @@ class Budget:
             cost = self._cost(role, size * self._ratio, completion)
             problem = self._problem(cost)
             if problem is None:
-                self._reserved.append(cost)
+                self._reserve(1, cost)
                 return cost
-            if not self._reserved or self._tally.stopping:
+            if not self._under_way or self._tally.stopping:
                 self._tally.stopping = True
                 self._tally.spent = self._tally.spent or problem
                 self._wake()
@@ -82,8 +82,14 @@ class Budget:
             self._waiting.append(waiting)
             await waiting
 
+    def _reserve(self, calls: int, cost: Cost) -> None:
+        """Sums, since thousands may be under way; none of them leaves exactly nothing, whatever was rounded."""
+        self._under_way += calls
+        tokens, money = self._reserved.tokens + calls * cost.tokens, self._reserved.money + calls * cost.money
+        self._reserved = Cost(tokens, money) if self._under_way else Cost(0.0, 0.0)
+
     def _problem(self, cost: Cost) -> str | None:
-        tokens, money = (sum(column) for column in zip(cost, *self._reserved, strict=True))
+        tokens, money = cost.tokens + self._reserved.tokens, cost.money + self._reserved.money
         limits = self._config
         if limits.tokens is not None and self._tokens + tokens > limits.tokens:
             return (
@@ -99,7 +105,7 @@ class Budget:
 
     def settle(self, reserved: Cost, role: str, size: int, spent: tuple[int, int] | None) -> None:
         """A call ended: `spent` prompt and completion tokens, or None where it failed."""
-        self._reserved.remove(reserved)
+        self._reserve(-1, reserved)
         if spent:
             self._add(self._cost(role, *spent))
             ratio = _MARGIN * spent[0] / max(size, 1)
