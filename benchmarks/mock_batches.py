@@ -144,9 +144,18 @@ class Batches:
 
     def _validate(self, batch: Batch) -> None:
         problem = self._server.settings.batch_refuse or self._find_problem(batch)
+        code = "invalid"
+        if not problem and self._under_way() + self._size(batch) > self._server.settings.batch_room:
+            problem, code = "Enqueued token limit reached", "token_limit_exceeded"
         batch.status = "failed" if problem else "in_progress"
         if problem:
-            batch.errors = {"object": "list", "data": [{"code": "invalid", "line": 1, "message": problem, "param": None}]}
+            batch.errors = {"object": "list", "data": [{"code": code, "line": None, "message": problem, "param": None}]}
+
+    def _size(self, batch: Batch) -> int:
+        return self.files[batch.input_file_id].count(b"\n")
+
+    def _under_way(self) -> int:
+        return sum(self._size(one) for one in self.batches.values() if one.status == "in_progress")
 
     def _find_problem(self, batch: Batch) -> str:
         try:
@@ -190,6 +199,6 @@ class Batches:
             "lines": self.lines,
             "statuses": {name: batch.status for name, batch in self.batches.items()},
             "endpoints": {name: batch.endpoint for name, batch in self.batches.items()},
-            "sizes": {name: self.files[batch.input_file_id].count(b"\n") for name, batch in self.batches.items()},
+            "sizes": {name: self._size(batch) for name, batch in self.batches.items()},
             "files": len(self.files),
         }

@@ -85,6 +85,8 @@ class Settings(msgspec.Struct):
     """Why batches fail when they are validated; empty: they do not."""
     batch_expire: int = 0
     """So many batches expire when half of their lines are answered."""
+    batch_room: int = 1_000_000
+    """The most lines of all batches that are in progress; a batch beyond fails as OpenAI's do beyond the enqueued tokens."""
     batch_page: int = 100
     """The most batches of one list."""
     create_hang: bool = False

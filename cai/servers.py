@@ -42,7 +42,8 @@ class ServerConfig(Part):
     """Seconds that an overloaded or unreachable server is waited for, before the run stops."""
     batch: bool = False
     """Send calls through the server's batch API (`/v1/batches`), which hosted providers offer at a lower price within 24 hours.
-    Thousands of prompts are worked on at once, whatever `generation.concurrency` says; a run can change to and fro."""
+    At least 10,000 prompts are worked on at once, whatever `generation.concurrency` says. A run can change to and fro; calls
+    that a batch has under way are then made once more."""
     batch_wait: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Seconds without a new call after which those that are gathered become a batch."""
     batch_poll: float = Field(default=5.0, gt=0, allow_inf_nan=False)

@@ -240,9 +240,7 @@ def test_what_always_fails_is_tried_as_often_as_the_recipe_says() -> None:
 def test_a_batch_that_is_refused_stops_the_run_and_says_why(tmp_path: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "run"
     with served(batch_refuse="the quota of enqueued tokens is exceeded") as server:
-        with pytest.raises(
-            EngineError, match=r"refuses batch batch_1: line 1: the quota .* is exceeded; mend that, then the same"
-        ):
+        with pytest.raises(EngineError, match=r"refuses batch batch_1: the quota .* is exceeded; mend that, then the same"):
             generate(on(server.url), out)
         assert manifest(out)["status"] == "failed"
         server.control(batch_refuse="")
@@ -287,6 +285,35 @@ def test_equal_calls_share_a_line_and_limits_make_more_batches(monkeypatch: pyte
         assert found[:25] == found[25:]
         assert len(set(found)) == 25
         assert sorted(server.stats()["batches"]["sizes"].values()) == [5, 10, 10]
+
+
+def test_a_server_that_takes_few_lines_at_a_time_gets_no_more(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "run"
+    with served(batch_room=14, batch_delay=0.05) as server:
+        generate(on(server.url), out)
+        assert is_whole(server, out, reference)
+        stats = server.stats()["batches"]
+        taken = [stats["sizes"][name] for name, status in stats["statuses"].items() if status == "completed"]
+        assert taken == [PROMPTS] * 5 + [12] * 4
+
+
+def test_a_batch_that_finds_no_room_beside_another_is_handed_over_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai.engines import batches
+
+    monkeypatch.setattr(batches, "_MOST_LINES", 10)
+
+    async def ask(engine: Any) -> int:
+        requests = [GenerateRequest((Message("user", f"Question {number}?"),), 4, 0.0, 1.0, 1) for number in range(20)]
+        try:
+            return len(await asyncio.gather(*map(engine.generate, requests)))
+        finally:
+            await engine.close()
+
+    with served(batch_room=10, batch_delay=0.5) as server:
+        one = build_engine(ModelConfig.model_validate({"model": server.url, "server": QUICK}))
+        assert asyncio.run(ask(one)) == 20
+        assert server.stats()["batches"]["lines"] == 20
+        assert set(server.stats()["batches"]["sizes"].values()) == {10}
 
 
 def test_a_key_that_is_refused_while_a_batch_is_under_way(

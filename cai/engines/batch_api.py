@@ -20,6 +20,7 @@ from cai.errors import ConfigError, EngineError
 _FILES, _BATCHES = "/v1/files", "/v1/batches"
 _PAGE = 100
 """Batches that are listed at once."""
+_TOO_MUCH = "token_limit_exceeded"
 _SHOWN = 3
 """Problems of a refused batch that an error repeats."""
 
@@ -35,6 +36,8 @@ class Look(NamedTuple):
     """Where its answers are."""
     problems: str
     """Why it was refused."""
+    is_too_much: bool
+    """Whether the reason is how much the server has to do for this account already (OpenAI's enqueued tokens)."""
 
     @property
     def has_ended(self) -> bool:
@@ -101,9 +104,11 @@ class BatchApi:
         finished = int(counts.get("completed") or 0) + int(counts.get("failed") or 0)
         files = tuple(str(said[key]) for key in ("output_file_id", "error_file_id") if said.get(key))
         found = ((said.get("errors") or {}).get("data")) or []
-        told = [f"line {one.get('line')}: {one.get('message')}" for one in found[:_SHOWN] if isinstance(one, dict)]
-        problems = "; ".join(told) or "it does not say why"
-        return Look(str(said.get("status")), int(counts.get("total") or 0), finished, files, problems)
+        errors = [one for one in found if isinstance(one, dict)]
+        told = [f"line {one['line']}: {one.get('message')}" if one.get("line") else str(one.get("message")) for one in errors]
+        problems = "; ".join(told[:_SHOWN]) or "it does not say why"
+        too_much = any(one.get("code") == _TOO_MUCH for one in errors)
+        return Look(str(said.get("status")), int(counts.get("total") or 0), finished, files, problems, too_much)
 
     async def answers(self, file: str) -> Iterator[dict[str, Any]]:
         """The lines of a file of answers; a damaged one answers no call, nor does a file that is gone."""

@@ -90,6 +90,7 @@ class Batches:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken: CaiError | None = None
         self._last_problem = ""
+        self._under_way = 0
 
     def keep(self, database: Database, work: BatchWork) -> None:
         """Note batches there; say there how far they are."""
@@ -183,6 +184,8 @@ class Batches:
     # -- from the file to the answers -----------------------------------------------------------------------------------
 
     async def _submit(self, path: str, lines: list[_Line]) -> None:
+        if self._broken:
+            return
         name = uuid.uuid4().hex
         file = await self._api.upload(b"".join(encode_line(line.custom_id, line.call) for line in lines))
         self._log.add_batch(Batch(name, path, "", "intended"), [line.custom_id for line in lines])
@@ -193,6 +196,9 @@ class Batches:
             raise EngineError(f"the server does not know batch {remote} any more; the same command hands its calls over again")
         if look.status == "failed":
             self._log.drop_batch(name)
+            if look.is_too_much and (self._under_way or len(lines) > 1):
+                await self._submit_less(path, lines)
+                return
             raise EngineError(f"the server refuses batch {remote}: {look.problems}; mend that, then the same command continues")
         good = await self._read(look, lines, final=True)
         self._log.update_batch(name, remote, "ended")
@@ -201,6 +207,17 @@ class Batches:
             raise EngineError(f"batch {remote} was cancelled at the server; the same command asks again for what is left")
         if not (good or waiting) and len(lines) >= _FAILING:
             raise EngineError(f"all {len(lines):,} calls of batch {remote} failed, the last of them: {self._last_problem}")
+
+    async def _submit_less(self, path: str, lines: list[_Line]) -> None:
+        """The server takes no more for now: later, when others of our batches have ended; else in halves, one after another."""
+        if self._under_way:
+            await asyncio.sleep(_LONGEST * self._config.batch_poll)
+            for line in lines:
+                self._gather(line)
+            return
+        half = len(lines) // 2
+        await self._submit(path, lines[:half])
+        await self._submit(path, lines[half:])
 
     async def _resume(self, batch: Batch, lines: list[_Line]) -> None:
         """Calls that were handed over before, perhaps by a process that was killed; what failed there is asked anew."""
@@ -226,11 +243,15 @@ class Batches:
             return seen
 
         self._work.note(batch.name, calls, 0)
-        await asyncio.sleep(first)
         pause = self._config.batch_poll
         pauses = wait_exponential(multiplier=pause * _GROWTH, exp_base=_GROWTH, max=_LONGEST * pause)
         looking = AsyncRetrying(wait=pauses, retry=retry_if_result(lambda seen: seen is not None and not seen.has_ended))
-        ended: Look | None = await looking(look)
+        self._under_way += 1
+        try:
+            await asyncio.sleep(first)
+            ended: Look | None = await looking(look)
+        finally:
+            self._under_way -= 1
         self._work.ended(batch.name)
         return ended
 
