@@ -472,7 +472,7 @@ def test_a_run_in_which_nothing_worked_fails_and_says_why(tmp_path):
 
 def test_no_prompts_are_a_failure(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(PromptSourceError, match=r"empty\.jsonl': there are none in it"):
+    with pytest.raises(PromptSourceError, match=r"empty\.jsonl': there are no rows in it"):
         generate(recipe(prompts={"source": str(tmp_path / "empty.jsonl")}), tmp_path / "run")
     assert manifest(tmp_path / "run")["status"] == "failed"
 
