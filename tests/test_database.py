@@ -35,6 +35,10 @@ def call(number: int, size: int = 2) -> Call:
     return Call(number.to_bytes(16), "policy" if number % 2 else "judge", number, 1, b"x" * size)
 
 
+def claim(database, position, prompt, given=()):
+    return database.claim([(position, prompt, given)])[0]
+
+
 # --- calls
 
 
@@ -64,7 +68,7 @@ def test_several_calls_are_kept_together_or_not_at_all(database):
 def test_a_write_that_fails_takes_no_claim_with_it(database):
     database.begin_pass()
     for position, name in enumerate("abc"):
-        database.claim(position, prompt(name))
+        claim(database, position, prompt(name))
     with pytest.raises(MemoryError), database.transaction():  # noqa: PT012
         database._db.execute("DELETE FROM prompts")
         raise MemoryError
@@ -102,24 +106,35 @@ def test_any_set_of_keys_can_be_asked_for(keys, data):
 # --- a pass over the prompts
 
 
+def test_rows_that_are_claimed_together_are_told_apart_as_if_one_by_one(database):
+    database.begin_pass()
+    claim(database, 0, prompt("a"))
+    database.add_record(record(prompt("a")))
+    database.begin_pass()
+    rows = [("b",), ("a",), ("b",), ("a", "another text"), ("c",)]
+    claims = database.claim([(position, prompt(*row), ()) for position, row in enumerate(rows, 5)])
+    assert claims == ["new", "kept", "duplicate", "taken", "new"]
+    assert database.claim([]) == []
+
+
 def test_a_prompt_is_new_then_kept_and_in_one_pass_a_duplicate_or_its_id_taken(database):
     database.begin_pass()
-    assert database.claim(0, prompt("a")) == "new"
-    assert database.claim(1, prompt("a")) == "duplicate"
-    assert database.claim(2, prompt("a", "another text")) == "taken"
+    assert claim(database, 0, prompt("a")) == "new"
+    assert claim(database, 1, prompt("a")) == "duplicate"
+    assert claim(database, 2, prompt("a", "another text")) == "taken"
     database.add_record(record(prompt("a")))
-    assert database.claim(3, prompt("a")) == "duplicate"
+    assert claim(database, 3, prompt("a")) == "duplicate"
     database.begin_pass()
-    assert database.claim(0, prompt("a")) == "kept"
+    assert claim(database, 0, prompt("a")) == "kept"
 
 
 @pytest.mark.parametrize("changed", [prompt("a", "another text"), prompt("a", category="new")])
 def test_a_record_counts_only_for_the_very_prompt_that_it_was_made_from(database, changed):
     database.begin_pass()
-    database.claim(0, prompt("a"))
+    claim(database, 0, prompt("a"))
     database.add_record(record(prompt("a"), "old"))
     database.begin_pass()
-    assert database.claim(0, changed) == "new"
+    assert claim(database, 0, changed) == "new"
     assert list(database.records()) == [], "the old record is not that of the changed prompt, should this one fail"
     database.add_record(record(changed, "new"))
     assert [one.candidates[0].text for one in database.records()] == ["new"]
@@ -127,8 +142,8 @@ def test_a_record_counts_only_for_the_very_prompt_that_it_was_made_from(database
 
 def test_a_text_in_two_categories_is_one_prompt(database):
     database.begin_pass()
-    assert database.claim(0, prompt("a", category="x")) == "new"
-    assert database.claim(1, prompt("a", category="y")) == "duplicate"
+    assert claim(database, 0, prompt("a", category="x")) == "new"
+    assert claim(database, 1, prompt("a", category="y")) == "duplicate"
 
 
 def test_records_come_in_the_order_of_the_prompts_of_this_pass_and_only_these(database):
@@ -137,14 +152,14 @@ def test_records_come_in_the_order_of_the_prompts_of_this_pass_and_only_these(da
         database.add_record(record(one))
     database.begin_pass()
     for position, name in enumerate("dba"):
-        database.claim(position, prompt(name))
+        claim(database, position, prompt(name))
     assert [one.prompt.id for one in database.records()] == ["d", "b", "a"]
 
 
 def test_records_can_be_read_while_others_are_written(database):
     database.begin_pass()
     for position in range(50):
-        database.claim(position, prompt(str(position)))
+        claim(database, position, prompt(str(position)))
         database.add_record(record(prompt(str(position))))
     reading = database.records()
     assert next(reading).prompt.id == "0"
@@ -155,7 +170,7 @@ def test_records_can_be_read_while_others_are_written(database):
 def test_forgetting_records_keeps_the_calls(database):
     database.add_calls([call(1)])
     database.begin_pass()
-    database.claim(0, prompt("a"))
+    claim(database, 0, prompt("a"))
     database.add_record(record(prompt("a")))
     database.forget_records()
     assert (list(database.records()), database.count_calls()) == ([], 1)
@@ -165,7 +180,7 @@ def test_forgetting_records_keeps_the_calls(database):
 def test_hostile_texts_are_kept_to_the_letter(database, text):
     database.begin_pass()
     one = record(prompt(text, text, text), text)
-    database.claim(0, one.prompt)
+    claim(database, 0, one.prompt)
     database.add_record(one)
     row = Quarantined(1, text, text, text, text, text)
     database.quarantine(row)
@@ -226,7 +241,7 @@ def uncommittable(database: Database) -> sqlite3.Connection:
     """The connection, with a claim pending that cannot be committed."""
     database._db.execute("PRAGMA foreign_keys=ON")
     database._db.execute("CREATE TABLE child (a INTEGER REFERENCES prompts (position) DEFERRABLE INITIALLY DEFERRED)")
-    database.claim(0, prompt("a"))
+    claim(database, 0, prompt("a"))
     database._db.execute("INSERT INTO child VALUES (5)")
     return database._db
 
@@ -287,17 +302,17 @@ def test_a_file_that_cannot_be_made_is_a_store_error(tmp_path):
 def test_a_record_counts_only_for_the_completions_that_were_given_with_its_prompt(database):
     one = prompt("a")
     database.begin_pass()
-    assert database.claim(0, one, ("x", "y")) == "new"
+    assert claim(database, 0, one, ("x", "y")) == "new"
     database.add_record(record(one), ("x", "y"))
-    for completions, claim in ((("x", "y"), "kept"), (("y", "x"), "new"), (("x", "z"), "new"), ((), "new")):
+    for completions, there in ((("x", "y"), "kept"), (("y", "x"), "new"), (("x", "z"), "new"), ((), "new")):
         database.begin_pass()
-        assert database.claim(0, one, completions) == claim
-        assert len(list(database.records())) == (claim == "kept")
+        assert claim(database, 0, one, completions) == there
+        assert len(list(database.records())) == (there == "kept")
 
 
 def test_a_pair_read_twice_is_a_duplicate_and_other_completions_make_another_pair(database):
     database.begin_pass()
-    assert database.claim(0, prompt("a"), ("x", "y")) == "new"
-    assert database.claim(1, prompt("a"), ("x", "y")) == "duplicate"
-    assert database.claim(2, prompt("a"), ("x", "z")) == "taken"
-    assert database.claim(3, prompt("a")) == "taken"
+    assert claim(database, 0, prompt("a"), ("x", "y")) == "new"
+    assert claim(database, 1, prompt("a"), ("x", "y")) == "duplicate"
+    assert claim(database, 2, prompt("a"), ("x", "z")) == "taken"
+    assert claim(database, 3, prompt("a")) == "taken"

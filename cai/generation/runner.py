@@ -18,7 +18,7 @@ import msgspec
 from cai.errors import BudgetError, CaiError, EngineError, Interrupted, PromptSourceError, RequestError, StoreError
 from cai.generation.tally import Tally
 from cai.prompts import Row
-from cai.store import Database, Quarantined
+from cai.store import Claim, Database, Quarantined
 from cai.types import Prompt, Record
 
 _AHEAD = 1000
@@ -27,6 +27,10 @@ _LISTEN = 0.1
 """Seconds between two looks at what another thread asks."""
 _DETAIL = 2000
 """Characters that the quarantine keeps of an error's message."""
+
+
+_Item = tuple[int, Row, Prompt]
+"""A row that a record is to be made of: its position, itself, its prompt."""
 
 
 class RecordMaker(Protocol):
@@ -51,7 +55,7 @@ class Runner:
         whatever was finished by then is stored.
         """
         self._database.begin_pass()
-        feed = _Feed(rows)
+        feed = _Feed(rows, self._sift)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._work(feed)) for _ in range(self._at_once)]
@@ -99,24 +103,34 @@ class Runner:
 
     async def _work(self, feed: _Feed) -> None:
         while (item := await feed.next()) and not self._tally.stopping:
-            position, row = item
             self._tally.read += 1
-            if row.prompt is None:
-                self._set_aside(position, row, "unreadable row", str(row.error))
-            elif self._is_new(position, row, row.prompt):
-                await self._one(position, row, row.prompt)
+            await self._one(*item)
 
-    def _is_new(self, position: int, row: Row, prompt: Prompt) -> bool:
-        match self._database.claim(position, prompt, row.given):
+    def _sift(self, rows: list[tuple[int, Row]]) -> list[_Item]:
+        """Those of the rows that a record is to be made of; the others are dealt with here."""
+        readable = []
+        for position, row in rows:
+            if row.prompt is None:
+                self._tally.read += 1
+                self._set_aside(position, row, "unreadable row", str(row.error))
+            else:
+                readable.append((position, row, row.prompt))
+        claims = self._database.claim([(position, prompt, row.given) for position, row, prompt in readable])
+        return [item for item, claim in zip(readable, claims, strict=True) if not self._is_settled(item, claim)]
+
+    def _is_settled(self, item: _Item, claim: Claim) -> bool:
+        position, row, prompt = item
+        match claim:
+            case "new":
+                return False
             case "kept":
                 self._tally.records_kept += 1
             case "duplicate":
                 self._tally.duplicates += 1
             case "taken":
                 self._set_aside(position, row, "id used twice", f"the id '{prompt.id}' belongs to another prompt already")
-            case "new":
-                return True
-        return False
+        self._tally.read += 1
+        return True
 
     async def _one(self, position: int, row: Row, prompt: Prompt) -> None:
         try:
@@ -148,30 +162,33 @@ class Runner:
 
 
 class _Feed:
-    """Rows and their positions, read a little ahead in a thread: a pipe or a Hub that makes us wait holds up nothing."""
+    """Rows that a record is to be made of, read a little ahead in a thread: a slow pipe or Hub holds up nothing.
 
-    def __init__(self, rows: Iterator[Row]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Row] | None] = asyncio.Queue()
+    All rows that are read by the time the loop looks are sifted together: of a run that is continued most are done.
+    """
+
+    def __init__(self, rows: Iterator[Row], sift: Callable[[list[tuple[int, Row]]], list[_Item]]) -> None:
+        self._loop, self._sift = asyncio.get_running_loop(), sift
+        self._queue: asyncio.Queue[_Item | None] = asyncio.Queue()
         self._room = threading.Semaphore(_AHEAD)
         self._taken = 0
         self._ready: deque[tuple[int, Row] | None] = deque()
         self._announced = self._closed = False
-        self.error: PromptSourceError | None = None
+        self.error: CaiError | None = None
         threading.Thread(target=self._read, args=(rows,), daemon=True).start()
 
-    async def next(self) -> tuple[int, Row] | None:
-        """The next row; None at the end, which is also where the source broke (then `error` says how)."""
+    async def next(self) -> _Item | None:
+        """The next row; None at the end, which is also where the source or the store broke (then `error` says how)."""
         item = await self._queue.get()
         if item is None:
             self._queue.put_nowait(None)
         else:
-            self._make_room()
+            self._make_room(1)
         return item
 
-    def _make_room(self) -> None:
+    def _make_room(self, rows: int) -> None:
         """Wake the reading thread for a quarter of the rows at a time: for each row that would cost more than the row."""
-        self._taken += 1
+        self._taken += rows
         if self._taken >= _AHEAD // 4:
             self._room.release(self._taken)
             self._taken = 0
@@ -206,8 +223,22 @@ class _Feed:
 
     def _take(self) -> None:
         self._announced = False  # at first, so that a row that comes now is announced again
+        rows = []
         while self._ready:
-            self._queue.put_nowait(self._ready.popleft())
+            rows.append(self._ready.popleft())
+        read = [row for row in rows if row is not None]
+        if not self._closed:
+            try:
+                new = self._sift(read)
+            except CaiError as exc:
+                self.error = exc
+                self.close()
+                return
+            self._make_room(len(read) - len(new))
+            for item in new:
+                self._queue.put_nowait(item)
+        if len(read) < len(rows):
+            self._queue.put_nowait(None)
 
 
 def _storable(text: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,6 +76,15 @@ class Batch(NamedTuple):
     """The server's id of it; empty where it is not known whether it was created."""
     status: str
     """`intended`, `created`, or `ended`, where its answers were read."""
+
+
+class _Noted(NamedTuple):
+    """A prompt as a pass notes it, in the order of the table's columns."""
+
+    position: int
+    prompt_id: str
+    text_digest: bytes
+    digest: bytes
 
 
 class RoleUsage(NamedTuple):
@@ -186,21 +195,32 @@ class Database:
         with self.transaction():
             self._db.execute("DELETE FROM records")
 
-    def claim(self, position: int, prompt: Prompt, given: tuple[str, ...] = ()) -> Claim:
-        """Note a prompt of this pass, and say what there is of it already.
+    def claim(self, rows: Sequence[tuple[int, Prompt, tuple[str, ...]]]) -> list[Claim]:
+        """Note prompts of this pass (position, prompt, completions given with it), and say what there is of each already.
 
         A record counts only for the very same prompt and the same completions that were given with it.
         """
-        text, digest = _digest((prompt.messages, given)), _digest((prompt, given))
+        noted = [_Noted(at, one.id, _digest((one.messages, given)), _digest((one, given))) for at, one, given in rows]
+        if not noted:
+            return []
+        ids = msgspec.json.encode([row.prompt_id for row in noted]).decode()
         with self._guard():
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            new = self._db.execute("INSERT OR IGNORE INTO prompts VALUES (?,?,?,?)", (position, prompt.id, text, digest))
-            if not new.rowcount:
-                same = "SELECT 1 FROM prompts WHERE prompt_id=? AND text_digest=?"
-                return "duplicate" if self._db.execute(same, (prompt.id, text)).fetchone() else "taken"
-            kept = "SELECT 1 FROM records WHERE prompt_id=? AND digest=?"
-            return "kept" if self._db.execute(kept, (prompt.id, digest)).fetchone() else "new"
+            self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?,?,?,?)", noted)
+            within = "SELECT position FROM prompts WHERE position BETWEEN ? AND ?"
+            first = {position for (position,) in self._db.execute(within, (noted[0].position, noted[-1].position))}
+            made = "SELECT prompt_id, digest FROM records WHERE prompt_id IN (SELECT value FROM json_each(?))"
+            kept = dict(self._db.execute(made, (ids,)))
+            return [
+                ("kept" if kept.get(row.prompt_id) == row.digest else "new") if row.position in first else self._repeated(row)
+                for row in noted
+            ]
+
+    def _repeated(self, row: _Noted) -> Claim:
+        """What a prompt is whose id was read before in this pass."""
+        same = "SELECT 1 FROM prompts WHERE prompt_id=? AND text_digest=?"
+        return "duplicate" if self._db.execute(same, (row.prompt_id, row.text_digest)).fetchone() else "taken"
 
     def add_record(self, record: Record, given: tuple[str, ...] = ()) -> None:
         """Keep a finished record, in place of an older one of that id."""
