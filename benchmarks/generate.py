@@ -19,12 +19,13 @@ import torch
 
 from cai.config import ModelConfig, PromptsConfig
 from cai.engines import GenerateRequest
-from cai.engines.local_model import LocalModel, load_tokenizer
+from cai.engines.local_model import LocalModel
 from cai.engines.transformers import TransformersEngine
 from cai.generation import JournaledEngine, Tally
 from cai.prompts import read_prompts
 from cai.store import Database
 from cai.types import Messages
+from cai.weights import load_tokenizer
 
 BATCH_SIZES = (16, 32, 64)
 REPEATS = 3

@@ -108,8 +108,8 @@ def stage_by_stage(folder: Path, repeats: int) -> list[float]:
     """Seconds of the same calls, a stage after the other."""
     from vllm import LLM, SamplingParams
 
-    from cai.engines.local_model import pretrained, resolve_dtype
     from cai.models import locate
+    from cai.weights import pretrained, resolve_dtype
 
     source, _ = pretrained(locate(MODEL))
     dtype = str(resolve_dtype(ModelConfig())).removeprefix("torch.")

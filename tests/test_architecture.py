@@ -18,6 +18,7 @@ ORDER = [
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
+    {"weights"},
     {"engines"},
     {"judging"},
     {"generation"},
@@ -30,7 +31,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "aiohttp"}
-MAY_BE_HEAVY = {"engines", "training", "evaluation"}
+MAY_BE_HEAVY = {"weights", "engines", "training", "evaluation"}
 ONLY_HERE = {"ray": PACKAGE / "distributed" / "cluster.py"}
 """What is imported in one file alone."""
 FILES = [

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cai.config import ModelConfig
-from cai.engines.local_model import load_tokenizer
 from cai.engines.transformers import TransformersEngine
 from cai.errors import VerdictError
 from cai.judging.base import neutral
 from cai.judging.score import RATINGS, ScoreJudge, expected_rating, question
 from cai.models import ALIASES
 from cai.types import Message
+from cai.weights import load_tokenizer
 from tests import judges
 from tests.judges import ASKED, DIALOGUE, assert_closes_nothing, assert_turns, compare, principle, sigmoid
 from tests.records import HOSTILE

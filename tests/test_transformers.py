@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.config import ModelConfig
 from cai.engines import GenerateRequest, LoglikelihoodRequest, build_engine
-from cai.engines.local_model import LocalModel, Tail, _nucleus, _Sampler, resolve_dtype
+from cai.engines.local_model import LocalModel, Tail, _nucleus, _Sampler
 from cai.engines.transformers import Encoded, TransformersEngine, form_batch, form_scored_batch
 from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from cai.types import Message, Messages
+from cai.weights import resolve_dtype
 from tests.tiny_model import make_tiny_model
 
 SHARED = Message("user", "Which completion is better? " * 12)

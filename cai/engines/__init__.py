@@ -119,6 +119,6 @@ def _transformers(config: ModelConfig, reward: bool) -> Engine:
 
 def describe_devices() -> list[str]:
     """The devices that torch sees, and the dtype that `auto` means there. Needs torch."""
-    from cai.engines.local_model import describe_devices as describe
+    from cai.weights import describe_devices as describe
 
     return describe()

@@ -9,10 +9,11 @@ from typing import Any
 import jinja2
 
 from cai.config import ModelConfig
-from cai.engines.local_model import Tail, load_tokenizer
+from cai.engines.local_model import Tail
 from cai.errors import ConfigError, RequestError
 from cai.models import ModelPlace
 from cai.types import Messages
+from cai.weights import load_tokenizer
 
 
 class ChatTokenizer:

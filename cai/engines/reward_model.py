@@ -14,9 +14,9 @@ from cai.config import ModelConfig
 from cai.engines.base import Capability, Engine, Reward, RewardRequest
 from cai.engines.batching import Batcher
 from cai.engines.chat import ChatTokenizer
-from cai.engines.local_model import best_device, context_length, loading, resolve_dtype
 from cai.errors import ConfigError, ContextLengthError, EngineError
 from cai.models import locate
+from cai.weights import best_device, context_length, loading, resolve_dtype
 
 
 class RewardModelEngine(Engine):

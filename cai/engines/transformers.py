@@ -76,7 +76,7 @@ class TransformersEngine(Engine):
     @property
     def fingerprint(self) -> str:
         """Model, content version, dtype and whether exact."""
-        from cai.engines.local_model import resolve_dtype
+        from cai.weights import resolve_dtype
 
         dtype = str(resolve_dtype(self._config)).removeprefix("torch.")
         exact = " exact" if self._config.exact else ""
@@ -95,7 +95,8 @@ class TransformersEngine(Engine):
 
     def _load(self) -> LocalModel:
         from cai.engines.chat import ChatTokenizer
-        from cai.engines.local_model import LocalModel, loading
+        from cai.engines.local_model import LocalModel
+        from cai.weights import loading
 
         with loading(f"model '{self._config.model}'"):
             self._chat = ChatTokenizer(self._config, self._place)
@@ -168,7 +169,7 @@ class TransformersEngine(Engine):
         return [(one[0], share) for one, share in zip(scores, _shares(computed, len(batch)), strict=True)]
 
     def _check_context(self, model: LocalModel, needed: int, what: str) -> None:
-        from cai.engines.local_model import context_length
+        from cai.weights import context_length
 
         limit = context_length(model.model.config)
         if limit is not None and needed > limit:

@@ -68,8 +68,8 @@ class VllmEngine(Engine):
     @property
     def fingerprint(self) -> str:
         """Model, content version, dtype, whether exact, the adapter's content, and arguments that can change an answer."""
-        from cai.engines.local_model import resolve_dtype
         from cai.engines.vllm_process import numeric_args
+        from cai.weights import resolve_dtype
 
         dtype = str(resolve_dtype(self._config)).removeprefix("torch.")
         exact = " exact" if self._config.exact else ""

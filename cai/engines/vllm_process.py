@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cai.config import ModelConfig, VllmConfig
-from cai.engines.local_model import pretrained, resolve_dtype
 from cai.errors import ConfigError, EngineError, nearest
 from cai.models import ModelPlace
+from cai.weights import pretrained, resolve_dtype
 
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
