@@ -1,0 +1,92 @@
+"""`cai train STAGE`: argv becomes the stage's settings becomes one call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cai.cli.options import FOLDER, INPUTS, MODELS, Fresh, Set, Yes, option
+from cai.errors import ConfigError
+from cai.training import SETTINGS, STAGES, StageName, TrainSettings
+
+if TYPE_CHECKING:
+    from cai.training.folder import Mode
+
+app = typer.Typer(no_args_is_help=True, help="Train a model on a dataset of cai generate, or any that TRL takes.")
+_ABOUT: dict[StageName, str] = {
+    "sft": "Supervised fine-tuning on final revisions (or any completions).",
+    "reward": "A reward model on pairs with soft labels.",
+    "dpo": "Direct preference optimisation on pairs with soft labels.",
+    "kto": "KTO on single completions that are labelled good or bad.",
+    "orpo": "ORPO on pairs, without a reference model (experimental in TRL).",
+    "cpo": "CPO or SimPO on pairs, without a reference model (experimental in TRL).",
+}
+Data = Annotated[
+    list[str] | None, typer.Argument(metavar="DATA...", help="Run folders, files, `datasets` folders or Hub ids; blended.")
+]
+Model = Annotated[
+    str | None, option("-m", "--model", panel=MODELS, metavar="MODEL", help="Alias, folder or Hub id to begin with.")
+]
+Lora = Annotated[bool, option("--lora", panel=MODELS, help="Train adapters (rank 16) in place of all weights.")]
+File = Annotated[str | None, option("--recipe", panel=INPUTS, metavar="FILE", help="The stage's settings as YAML; flags win.")]
+Out = Annotated[str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/STAGE.")]
+
+
+def _command(stage: StageName) -> Any:
+    def command(
+        data: Data = None,
+        model: Model = None,
+        lora: Lora = False,
+        recipe: File = None,
+        set_: Set = None,
+        seed: Annotated[int | None, option("--seed", panel=INPUTS, metavar="N", help="The seed.")] = None,
+        out: Out = None,
+        fresh: Fresh = False,
+        yes: Yes = False,
+    ) -> None:
+        flags = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
+        settings = resolve_settings(stage, recipe, set_ or [], flags)
+        run(stage, settings, choose_out(stage, out), "fresh" if fresh else "continue", yes)
+
+    command.__doc__ = f"{_ABOUT[stage]}\n\nThe same command again continues a training that was stopped."
+    return command
+
+
+_EXAMPLE = "Example:\n\n    cai train {stage} runs/harmless -m Qwen/Qwen3-0.6B --lora -o models/{stage}"
+for _stage in STAGES:
+    app.command(_stage, epilog=_EXAMPLE.format(stage=_stage))(_command(_stage))
+
+
+def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str], flags: dict[str, Any]) -> TrainSettings:
+    """The stage's settings from a file with flags on top. Raises `ConfigError` naming file, line, key and fix."""
+    from cai.config import parse_set
+    from cai.documents import Document
+
+    document = Document.read(Path(os.path.expanduser(recipe))) if recipe else Document("{}", "the command line")
+    overrides = [parse_set(one) for one in assignments]
+    overrides += [(key, value, f"--{key}") for key, value in flags.items() if value is not None]
+    for dotted, value, source in overrides:
+        document.override(dotted, value, source)
+    if not document.data.get("data"):
+        raise ConfigError(f"no data: name a run folder, for example: cai train {stage} runs/harmless")
+    return document.validate(SETTINGS[stage])
+
+
+def choose_out(stage: str, out: str | None) -> Path:
+    """The folder of `-o`, or the default one below `runs/`."""
+    if out is not None and not out.strip():
+        raise ConfigError("-o is empty: expected a folder")
+    return Path(os.path.expanduser(out)) if out else Path("runs") / stage
+
+
+def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, yes: bool) -> None:
+    """Train with progress, then show what came of it."""
+    from cai.cli.training import show_summary
+    from cai.training.running import train
+
+    if mode == "fresh" and not yes and (out / "manifest.json").exists():
+        typer.confirm(f"{out} holds a trained model. Delete and start over?", abort=True)
+    show_summary(train(stage, settings, out, mode), out)

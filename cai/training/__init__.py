@@ -1,0 +1,31 @@
+"""Training on TRL: SFT, reward models, DPO and its family. Settings load nothing; `cai.training.running.train` loads TRL."""
+
+from cai.training.settings import (
+    SETTINGS,
+    STAGES,
+    CpoSettings,
+    DpoSettings,
+    KtoSettings,
+    LoraSettings,
+    OrpoSettings,
+    RewardSettings,
+    SftSettings,
+    SourceSettings,
+    StageName,
+    TrainSettings,
+)
+
+__all__ = [
+    "SETTINGS",
+    "STAGES",
+    "CpoSettings",
+    "DpoSettings",
+    "KtoSettings",
+    "LoraSettings",
+    "OrpoSettings",
+    "RewardSettings",
+    "SftSettings",
+    "SourceSettings",
+    "StageName",
+    "TrainSettings",
+]

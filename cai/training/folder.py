@@ -1,0 +1,111 @@
+"""The folder that a stage trains into: a model folder as others read it, and beside it what the training needs to go on.
+
+OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
+OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
+OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from filelock import FileLock, Timeout
+
+from cai.errors import ConfigError, StoreError
+from cai.store import write_whole
+
+Mode = Literal["continue", "fresh"]
+CHECKPOINTS = "checkpoints"
+
+
+class TrainFolder:
+    """An open, locked folder of one stage. Use as a context manager."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], mode: Mode = "continue") -> None:
+        """Open `path`, made if need be, for the training that `identity` describes.
+
+        Raises `ConfigError` where it holds another training (naming what differs) or something else, `StoreError` where
+        another process trains there or it cannot be written.
+        """
+        self.path, self._run = path.absolute(), path.absolute() / "run"
+        self._refuse_foreign()
+        try:
+            self._run.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self._run / "lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as exc:
+            raise StoreError(f"{path}: another process trains here; wait for it or use another -o") from exc
+        except OSError as exc:
+            raise StoreError(f"{path}: cannot be written: {exc.strerror or exc}; mend that or use another -o") from exc
+        try:
+            self._open(identity, mode)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, identity: dict[str, Any], mode: Mode) -> None:
+        if mode == "fresh":
+            self._clear()
+        before = self._read("run/identity.json")
+        if before is not None and before != identity:
+            changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
+            lines = "\n".join(f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now" for key in changed)
+            raise ConfigError(f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over")
+        self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; -o names a folder")
+        names = os.listdir(self.path) if self.path.exists() else []
+        there = sorted(name for name in names if not name.startswith("."))
+        if there and not (self._run / "lock").exists():
+            raise ConfigError(f"{self.path} holds {', '.join(there[:5])}, but no training of cai; use another -o")
+        if (self._run / "journal.sqlite").exists():
+            raise ConfigError(f"{self.path} holds a run of cai generate; use another -o")
+
+    def _clear(self) -> None:
+        for entry in (*self.path.iterdir(), *self._run.iterdir()):
+            if entry == self._run or entry.name == "lock":
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer keeps what it needs to go on."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest, where the training has ended well; else None."""
+        manifest = self._read("manifest.json")
+        return manifest if manifest and manifest.get("status") == "done" else None
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written whole."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        with suppress(OSError, ValueError):
+            value = json.loads((self.path / name).read_bytes())
+            return value if isinstance(value, dict) else None
+        return None
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all. Raises `StoreError`."""
+        write_whole(self.path / name, text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()

@@ -1,0 +1,83 @@
+"""The model and tokenizer that a stage begins with: found, loaded and checked in one place for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+from cai.errors import ConfigError
+from cai.models import ModelPlace, locate
+from cai.training.arguments import weights_dtype
+from cai.training.settings import TrainSettings
+from cai.weights import best_device, loading, pretrained
+
+
+def find_model(settings: TrainSettings) -> ModelPlace:
+    """Where the model is. Raises `ConfigError` for one that is not there, and for quantization that cannot be had."""
+    if settings.quantization and settings.lora is None:
+        raise ConfigError("quantization: quantized weights cannot be trained themselves; set lora")
+    if settings.quantization and best_device() != "cuda":
+        raise ConfigError(f"quantization: {settings.quantization} needs an NVIDIA GPU, and there is none; remove it")
+    return locate(settings.model, settings.revision)
+
+
+def load_policy(settings: TrainSettings) -> Any:
+    """A causal language model."""
+    return _load(AutoModelForCausalLM, settings)
+
+
+def load_classifier(settings: TrainSettings, outputs: int) -> Any:
+    """A sequence classifier with so many outputs, new where the model has none."""
+    return _load(AutoModelForSequenceClassification, settings, num_labels=outputs)
+
+
+def _load(auto: Any, settings: TrainSettings, **more: Any) -> Any:
+    source, revision = pretrained(find_model(settings))
+    if settings.quantization:
+        more["quantization_config"] = _quantized(settings)
+    with loading(f"model '{settings.model}'"):
+        torch.manual_seed(settings.seed)  # of new weights
+        model = auto.from_pretrained(source, revision=revision, dtype=weights_dtype(settings), **more)
+    model.config.use_cache = False
+    return model
+
+
+def _quantized(settings: TrainSettings) -> BitsAndBytesConfig:
+    if settings.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weights_dtype(settings),
+    )
+
+
+def load_tokenizer(settings: TrainSettings) -> Any:
+    """The model's tokenizer, with a token to pad with. Raises `ConfigError` where it has no chat template."""
+    source, revision = pretrained(find_model(settings))
+    with loading(f"the tokenizer of '{settings.model}'"):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model '{settings.model}' has no chat template; use an instruct model, or save a chat_template.jinja beside its "
+            "tokenizer"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def adapters(settings: TrainSettings, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's config of the adapters; None where all weights are trained. `task` as PEFT spells it."""
+    if settings.lora is None:
+        return None
+    from peft import LoraConfig
+
+    lora = settings.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task, bias="none"
+    )

@@ -1,0 +1,56 @@
+"""What every stage's trainer is built from, and which file builds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cai.training.data import StageData
+from cai.training.settings import StageName, TrainSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Settings, rows, tokenizer, TRL's arguments: what trainers of all stages take."""
+
+    settings: TrainSettings
+    data: StageData
+    tokenizer: Any
+    arguments: Any
+    callbacks: tuple[Any, ...] = ()
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that all of TRL's trainers have in common."""
+        return {
+            "args": self.arguments,
+            "train_dataset": self.data.train,
+            "eval_dataset": self.data.test if self.arguments.eval_strategy != "no" else None,
+            "processing_class": self.tokenizer,
+            "callbacks": list(self.callbacks),
+        }
+
+
+def build_trainer(stage: StageName, parts: Parts) -> Any:
+    """The stage's trainer, its model loaded."""
+    match stage:
+        case "sft":
+            from cai.training import sft
+
+            return sft.build(parts)
+        case "reward":
+            from cai.training import reward
+
+            return reward.build(parts)
+        case "dpo":
+            from cai.training import dpo
+
+            return dpo.build(parts)
+        case "kto":
+            from cai.training import kto
+
+            return kto.build(parts)
+        case "orpo" | "cpo":
+            from cai.training import odds
+
+            return odds.build(parts)
