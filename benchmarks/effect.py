@@ -1,6 +1,6 @@
 """Does training move a model where its constitution points? Shares of held-out answers that satisfy a check, before and after.
 
-The constitution is `concise-and-clear` with one principle that a program verifies: at most 40 words (`effect.yaml`). The policy
+The constitution is `concise-and-clear` with one principle that a program verifies: at most 50 words (`effect.yaml`). The policy
 answers 200 built-in prompts four times at temperature 1, the check labels the pairs, and each of SFT (on the best candidates),
 a reward model and DPO (both with LoRA) is trained on them. Then each model answers 100 other prompts twice. Differences
 are in points, with 95 % intervals by bootstrap over prompts. Goals: DPO +25 points, the reward model's held-out accuracy
@@ -27,7 +27,7 @@ from cai.prompts import read_prompts
 from cai.training import SETTINGS, StageName
 from cai.training.running import train
 
-TRAIN, HELD_OUT, WORDS = 200, 100, 40
+TRAIN, HELD_OUT, WORDS = 200, 100, 50
 STEPS: dict[StageName, dict[str, Any]] = {
     "sft": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
     "reward": {"num_train_epochs": 2, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
