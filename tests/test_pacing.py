@@ -135,6 +135,39 @@ async def test_requests_and_tokens_a_minute_are_spread_over_the_minute(monkeypat
     assert 0.19 < loop.time() - began < 2
 
 
+async def test_a_request_of_more_than_a_second_is_charged_whole_and_in_its_turn() -> None:
+    rates, loop = Rates(None, 60_000), asyncio.get_running_loop()
+    began, sent = loop.time(), list[tuple[str, float]]()
+
+    async def ask(name: str, tokens: float) -> None:
+        await rates.wait(tokens)
+        sent.append((name, loop.time() - began))
+
+    await asyncio.gather(ask("first", 1800), ask("second", 1700), ask("small", 100))
+    assert [name for name, _ in sent] == ["first", "second", "small"]
+    for (_, when), tokens in zip(sent, (1800, 3500, 3600), strict=True):
+        assert tokens - 1000 <= 1010 * when < tokens, "all that was asked for so far, but for the second's worth"
+
+
+async def test_one_that_is_cancelled_while_it_is_charged_lets_the_next_one_go() -> None:
+    rates = Rates(None, 60_000)
+    large = asyncio.ensure_future(rates.wait(10**6))
+    await asyncio.sleep(0.05)
+    large.cancel()
+    await asyncio.wait_for(rates.wait(500), 5)
+
+
+@pytest.mark.parametrize(("spent", "seconds"), [(0.0, 0.5), (2000.0, 2.0)])
+async def test_a_server_that_tells_nothing_of_its_usage_teaches_nothing(spent: float, seconds: float) -> None:
+    rates = Rates(None, 60_000)
+    for _ in range(200):
+        rates.learn(1000, spent)
+    began = asyncio.get_running_loop().time()
+    await rates.wait(1000)
+    await rates.wait(500)
+    assert seconds - 0.02 < asyncio.get_running_loop().time() - began < seconds + 1.5
+
+
 async def test_an_estimate_that_is_always_too_high_is_learnt() -> None:
     rates = Rates(None, 60_000)
     for _ in range(200):

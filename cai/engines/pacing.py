@@ -9,6 +9,7 @@ chance), and is taken back. From time to time a little more and a little less is
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Hashable
 
@@ -56,6 +57,10 @@ class Window:
     def has_room(self) -> bool:
         """Whether one more may be sent."""
         return self.in_flight < max(1, int(self.limit + 1e-9))
+
+    def resume(self, now: float) -> None:
+        """Nothing was sent for a while, which says nothing about the window: begin the round anew."""
+        self._restart(now)
 
     def _restart(self, now: float) -> None:
         """Begin a round; it is measured from the first answer to a request that was sent in it."""
@@ -174,7 +179,7 @@ class Window:
             self._trial, self._rest = "hold", self._hold
 
     def _held(self, rate: float) -> None:
-        """Rest, then try more and less in turn; a rate that falls far below the last one is looked into at once."""
+        """Rest, while the rate that later trials are compared with is averaged; then try more and less in turn."""
         earlier = self._before[1] if self._before and self._before[0] == self.limit else rate
         self._before = (self.limit, 0.7 * earlier + 0.3 * rate)
         self._rest -= 1
@@ -198,29 +203,38 @@ class Window:
 
 
 class Rates:
-    """Caps on requests and on tokens a minute; spread over the minute, so that no window of a minute holds more."""
+    """Caps on requests and on tokens a minute, spread over the minute.
+
+    What is sent within any minute is at most the cap, a second's worth of it, and the one request that it begins with.
+    """
 
     def __init__(self, requests_per_minute: float | None, tokens_per_minute: int | None) -> None:
         """None: no cap."""
         self._requests = _limiter(requests_per_minute)
         self._tokens = _limiter(tokens_per_minute)
+        self._turn = asyncio.Lock()
         self._ratio = 1.0
 
     async def wait(self, tokens: float) -> None:
-        """Until a request of about so many tokens may be sent; one that is larger than the cap waits for all of it."""
+        """Until a request of about so many tokens may be sent: all of them are waited for, in the order of the calls."""
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
-            await self._tokens.acquire(min(max(tokens * self._ratio, 1.0), self._tokens.max_rate))
+            left = max(tokens * self._ratio, 1.0)
+            async with self._turn:
+                while left > 0:
+                    part = min(left, self._tokens.max_rate)
+                    await self._tokens.acquire(part)
+                    left -= part
 
     def learn(self, expected: float, spent: float) -> None:
-        """How far off an estimate was."""
-        if self._tokens and expected > 0:
+        """How far off an estimate was; 0 spent: the server did not say, which teaches nothing."""
+        if self._tokens and expected > 0 and spent > 0:
             self._ratio += 0.05 * (spent / expected - self._ratio)
 
 
 def _limiter(per_minute: float | None) -> AsyncLimiter | None:
-    """A leaky bucket that holds a second's worth, or one; of tokens ten seconds' worth, since requests are large."""
+    """A leaky bucket that holds a second's worth, and one at least."""
     if per_minute is None:
         return None
     second = per_minute / 60
