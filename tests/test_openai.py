@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -299,11 +298,18 @@ async def test_requests_wait_their_turn_and_a_cancelled_one_gives_its_place_back
         await one.close()
 
 
-async def test_an_engine_works_in_a_loop_that_is_running(vllm: Server) -> None:
-    one = engine(vllm)
-    assert "generate" in one.capabilities
-    assert json.loads(json.dumps((await one.generate(request())).text))
-    await one.close()
+def test_what_is_found_out_in_a_loop_that_is_running_is_what_is_found_out_before_it(vllm: Server) -> None:
+    async def ask(one: OpenAIEngine) -> Any:
+        try:
+            return one.capabilities, await one.generate(request()), await one.choice_logprobs([ASKED], ["A", "B"])
+        finally:
+            await one.close()
+
+    before = engine(vllm)
+    facts = before.facts
+    later = engine(vllm)
+    assert asyncio.run(ask(later)) == asyncio.run(ask(before))
+    assert later.facts == facts
 
 
 async def test_a_model_that_vanishes_stops_the_run_with_those_that_there_are(vllm: Server) -> None:
