@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, retry_if_result, wait_exponential
 
 from cai.engines.base import BatchWork
 from cai.engines.batch_api import BatchApi, Look, encode_line
-from cai.engines.http import Client, Post
+from cai.engines.http import FAILING, UNREADABLE, Client, Post
 from cai.engines.replies import Transient
 from cai.errors import CaiError, EngineError, Interrupted, RequestError, VerdictError
 from cai.servers import ServerConfig
@@ -33,10 +33,6 @@ _AROUND = 160
 """Bytes of a line around its body."""
 _GROWTH, _LONGEST = 1.5, 12
 """Each pause between two looks is so much longer than the last, up to so many times the first."""
-_FAILING = 30
-"""A batch of so many calls that all fail for good stops the run."""
-_UNREADABLE = 4
-"""How often an answer without numbers is asked for."""
 
 
 class _Line:
@@ -205,7 +201,7 @@ class Batches:
         waiting = any(line.is_wanted for line in lines)
         if look.status == "cancelled" and waiting:
             raise EngineError(f"batch {remote} was cancelled at the server; the same command asks again for what is left")
-        if not (good or waiting) and len(lines) >= _FAILING:
+        if not (good or waiting) and len(lines) >= FAILING:
             raise EngineError(f"all {len(lines):,} calls of batch {remote} failed, the last of them: {self._last_problem}")
 
     async def _submit_less(self, path: str, lines: list[_Line]) -> None:
@@ -291,7 +287,7 @@ class Batches:
         """Into the next batch, as often as the recipe says."""
         line.failed += final
         line.unreadable += final and problem.kind == "no numbers"
-        if line.failed <= self._config.retries and line.unreadable < _UNREADABLE:
+        if line.failed <= self._config.retries and line.unreadable < UNREADABLE:
             self._gather(line)
             return
         kind = VerdictError if problem.kind == "no numbers" else RequestError
