@@ -31,6 +31,8 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in 
 WORDS = [first + last for last in ("n", "rel", "st", "m", "vin", "sk") for first in _SYLLABLES][::-1][:619]
 """A prime number of them, so that no stride comes round before all were said: what repeats itself is no revision."""
 FAULTS = ("error", "overload", "reset", "hang", "truncated", "invalid", "empty", "missing", "nan")
+_UNDER_WAY = 0.1
+"""Seconds after a `Retry-After` in which calls come that were sent before it was read."""
 CANDIDATES = [*"ABCDEFGHIJ", *"0123456789", "10"]
 END = "<|end|>"
 _encode, _decode = msgspec.json.Encoder().encode, msgspec.json.Decoder().decode
@@ -68,7 +70,14 @@ class Settings(msgspec.Struct):
     context: int = 1_000_000
     """Characters of a prompt; a longer one is refused by a 400."""
     refuse: str = ""
-    """A dialogue that holds this text is refused by a 400."""
+    """A dialogue that holds this text is refused by `refuse_status`."""
+    refuse_status: int = 400
+    stumble: str = ""
+    """A request whose body holds this text gets `error_status`, always."""
+    fail_from: int = 0
+    """From this call on (from 1) all get `error_status`. 0: none."""
+    away: bool = False
+    """Everything is answered as by a gateway whose server is gone."""
     key: str = ""
     """Where this is set, calls without it get a 401."""
     flavour: str = "vllm"
@@ -152,6 +161,7 @@ class MockServer:
     def _clear(self) -> None:
         self.calls = self.good = self.in_flight = self.peak = 0
         self.first = self.last = 0.0
+        self.early, self._waved_off, self._not_before = 0, 0.0, 0.0
         self.statuses: Counter[int] = Counter()
         self.faults: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
@@ -187,7 +197,11 @@ class MockServer:
             return await self._control(request)
         if request.transport:
             self._connections.add(request.transport)
+            if self._site is None:  # a connection that was made before it died
+                request.transport.abort()  # type: ignore[attr-defined]
         settings = self.settings
+        if settings.away:
+            return self._refuse(502, "Bad Gateway")
         if settings.key and request.headers.get("Authorization") != f"Bearer {settings.key}":
             return self._refuse(401, "Incorrect API key provided: the mock wants another one")
         if path == "/v1/models":
@@ -255,6 +269,7 @@ class MockServer:
     async def _call(self, request: web.BaseRequest, path: str, raw: bytes, body: dict[str, Any]) -> web.StreamResponse:
         self.calls += 1
         self.paths[path] += 1
+        self.early += self._waved_off + _UNDER_WAY < time.time() < self._not_before
         self.first = self.first or time.time()
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
@@ -268,6 +283,9 @@ class MockServer:
 
     async def _work(self, request: web.BaseRequest, path: str, raw: bytes, body: dict[str, Any]) -> web.StreamResponse:
         settings, fault = self.settings, self._draw()
+        stumbles = settings.stumble and settings.stumble in raw.decode("utf-8", "replace")
+        if stumbles or 0 < settings.fail_from <= self.calls:
+            return self._refuse(settings.error_status, "the mock stumbles over this request")
         answer = self._answer(path, body)
         if isinstance(answer, web.Response):
             return answer
@@ -358,9 +376,15 @@ class MockServer:
         return response
 
     def _overloaded(self) -> web.Response:
-        after = self.settings.retry_after
+        after, now = self.settings.retry_after, time.time()
+        if after and now >= self._not_before:
+            self._waved_off = now
         if after.startswith("date:"):
-            after = formatdate(time.time() + float(after[5:]), usegmt=True)
+            whole = int(now + float(after[5:]))
+            self._not_before = max(self._not_before, whole)
+            after = formatdate(whole, usegmt=True)
+        elif after:
+            self._not_before = max(self._not_before, now + float(after))
         return self._refuse(self.settings.overload_status, "too many requests", {"Retry-After": after} if after else {})
 
     def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
@@ -393,7 +417,7 @@ class MockServer:
         if len(prompt) > settings.context:
             return self._refuse(400, f"This model's maximum context length is {settings.context} tokens; yours is longer.")
         if settings.refuse and settings.refuse in prompt:
-            return self._refuse(400, "this dialogue violates the mock's policy")
+            return self._refuse(settings.refuse_status, "this dialogue violates the mock's policy")
         most = body.get("max_tokens", body.get("max_completion_tokens", 16))
         letter = "one letter" in prompt or "(A)" in prompt
         count = min(most, 1 if letter else settings.tokens)
@@ -462,6 +486,7 @@ class MockServer:
         again = sum(self.answered.values()) - len(self.answered)
         return {
             "calls": self.calls,
+            "early": self.early,
             "answered": self.good,
             "repeated": again,
             "repeated_bodies": [body.decode("utf-8", "replace") for body in list(self.bodies.values())[:20]],

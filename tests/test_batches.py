@@ -253,7 +253,7 @@ def test_a_batch_of_which_all_calls_fail_stops_the_run() -> None:
         requests = [GenerateRequest((Message("user", f"Question {number}?"),), 4, 0.0, 1.0, 1) for number in range(40)]
         try:
             found = await asyncio.gather(*map(engine.generate, requests), return_exceptions=True)
-            assert {type(one) for one in found} == {RequestError}
+            assert all(isinstance(one, RequestError) for one in found)
             await engine.generate(requests[0])
         finally:
             await engine.close()

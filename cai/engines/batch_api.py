@@ -157,4 +157,5 @@ async def check_batches(client: Client) -> None:
         raise ConfigError(str(exc)) from exc
     if status != 200:
         place = f"{client.endpoints[0].base}/batches"
-        raise ConfigError(f"{place} answers HTTP {status}: {said}; it has no batch API: leave out {client.section}.batch")
+        meaning = "try later, or" if status >= 500 else "it has no batch API:"
+        raise ConfigError(f"{place} answers HTTP {status}: {said}; {meaning} leave out {client.section}.batch")

@@ -1,44 +1,42 @@
-"""Requests to a server's URLs: one session, the least busy URL first, retries for what can succeed, and a stop for what cannot.
+"""Requests to a server's URLs: one session, retries for what can succeed, and a stop for what cannot.
 
 What is retried, with full jitter (Brooker 2015, "Exponential backoff and jitter") and never before `Retry-After`:
 connections that break, time-outs, 408, 409, 425, 429, 5xx, answers that cannot be read. What is not: 400 and the like fail
-the request; 401, 402, 403 and 404 stop the run. A URL that nobody listens at is left out until it answers again; overload
-and absence are waited for as long as `server.give_up` says. A key is never part of an error.
+the request; 401, 402 and 404 stop the run, and so does a 403 before the key was ever accepted. Overload (429, 503, 529) and
+absence (502, 504, nobody listens) are waited for as long as `server.give_up` says. A key is never part of an error.
 """
 
 from __future__ import annotations
 
-import asyncio
+import math
 import os
 import re
 import time
-from asyncio import Future
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import aiohttp
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-from yarl import URL
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from cai.engines.pacing import Rates, Window
-from cai.engines.replies import Transient, decode, message_of, retry_after, total_tokens
+from cai.engines.balancing import Balancer, Endpoint
+from cai.engines.pacing import Rates
+from cai.engines.replies import Refused, Transient, decode, message_of, retry_after, total_tokens
 from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError, VerdictError
 from cai.servers import ServerConfig
 
 Answer = TypeVar("Answer")
 _CONNECT = 10.0
-"""Seconds that a connection may take."""
-_LOOK = 1.0
-"""Seconds between two looks at whether a dead URL is there again."""
-_FAILING = 30
-"""So many failed requests one after another, with none that succeeded, stop the run."""
-_UNREADABLE = 4
+"""Seconds that a connection may take, and a look at a dead URL."""
+_PROBING, _PROBES = 60.0, 5
+"""Seconds and tries for a question that finds out what a server can."""
+FAILING = 30
+"""So many failed requests one after another, with none that succeeded, stop the run; so does a batch of as many."""
+UNREADABLE = 4
 """How often an answer that cannot be used is asked for: a model that gives no numbers may give them once more."""
-_OVERLOADED = {429, 503, 529}
-_WAITED_FOR = ("overloaded", "absent")
+_OVERLOADED, _AWAY = {429, 503, 529}, {502, 504}
+_WAITED_FOR = ("overloaded", "away", "absent")
 _TRANSIENT = {408, 409, 425, *_OVERLOADED}
 _CONTEXT = re.compile(
     r"context.{0,20}(length|window|size)|maximum.{0,20}(context|tokens)|too many tokens|too long|max_model_len", re.I
@@ -56,25 +54,6 @@ class Post(NamedTuple):
     kind: Hashable = None
 
 
-class Endpoint:
-    """One base URL, how many requests are there, and whether it is alive."""
-
-    def __init__(self, url: str, concurrency: int | None) -> None:
-        """The URL as the recipe says it, with or without a slash at its end."""
-        self.base = url.rstrip("/")
-        self.root = self.base.removesuffix("/v1")
-        self.window = Window(concurrency)
-        self.dead = ""
-        self.paths: dict[str, URL] = {}
-
-    def at(self, path: str) -> URL:
-        """`/v1/...` below the base URL, other paths below the server's root."""
-        if path not in self.paths:
-            place = self.base + path.removeprefix("/v1") if path.startswith("/v1/") else self.root + path
-            self.paths[path] = URL(place)
-        return self.paths[path]
-
-
 class Client:
     """Asks the URLs of one model. Belongs to the event loop in which it is first used."""
 
@@ -84,9 +63,8 @@ class Client:
         self._config, self.section = config, section
         self._key = read_key(config, section)
         self._rates = Rates(config.requests_per_minute, config.tokens_per_minute)
-        self._waiting: deque[Future[Endpoint]] = deque()
+        self._balancer = Balancer(self.endpoints, self._is_there, self._is_over)
         self._session: aiohttp.ClientSession | None = None
-        self._looking: dict[Endpoint, asyncio.Task[None]] = {}
         self._last_success = 0.0
         self._failures, self._streak_from = 0, 0
         self._flying: dict[int, None] = {}
@@ -94,6 +72,8 @@ class Client:
         self._broken: Exception | None = None
         self.models: list[str] = []
         """Those that the server lists, for errors."""
+        self.is_accepted = False
+        """Whether the key was good for a question."""
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
@@ -105,7 +85,6 @@ class Client:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=any(os.environ.get(name) for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")),
             )
-            self._last_success = self._last_success or time.monotonic()
         return self._session
 
     async def post(self, call: Post, read: Callable[[Any], Answer]) -> Answer:
@@ -118,6 +97,8 @@ class Client:
         self._flying[number] = None
         try:
             answer = await self.tries(lambda: self._attempt(call, read))
+        except (ContextLengthError, Refused):
+            raise
         except RequestError as exc:
             self._failed(str(exc), number)
             raise
@@ -141,13 +122,12 @@ class Client:
                 raise failed.pop()
             return await attempt()
 
-        tries = _Tries(self._config)
-        retrying = AsyncRetrying(stop=tries.are_over, wait=tries.pause, retry=retry_if_exception_type(Transient), reraise=True)
+        tries = _Tries(self._config.retries, self._config.give_up, last_success=lambda: self._last_success)
         try:
-            return await retrying(again)
+            return await tries.retrying(again)
         except Transient as exc:
-            waited = time.monotonic() - self._last_success
-            if exc.kind in _WAITED_FOR and waited > self._config.give_up:
+            waited = time.monotonic() - max(self._last_success, tries.began)
+            if exc.kind in _WAITED_FOR and waited > self._config.give_up / 2:  # else it is this request, and no other
                 raise EngineError(f"{exc}; no request succeeded for {waited:.0f} s; the same command continues") from exc
             final = VerdictError if exc.kind == "no numbers" else RequestError
             raise final(f"{exc}; tried {tries.made} times") from exc
@@ -156,7 +136,7 @@ class Client:
         if self._broken:
             raise self._broken
         await self._rates.wait(call.tokens)
-        endpoint = await self._acquire()
+        endpoint = await self._balancer.acquire()
         began, overloaded = time.monotonic(), False
         try:
             async with self._open().post(endpoint.at(call.path), data=call.body, allow_redirects=False) as response:
@@ -164,13 +144,20 @@ class Client:
             if response.status != 200:
                 overloaded = response.status in _OVERLOADED
                 self._refuse(response.status, raw, response.headers, endpoint, call.path)
+            endpoint.missed = 0
             said = decode(raw)
             if self._config.tokens_per_minute:
                 self._rates.learn(call.tokens, total_tokens(said))
             return read(said)
+        except Transient as exc:
+            if exc.after:
+                self._balancer.rest(endpoint, exc.after)
+            if exc.kind == "away":
+                self._balancer.miss(endpoint, str(exc))
+            raise
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             problem = str(getattr(exc, "os_error", exc))
-            self._bury(endpoint, problem)
+            self._balancer.bury(endpoint, problem)
             raise Transient(f"{endpoint.base} cannot be reached: {problem}", kind="absent") from exc
         except TimeoutError as exc:
             overloaded = True
@@ -179,34 +166,45 @@ class Client:
             raise Transient(f"the connection broke: {type(exc).__name__}") from exc
         finally:
             endpoint.window.ended(began, time.monotonic(), (call.path, call.kind), overloaded)
-            self._release(endpoint)
+            self._balancer.release(endpoint)
 
     async def exchange(self, path: str, body: bytes | None = None) -> tuple[int, Any]:
         """Status and JSON (or message) of one question that nothing depends on; GET where there is no body.
 
-        Raises `EngineError` where no URL answers, or the key is refused.
+        A 5xx that lasts is an answer, too. Raises `EngineError` where no URL gives one, or the key is refused.
         """
-        problem = ""
+        problem, answer = "", None
         for endpoint in self.endpoints:
-            retrying = AsyncRetrying(
-                stop=stop_after_attempt(5), wait=_wait, retry=retry_if_exception_type(Transient), reraise=True
-            )
+            tries = _Tries(_PROBES - 1, min(self._config.give_up, _PROBING), longest=_PROBING)
             try:
-                return await retrying(self._exchange, endpoint, path, body)
+                return await tries.retrying(self._exchange, endpoint, path, body)
             except (aiohttp.ClientError, OSError) as exc:
-                problem = f"{endpoint.base} cannot be reached: {getattr(exc, 'os_error', exc) or type(exc).__name__}"
+                told = str(getattr(exc, "os_error", exc)) or type(exc).__name__
+                problem = f"{endpoint.base} cannot be reached: {told}; start the server or mend the URL"
             except Transient as exc:
-                problem = f"{endpoint.base}: {exc}"
-        raise EngineError(f"{self._clean(problem)}; start the server or mend the URL")
+                problem = f"{endpoint.base}{path.removeprefix('/v1')}: {exc}; see the server's log, or try later"
+                if exc.status >= 500:
+                    answer = exc.status, str(exc).removeprefix(f"HTTP {exc.status}: ")
+        if answer:
+            return answer
+        raise EngineError(self._clean(problem))
 
     async def _exchange(self, endpoint: Endpoint, path: str, body: bytes | None) -> tuple[int, Any]:
-        method = "GET" if body is None else "POST"
+        method, seconds = "GET" if body is None else "POST", min(self._config.timeout, _PROBING)
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT)
         try:
-            async with self._open().request(method, endpoint.at(path), data=body, allow_redirects=False) as response:
+            async with self._open().request(
+                method, endpoint.at(path), data=body, allow_redirects=False, timeout=timeout
+            ) as response:
                 raw = await response.read()
-        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, TimeoutError) as exc:
+        except aiohttp.ConnectionTimeoutError:
+            raise
+        except TimeoutError as exc:
+            raise Transient(f"no answer within {seconds:g} s") from exc
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as exc:
             raise Transient(f"the connection broke: {type(exc).__name__}") from exc
         if response.status == 200:
+            self.is_accepted = self.is_accepted or method == "POST"  # some list their models to everybody
             return 200, decode(raw)
         try:
             self._refuse(response.status, raw, response.headers, endpoint, path)
@@ -247,66 +245,25 @@ class Client:
         """Raise what a line of a batch without an answer means: the same as the answer to a single request."""
         self._refuse(status, raw, {}, self.endpoints[0], path)
 
-    # -- which URL ------------------------------------------------------------------------------------------------------
+    async def _is_there(self, endpoint: Endpoint) -> bool:
+        """Whether a dead URL answers again, and not only a gateway."""
+        quick = aiohttp.ClientTimeout(total=_CONNECT)
+        with suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with self._open().get(endpoint.at("/v1/models"), timeout=quick, allow_redirects=False) as response:
+                return response.status not in {503, *_AWAY}
+        return False
 
-    def _free(self) -> Endpoint | None:
-        free = [one for one in self.endpoints if not one.dead and one.window.has_room]
-        return min(free, key=lambda one: one.window.in_flight / one.window.limit) if free else None
-
-    async def _acquire(self) -> Endpoint:
-        endpoint = None if self._waiting else self._free()
-        if endpoint is None:
-            waiting: Future[Endpoint] = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiting)
-            try:
-                return await waiting
-            except asyncio.CancelledError:
-                if waiting.done() and not waiting.cancelled() and not waiting.exception():
-                    self._release(waiting.result())
-                raise
-        endpoint.window.in_flight += 1
-        return endpoint
-
-    def _release(self, endpoint: Endpoint) -> None:
-        endpoint.window.in_flight -= 1
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        while self._waiting and (endpoint := self._free()):
-            waiting = self._waiting.popleft()
-            if not waiting.done():
-                endpoint.window.in_flight += 1
-                waiting.set_result(endpoint)
-
-    def _bury(self, endpoint: Endpoint, problem: str) -> None:
-        """Leave out a URL until it answers."""
-        endpoint.dead = problem
-        if endpoint not in self._looking:
-            self._looking[endpoint] = asyncio.ensure_future(self._look(endpoint))
-
-    async def _look(self, endpoint: Endpoint) -> None:
-        """Ask a dead URL from time to time; where all are dead for too long, everything that waits fails."""
-        session, quick = self._open(), aiohttp.ClientTimeout(total=_CONNECT)
-        while True:
-            await asyncio.sleep(_LOOK)
-            with suppress(aiohttp.ClientError, OSError, TimeoutError):
-                async with session.get(endpoint.at("/v1/models"), timeout=quick, allow_redirects=False) as response:
-                    if response.status not in (502, 503, 504):
-                        break
-            if all(one.dead for one in self.endpoints) and time.monotonic() - self._last_success > self._config.give_up:
-                self._break(f"{endpoint.base} cannot be reached for {self._config.give_up:g} s: {endpoint.dead}")
-                return
-        endpoint.dead = ""
-        del self._looking[endpoint]
-        self._hand_out()
+    def _is_over(self, endpoint: Endpoint, died: float) -> bool:
+        """Whether all URLs are dead for too long; then everything that waits fails."""
+        if time.monotonic() - max(died, self._last_success) <= self._config.give_up:
+            return False
+        self._break(f"{endpoint.base} cannot be reached for {self._config.give_up:g} s: {endpoint.dead}")
+        return True
 
     def _break(self, problem: str) -> None:
         """Nothing can succeed any more: all that waits fails, and so does what comes."""
         self._broken = EngineError(f"{self._clean(problem)}; mend that, then the same command continues")
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if not waiting.done():
-                waiting.set_exception(self._broken)
+        self._balancer.fail(self._broken)
 
     # -- what failed ----------------------------------------------------------------------------------------------------
 
@@ -316,7 +273,7 @@ class Client:
             self._streak_from = self._number
         self._failures += 1
         oldest = next(iter(self._flying), number)
-        if self._failures >= _FAILING and (oldest >= self._streak_from or self._failures >= 10 * _FAILING):
+        if self._failures >= FAILING and (oldest >= self._streak_from or self._failures >= 10 * FAILING):
             self._break(f"the last {self._failures} requests all failed, the last of them: {problem}")
             assert self._broken
             raise self._broken
@@ -328,8 +285,9 @@ class Client:
         if status == 429 and "insufficient_quota" in raw[:2000].decode("utf-8", "replace"):
             raise EngineError(f"{told}; the quota of this key is used up")
         if status in _TRANSIENT or (status >= 500 and status != 501):
-            raise Transient(told, retry_after(headers.get("Retry-After")), "overloaded" if status in _OVERLOADED else "failed")
-        if status in (401, 402, 403):
+            kind = "overloaded" if status in _OVERLOADED else "away" if status in _AWAY else "failed"
+            raise Transient(told, retry_after(headers.get("Retry-After")), kind, status)
+        if status in (401, 402) or (status == 403 and not (self.is_accepted or self._last_success)):
             raise EngineError(f"{told}; {self._about_the_key()}")
         if status == 404:
             raise EngineError(f"{told}; {self._about_the_place(endpoint, path)}")
@@ -337,6 +295,8 @@ class Client:
             raise EngineError(f"{endpoint.base} answers that it has moved (HTTP {status}); use its new URL")
         if status in (400, 413, 422) and _CONTEXT.search(said):
             raise ContextLengthError(f"{told}; shorten the prompt, or lower max_tokens")
+        if status in (400, 422) and self._last_success:
+            raise Refused(told)
         raise RequestError(told)
 
     def _about_the_key(self) -> str:
@@ -357,11 +317,7 @@ class Client:
 
     async def close(self) -> None:
         """Close connections; what waits fails."""
-        for task in self._looking.values():
-            task.cancel()
-        self._looking.clear()
-        while self._waiting:
-            self._waiting.popleft().cancel()
+        self._balancer.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -370,19 +326,33 @@ class Client:
 class _Tries:
     """When the attempts at one request are over, and how long to wait before the next."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._config, self._began = config, time.monotonic()
+    def __init__(
+        self, retries: int, give_up: float, longest: float = math.inf, last_success: Callable[[], float] = float
+    ) -> None:
+        """`give_up`: seconds that overload and absence are waited for; `longest`: seconds after which nothing is."""
+        self._retries, self._give_up, self._longest, self._last_success = retries, give_up, longest, last_success
+        self.began = time.monotonic()
         self.made = self._failed = self._unreadable = 0
 
+    @property
+    def retrying(self) -> AsyncRetrying:
+        """Calls what it is given until that works, or the tries are over: then the last failure is raised."""
+        return AsyncRetrying(stop=self.are_over, wait=self.pause, retry=retry_if_exception_type(Transient), reraise=True)
+
     def are_over(self, state: RetryCallState) -> bool:
-        """Overload and absence are waited for; other failures are counted."""
-        kind = _failure(state).kind
+        """Overload and absence are waited for, the latter from when any request last succeeded; other failures are counted."""
+        failure, now = _failure(state), time.monotonic()
+        passed = now - self.began
         self.made += 1
-        if kind in _WAITED_FOR:
-            return time.monotonic() - self._began > self._config.give_up
+        if passed + failure.after > self._longest:
+            return True
+        if failure.kind == "absent":
+            return now - max(self.began, self._last_success()) > self._give_up
+        if failure.kind in _WAITED_FOR:
+            return passed > self._give_up
         self._failed += 1
-        self._unreadable += kind == "no numbers"
-        return self._failed > self._config.retries or self._unreadable >= _UNREADABLE
+        self._unreadable += failure.kind == "no numbers"
+        return self._failed > self._retries or self._unreadable >= UNREADABLE
 
     def pause(self, state: RetryCallState) -> float:
         """Full jitter below an exponential bound, after what the server asks for; a dead URL is waited for elsewhere."""

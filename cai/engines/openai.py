@@ -98,7 +98,7 @@ class OpenAIEngine(Engine):
                 await check_batches(client)
             return await probe(client, self._server, self._reward)
         finally:
-            self._client.models = client.models
+            self._client.models, self._client.is_accepted = client.models, client.is_accepted
             await client.close()
 
     @property

@@ -2,7 +2,8 @@
 
 GET /v1/models is free; the questions cost about ten tokens each: are there log-probabilities, and of how many tokens? Does the
 server go on with a last assistant message (and not merely ignore the fields that ask for it: the count of prompt tokens tells)?
-Are there exactly the tokens asked for (vLLM's `logprob_token_ids`), and those of a prompt?
+Are there exactly the tokens asked for (vLLM's `logprob_token_ids`), and those of a prompt? A question that only ever gets
+an error means no, where the server still answers the plain one: an overload changes no fact.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ PROBE = "Say OK."
 """The dialogue of all questions."""
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 """The fields with which vLLM and SGLang go on with a last assistant message."""
+_CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _MOST, _FEW = 20, 5
 _TRIES = 2
 """How often what is not there is asked for: an answer may lack for once what the server has."""
@@ -70,7 +72,8 @@ async def _identify(client: Client, config: ServerConfig) -> Facts:
     if name is None:
         if len(found) != 1:
             base = client.endpoints[0].base
-            there = f"has {len(found)} models: {_some(found)}" if found else "does not list its models"
+            silent = "does not list its models" if status == 200 else f"does not list its models (HTTP {status}: {said})"
+            there = f"has {len(found)} models: {_some(found)}" if found else silent
             raise ConfigError(f"{base} {there}; name one by {client.section}.name")
         name = next(iter(found))
     weights = found.get(name, {}).get("root") or name
@@ -89,28 +92,41 @@ class _Questions:
 
     def __init__(self, client: Client, config: ServerConfig, facts: Facts) -> None:
         self._client, self._config, self._facts = client, config, facts
+        self._has_failed = False
 
     async def _ask(self, path: str, **fields: Any) -> tuple[int, Any]:
         body = with_extra({"model": self._facts.model, **fields}, self._config.extra_body)
-        return await self._client.exchange(path, body)
+        status, said = await self._client.exchange(path, body)
+        self._has_failed = self._has_failed or status >= 500
+        return status, said
+
+    async def _plain(self) -> Any:
+        """What a server answers that is there. Raises `ConfigError` where it does not."""
+        if self._config.api == "completions":
+            status, said = await self._ask(_TEXT, prompt=PROBE, max_tokens=1)
+        else:
+            status, said = await self._chat(PROBE)
+            if status == 400 and "max_completion_tokens" in str(said):
+                self._facts = msgspec.structs.replace(self._facts, limit="max_completion_tokens")
+                status, said = await self._chat(PROBE)
+        if status != 200 and "output limit was reached" not in str(said):
+            raise self._refused(status, said)
+        return said
 
     async def _chat(self, *contents: str, **fields: Any) -> tuple[int, Any]:
         roles = ("user", "assistant")
         messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
-        return await self._ask("/v1/chat/completions", messages=messages, **{self._facts.limit: 1}, **fields)
+        return await self._ask(_CHAT, messages=messages, **{self._facts.limit: 1}, **fields)
 
     async def chat(self) -> Facts:
         """Of the chat API."""
-        status, said = await self._chat(PROBE)
-        if status == 400 and "max_completion_tokens" in str(said):
-            self._facts = msgspec.structs.replace(self._facts, limit="max_completion_tokens")
-            status, said = await self._chat(PROBE)
-        if status != 200 and "output limit was reached" not in str(said):
-            raise self._refused(status, said)
+        said = await self._plain()
         top = await self._top()
         prefill = await self._prefill(_prompt_tokens(said)) if top else "none"
         ids = prefill == "fields" and await self._has_token_ids()
         prompts = ids and await self._has_prompt_logprobs()
+        if self._has_failed:
+            await self._plain()
         return msgspec.structs.replace(self._facts, top=top, prefill=prefill, token_ids=ids, prompt_logprobs=prompts)
 
     def _refused(self, status: int, said: Any) -> ConfigError:
@@ -165,17 +181,17 @@ class _Questions:
 
     async def completions(self) -> Facts:
         """Of the API for plain texts."""
-        path, top = "/v1/completions", 0
-        status, said = await self._ask(path, prompt=PROBE, max_tokens=1)
-        if status != 200:
-            raise self._refused(status, said)
+        top = 0
+        await self._plain()
         for count in (_MOST, _FEW):
-            status, said = await self._ask(path, prompt=PROBE, max_tokens=1, logprobs=count)
+            status, said = await self._ask(_TEXT, prompt=PROBE, max_tokens=1, logprobs=count)
             if status == 200 and (top := min(count, len(_text_top(said)))):
                 break
-        status, said = await self._ask(path, prompt=PROBE, max_tokens=0, echo=True, logprobs=1)
+        status, said = await self._ask(_TEXT, prompt=PROBE, max_tokens=0, echo=True, logprobs=1)
         logprobs = said["choices"][0].get("logprobs") if status == 200 and said.get("choices") else None
         echoes = bool(logprobs and len(logprobs.get("token_logprobs") or ()) > 1)
+        if self._has_failed:
+            await self._plain()
         return msgspec.structs.replace(self._facts, top=top if top > 1 else 0, prefill="default", prompt_logprobs=echoes)
 
     async def reward(self) -> Facts:

@@ -26,10 +26,17 @@ _decoder = msgspec.json.Decoder()
 class Transient(Exception):
     """An attempt that failed and may succeed when it is made again."""
 
-    def __init__(self, problem: str, after: float = 0.0, kind: str = "failed") -> None:
-        """`after`: seconds that the server asks to wait; `kind`: `failed`, `overloaded`, `absent`, or `no numbers`."""
+    def __init__(self, problem: str, after: float = 0.0, kind: str = "failed", status: int = 0) -> None:
+        """`after`: seconds that the server asks to wait; `status`: that of the answer, 0 where there is none.
+
+        `kind`: `failed`, `overloaded`, `away` (a gateway without its server), `absent` (nobody listens), or `no numbers`.
+        """
         super().__init__(problem)
-        self.after, self.kind = after, kind
+        self.after, self.kind, self.status = after, kind, status
+
+
+class Refused(RequestError):
+    """A request that is refused for what is in it, which says nothing about the next one."""
 
 
 def decode(raw: bytes) -> Any:
@@ -98,7 +105,7 @@ def read_completion(said: Any, request: GenerateRequest, size: int) -> Completio
 
 def _finish(reason: Any) -> Any:
     if reason == "content_filter":
-        raise RequestError("the server's content filter cut this completion off")
+        raise Refused("the server's content filter cut this completion off")
     if reason == "error":
         raise Transient("the server ended this completion by an error")
     return "length" if reason in ("length", "max_tokens", "model_length") else "stop"
@@ -189,7 +196,7 @@ def read_echo_sum(said: Any, start: int) -> Loglikelihood:
 
 def _summed(values: list[float], said: Any) -> Loglikelihood:
     if not values:
-        raise RequestError("a continuation has no tokens of its own: there is nothing to score")
+        raise Refused("a continuation has no tokens of its own: there is nothing to score")
     _all_numbers(values)
     spent: list[int] = []
     _spend(said, spent)
