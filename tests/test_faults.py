@@ -126,6 +126,22 @@ def test_a_judge_without_numbers_is_no_verdict_and_no_tie(fault: str, tmp_path: 
     assert {row["reason"] for row in quarantine(out)} <= {"no verdict"}
 
 
+def test_a_principle_that_fails_does_not_cost_the_answers_beside_it_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    policy, judge = 5, 2 * 4
+    with served() as server:
+        asked = on(server.url, judge={"principles": "all"}, budget={"tokens": 10**9})
+        build_engine(asked.policy).fingerprint  # noqa: B018
+        server.control(latency=0.02, refuse="Which completion is more calm?", clear=True)
+        done = generate(asked, out)
+        assert done["prompts"]["quarantined"] == {"request failed": PROMPTS}
+        assert kept_calls(out) == PROMPTS * (policy + judge)
+        assert server.stats()["answered"] - kept_calls(out) < 20, "the probing questions"
+        server.control(refuse="")
+        finish(server, out, asked)
+    assert kept_calls(out) == PROMPTS * (policy + judge + 2)
+
+
 def test_rows_that_are_refused_are_set_aside_with_what_the_server_said(tmp_path: Path) -> None:
     out = tmp_path / "run"
     prompts = [
