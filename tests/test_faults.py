@@ -12,7 +12,7 @@ import pytest
 
 from cai.config import ModelConfig, Recipe
 from cai.engines import Engine, GenerateRequest, build_engine
-from cai.errors import BudgetError, EngineError, RequestError, VerdictError
+from cai.errors import BudgetError, EngineError, PromptSourceError, RequestError, VerdictError
 from cai.pipeline import generate
 from cai.types import Message
 from tests.runs import (
@@ -131,10 +131,9 @@ def test_a_principle_that_fails_does_not_cost_the_answers_beside_it_again(tmp_pa
     policy, judge = 5, 2 * 4
     with served() as server:
         asked = on(server.url, judge={"principles": "all"}, budget={"tokens": 10**9})
-        build_engine(asked.policy).fingerprint  # noqa: B018
-        server.control(latency=0.02, refuse="Which completion is more calm?", clear=True)
-        done = generate(asked, out)
-        assert done["prompts"]["quarantined"] == {"request failed": PROMPTS}
+        server.control(latency=0.02, refuse="Which completion is more calm?")
+        with pytest.raises(PromptSourceError, match=f"none of {PROMPTS} rows became a record"):
+            generate(asked, out)
         assert kept_calls(out) == PROMPTS * (policy + judge)
         assert server.stats()["answered"] - kept_calls(out) < 20, "the probing questions"
         server.control(refuse="")

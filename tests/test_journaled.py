@@ -274,7 +274,7 @@ async def test_what_was_answered_beside_a_failure_is_kept_and_counts_in_the_budg
     assert database.usage() == {"judge": RoleUsage(2, 100, 0)}
     assert (tally.calls_made, tally.prompt_tokens, tally.in_flight) == (2, 100, 0)
     with pytest.raises(BudgetError, match="of 320 tokens are spent"):  # 0.55 a byte: only those that were answered count
-        await engine.choice_logprobs([(Message("user", "z" * 398),)], ("A", "B"))
+        await engine.choice_logprobs([(Message("user", "z" * 420),)], ("A", "B"))
     answered = JournaledEngine(Broken([]), database, "judge", Tally())
     assert [one.logprobs[0] for one in await answered.choice_logprobs(prompts[:2], ("A", "B"))] == [-1.0, -3.0]
 

@@ -231,7 +231,8 @@ class Mirror:
         try:
             self._require_writer()  # who took over while this went up has a newer one
         except _ReplacedError:
-            self._fs.rm_file(self._at(f"run/{name}"))
+            with contextlib.suppress(OSError):  # that one may have removed it already
+                self._fs.rm_file(self._at(f"run/{name}"))
             raise
         identity = self.local / "run" / "identity.json"
         if identity.exists():
