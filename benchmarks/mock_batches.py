@@ -76,6 +76,9 @@ class Batches:
             case "POST", ["files"]:
                 return await self._upload(request)
             case "GET", ["files", name, "content"] if name in self.files:
+                if self._server.settings.batch_late > 0:
+                    self._server.settings.batch_late -= 1
+                    raise Problem(404, "No such File object")
                 return self.files[name]
             case "POST", ["batches"]:
                 return self._create(await request.read())

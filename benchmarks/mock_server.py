@@ -30,7 +30,7 @@ from benchmarks.mock_batches import Batches, Problem
 _SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in ("a", "e", "i", "o", "u", "ai", "ou")]
 WORDS = [first + last for last in ("n", "rel", "st", "m", "vin", "sk") for first in _SYLLABLES][::-1][:619]
 """A prime number of them, so that no stride comes round before all were said: what repeats itself is no revision."""
-FAULTS = ("error", "overload", "reset", "hang", "truncated", "invalid", "empty", "missing", "nan")
+FAULTS = ("error", "overload", "reset", "hang", "truncated", "invalid", "empty", "missing", "nan", "echo")
 _UNDER_WAY = 0.1
 """Seconds after a `Retry-After` in which calls come that were sent before it was read."""
 CANDIDATES = [*"ABCDEFGHIJ", *"0123456789", "10"]
@@ -63,6 +63,9 @@ class Settings(msgspec.Struct):
     empty: float = 0.0
     missing: float = 0.0
     nan: float = 0.0
+    echo: float = 0.0
+    """A 200 that holds an error, and in it the key, `echo_at` characters from its beginning."""
+    echo_at: int = 0
     die_at: int = 0
     """Before this call (from 1) the server dies: its port is closed, its connections are cut. 0: never."""
     dead_for: float = 20.0
@@ -96,6 +99,8 @@ class Settings(msgspec.Struct):
     """So many batches expire when half of their lines are answered."""
     batch_room: int = 1_000_000
     """The most lines of all batches that are in progress; a batch beyond fails as OpenAI's do beyond the enqueued tokens."""
+    batch_late: int = 0
+    """So many times a file of answers is not there."""
     batch_page: int = 100
     """The most batches of one list."""
     create_hang: bool = False
@@ -240,6 +245,8 @@ class MockServer:
             self.faults[fault] += 1
             status = self.settings.error_status if fault == "error" else self.settings.overload_status
             return status, {"error": {"message": f"the mock has an {fault}"}}
+        if fault == "echo":
+            return 200, self._echo()
         answer = self._answer(path, body)
         if isinstance(answer, web.Response):
             return answer.status, _decode(bytes(answer.body))  # type: ignore[arg-type]
@@ -361,7 +368,12 @@ class MockServer:
                 return _json(answer)
             case "missing" | "nan":
                 return _spoiled(answer, fault)
+            case "echo":
+                return _json(self._echo())
         return None
+
+    def _echo(self) -> dict[str, Any]:
+        return {"error": {"message": f"{'.' * self.settings.echo_at}{self.settings.key} is not liked here"}}
 
     async def _cut(self, request: web.BaseRequest, whole: bytes, abort: bool) -> web.StreamResponse:
         """Half a body: then the connection is reset, or it ends as if that were all."""

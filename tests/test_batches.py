@@ -248,6 +248,59 @@ def test_a_batch_that_is_refused_stops_the_run_and_says_why(tmp_path: Path, refe
         assert is_whole(server, out, reference)
 
 
+def test_a_key_that_a_batch_repeats_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "geheim0123456789abcdefghijklmnopqrstuvwx"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    out = tmp_path / "run"
+    with served(key=key, echo_at=225) as server:
+        asked = on(server.url, {**QUICK, "retries": 0})
+        server.control(batch_refuse=f"{'.' * 285}{key} is not liked here")
+        with pytest.raises(EngineError, match="refuses batch batch_1"):
+            generate(asked, out)
+        assert "..." in manifest(out)["error"]
+        server.control(batch_refuse="", batch_delay=3600)
+        run = forked(generate_in, {"OPENAI_API_KEY": key}, asked, out)
+        wait_until(lambda: batches(out))
+        server.control(batch_delay=0.1, echo=0.3)
+        run.join(60)
+        assert any("(no 'choices'): ..." in row["detail"] for row in quarantine(out))
+    files = [file.read_bytes() for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert not any(b"geheim" in content for content in files)
+
+
+def test_a_file_of_answers_that_comes_late_is_waited_for(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "run"
+    with served(batch_late=3) as server:
+        generate(on(server.url), out)
+        assert is_whole(server, out, reference)
+        assert server.stats()["batches"]["lines"] == PROMPTS * 13
+
+
+def test_a_file_of_answers_that_is_not_there_stops_the_run_and_the_batch_stays_noted(
+    tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    out = tmp_path / "run"
+    with served(batch_late=1000) as server:
+        with pytest.raises(EngineError, match=r"batch_1 is completed, and the server has no file of its answers \(HTTP 404\)"):
+            generate(on(server.url), out)
+        assert server.stats()["batches"]["sizes"] == {"batch_1": PROMPTS}
+        assert batches(out) == [("batch_1", "missing")]
+        assert would_lose(out) == f"{PROMPTS} calls that a server works on in batches"
+        server.control(batch_late=0)
+        generate(on(server.url), out)
+        assert is_whole(server, out, reference)
+
+
+def test_a_file_of_answers_that_never_comes_is_given_up_by_the_next_command(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with served(batch_late=1000) as server:
+        for number in (1, 2):
+            with pytest.raises(EngineError, match=f"batch_{number} is completed, and the server has no file"):
+                generate(on(server.url), out)
+        assert server.stats()["batches"]["sizes"] == {"batch_1": PROMPTS, "batch_2": PROMPTS}
+
+
 def test_a_batch_of_which_all_calls_fail_stops_the_run() -> None:
     async def ask(engine: Any) -> None:
         requests = [GenerateRequest((Message("user", f"Question {number}?"),), 4, 0.0, 1.0, 1) for number in range(40)]

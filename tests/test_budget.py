@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cai.errors import BudgetError
+from cai.errors import BudgetError, Interrupted
 from cai.generation import Budget, Price, Tally
 from cai.servers import BudgetConfig
 from cai.store import RoleUsage
@@ -63,3 +63,18 @@ async def test_a_call_that_failed_costs_nothing_and_makes_room() -> None:
     assert not waiting.done(), "both together do not fit"
     one.settle(reserved, "policy", 100, None)
     await waiting
+
+
+@pytest.mark.parametrize("spent", [(25, 10), (1, 1)])
+async def test_who_waits_for_room_when_the_run_is_stopped_begins_nothing_and_spends_nothing(spent: tuple[int, int]) -> None:
+    tally = Tally()
+    one = budget(tally, tokens=80)
+    reserved = await one.reserve("policy", 100, 20)
+    waiting = asyncio.ensure_future(call(one))
+    await asyncio.sleep(0)
+    tally.stopping = True
+    one.settle(reserved, "policy", 100, spent)
+    with pytest.raises(Interrupted) as caught:
+        await waiting
+    assert type(caught.value) is Interrupted
+    assert tally.spent == ""

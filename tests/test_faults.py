@@ -12,7 +12,7 @@ import pytest
 
 from cai.config import ModelConfig, Recipe
 from cai.engines import Engine, GenerateRequest, build_engine
-from cai.errors import BudgetError, EngineError, RequestError, VerdictError
+from cai.errors import BudgetError, EngineError, PromptSourceError, RequestError, VerdictError
 from cai.pipeline import generate
 from cai.types import Message
 from tests.runs import (
@@ -122,6 +122,21 @@ def test_a_judge_without_numbers_is_no_verdict_and_no_tie(fault: str, tmp_path: 
         done = generate(on(server.url, prompts={"limit": 30}), out)
     assert done["dataset"]["records"] == 30 - done["prompts"]["quarantined"].get("no verdict", 0)
     assert {row["reason"] for row in quarantine(out)} <= {"no verdict"}
+
+
+def test_a_principle_that_fails_does_not_cost_the_answers_beside_it_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    policy, judge = 5, 2 * 4
+    with served() as server:
+        asked = on(server.url, judge={"principles": "all"}, budget={"tokens": 10**9})
+        server.control(latency=0.02, refuse="Which completion is more calm?")
+        with pytest.raises(PromptSourceError, match=f"none of {PROMPTS} rows became a record"):
+            generate(asked, out)
+        assert kept_calls(out) == PROMPTS * (policy + judge)
+        assert server.stats()["answered"] - kept_calls(out) < 20, "the probing questions"
+        server.control(refuse="")
+        finish(server, out, asked)
+    assert kept_calls(out) == PROMPTS * (policy + judge + 2)
 
 
 def test_rows_that_are_refused_are_set_aside_with_what_the_server_said(tmp_path: Path) -> None:

@@ -206,6 +206,28 @@ def test_stopping_keeps_what_is_finished(told, tmp_path, log, monkeypatch):
     database.close()
 
 
+def test_where_one_worker_ends_the_run_the_calls_of_the_others_are_kept(tmp_path, log, monkeypatch):
+    monkeypatch.setenv("SLOW", "0.1")
+    script = """
+from cai.errors import EngineError
+async def respond(request):
+    if any(message.content == "fatal" for message in request.messages):
+        raise EngineError("the GPU is gone")
+    return await slow(request)
+"""
+    prompts = [{"prompt": "fatal"}, *({"prompt": f"Question {number}?"} for number in range(8))]
+    source = written_rows(tmp_path, *prompts)
+    policy = {"model": model(tmp_path, script)}
+    told = recipe(policy=policy, prompts={"source": source, "limit": None}, ray={"block_rows": 1})
+    one = Pass(told, tmp_path / "journal")
+    with pytest.raises(EngineError, match="a worker on node-7: the GPU is gone"):
+        one.run()
+    database = Database(tmp_path / "journal")
+    assert 0 < database.count_calls() == len(log_lines(log, "begun")) == len(log_lines(log)) < 8 * CALLS
+    assert one.tally.calls_made == database.count_calls()
+    database.close()
+
+
 def test_rows_that_fail_say_why(tmp_path):
     source = written_rows(tmp_path, {"id": "bad", "prompt": "fault:raise"}, {"id": "good", "prompt": "fine"})
     one = Pass(recipe("faulty", prompts={"source": source}, ray={"block_rows": 32}), tmp_path / "journal")

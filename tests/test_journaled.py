@@ -17,12 +17,14 @@ from cai.engines import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    PartlyAnswered,
     Reward,
     RewardRequest,
     ScriptedEngine,
 )
-from cai.errors import Interrupted, RequestError, StoreError, VerdictError
-from cai.generation import JournaledEngine, Tally
+from cai.errors import BudgetError, EngineError, Interrupted, RequestError, StoreError, VerdictError
+from cai.generation import Budget, JournaledEngine, Tally
+from cai.servers import BudgetConfig
 from cai.store import Database, RoleUsage
 from cai.types import Completion, Message
 from tests.records import HOSTILE
@@ -243,6 +245,38 @@ async def test_a_bad_number_is_a_verdict_error_and_its_good_neighbours_are_kept(
     asked = broken(database, [ChoiceLogprobs((-5.0, -6.0), 5)])
     answered = await asked.choice_logprobs(QUESTIONS[:3], ("A", "B"))
     assert [answer.logprobs for answer in answered] == [(-1.0, -2.0), (-5.0, -6.0), (-3.0, -4.0)]
+
+
+class Partly(Broken):
+    """An engine that answers some prompts of a call, and fails at others."""
+
+    async def choice_logprobs(self, prompts: Any, choices: Any) -> Any:
+        raise PartlyAnswered(self.answers)
+
+
+@pytest.mark.parametrize(
+    ("failed", "told"),
+    [
+        ([RequestError("refused"), RequestError("again")], RequestError),
+        ([RequestError("refused"), EngineError("the key is refused")], EngineError),
+        ([ChoiceLogprobs((float("nan"), -1.0), 50), RequestError("refused")], VerdictError),
+        ([asyncio.CancelledError(), RequestError("refused")], asyncio.CancelledError),
+    ],
+)
+async def test_what_was_answered_beside_a_failure_is_kept_and_counts_in_the_budget(database, failed, told):
+    prompts = [(Message("user", letter * 100),) for letter in "abcd"]
+    outcomes = [ChoiceLogprobs((-1.0, -2.0), 50), ChoiceLogprobs((-3.0, -4.0), 50), *failed]
+    tally = Tally()
+    budget = Budget(BudgetConfig(tokens=320), {}, {}, tally)
+    engine = JournaledEngine(Partly(outcomes), database, "judge", tally, budget)
+    with pytest.raises(told):
+        await engine.choice_logprobs(prompts, ("A", "B"))
+    assert database.usage() == {"judge": RoleUsage(2, 100, 0)}
+    assert (tally.calls_made, tally.prompt_tokens, tally.in_flight) == (2, 100, 0)
+    with pytest.raises(BudgetError, match="of 320 tokens are spent"):  # 0.55 a byte: only those that were answered count
+        await engine.choice_logprobs([(Message("user", "z" * 420),)], ("A", "B"))
+    answered = JournaledEngine(Broken([]), database, "judge", Tally())
+    assert [one.logprobs[0] for one in await answered.choice_logprobs(prompts[:2], ("A", "B"))] == [-1.0, -3.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

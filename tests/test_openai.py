@@ -14,11 +14,13 @@ import pytest
 from benchmarks.mock_server import logprob, template
 from benchmarks.mock_server import reward as mock_reward
 from cai.config import ModelConfig, Recipe
-from cai.engines import GenerateRequest, LoglikelihoodRequest, RewardRequest, build_engine
+from cai.engines import ChoiceLogprobs, GenerateRequest, LoglikelihoodRequest, PartlyAnswered, RewardRequest, build_engine
+from cai.engines.http import Client
 from cai.engines.openai import OpenAIEngine, neutral, plain_text
 from cai.engines.replies import retry_after
-from cai.errors import CapabilityError, ConfigError, ContextLengthError, EngineError, RequestError
+from cai.errors import CapabilityError, ConfigError, ContextLengthError, EngineError, RequestError, VerdictError
 from cai.pipeline import generate, plan
+from cai.servers import ServerConfig
 from cai.types import Message
 from tests.runs import SMALL, command, recipe
 from tests.server import Server, served
@@ -117,6 +119,32 @@ async def test_many_prompts_are_answered_in_their_order(vllm: Server) -> None:
     found = await one.choice_logprobs(prompts, ["A", "B"])
     assert [answer.logprobs[0] for answer in found] == pytest.approx([logprob(in_template(*one), "A") for one in prompts])
     await one.close()
+
+
+@pytest.mark.parametrize("flavour", ["vllm", "openai"])
+async def test_a_prompt_that_fails_takes_none_of_the_others_with_it(flavour: str) -> None:
+    prompts = [(Message("user", f"Question {number}?"), ASKED[1]) for number in range(6)]
+    with served(flavour=flavour, refuse="Question 4") as server:
+        one = engine(server)
+        assert "choice_logprobs" in one.capabilities
+        server.control(latency=0.1, clear=True)
+        with pytest.raises(PartlyAnswered, match="1 of 6 prompts failed: HTTP 400: this dialogue violates") as caught:
+            await one.choice_logprobs(prompts, ["A", "B"])
+        assert server.stats()["in_flight"] == 0, "who is told of the failure has all answers that are paid for"
+        kinds = [ChoiceLogprobs] * 4 + [RequestError, ChoiceLogprobs]
+        assert [type(outcome) for outcome in caught.value.outcomes] == kinds
+        with pytest.raises(RequestError, match="HTTP 400"):
+            await one.choice_logprobs(prompts[4:5], ["A", "B"])
+        await one.close()
+
+
+async def test_choices_that_are_not_among_the_likeliest_tokens_are_no_verdict() -> None:
+    with served(flavour="openai") as server:
+        one = engine(server)
+        with pytest.raises(VerdictError, match="none of X, Y is among the likeliest tokens") as caught:
+            await one.choice_logprobs([ASKED], ["X", "Y"])
+        assert caught.value.reason == "no verdict"
+        await one.close()
 
 
 async def test_a_hosted_server_is_told_in_words_what_its_answer_completes() -> None:
@@ -241,6 +269,38 @@ def test_a_key_is_in_no_file_of_a_run_and_in_no_output(tmp_path: Path) -> None:
     assert len(files) > 5
     said = "".join((done.stdout, done.stderr, again.stdout, again.stderr)).encode()
     assert not any(KEY.encode() in text or b"verysecret" in text for text in (*files, said))
+
+
+PLAIN_KEY = "geheim0123456789abcdefghijklmnopqrstuvwx"
+"""No `sk-` tells that it is one."""
+
+
+@pytest.mark.parametrize("at", [0, 225, 285])
+async def test_a_key_that_a_server_repeats_is_taken_out_before_its_words_are_cut(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", PLAIN_KEY)
+    with served(key=PLAIN_KEY) as server:
+        one = engine(server, retries=0)
+        assert one.fingerprint
+        server.control(echo=1.0, echo_at=at)
+        with pytest.raises(RequestError, match=r"in it \(no 'choices'\): .*; tried 1 times") as caught:
+            await one.generate(request())
+        assert PLAIN_KEY[:5] not in str(caught.value)
+        assert len(str(caught.value)) < 330
+        await one.close()
+
+
+@pytest.mark.parametrize("at", [0, 285])
+def test_a_key_in_an_answer_with_an_error_status_is_taken_out_too(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", PLAIN_KEY)
+    client = Client(["http://127.0.0.1:9/v1"], ServerConfig(), "policy.server")
+    raw = json.dumps({"error": {"message": f"{'.' * at}{PLAIN_KEY} is not liked here"}}).encode()
+    for text in (raw, raw[:-1]):
+        with pytest.raises(RequestError, match="HTTP 400") as caught:
+            client.refuse_line(400, text, "/v1/chat/completions")
+        assert PLAIN_KEY[:5] not in str(caught.value)
+        assert len(str(caught.value)) < 330
 
 
 def test_a_url_with_a_password_is_refused_without_repeating_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -18,7 +19,7 @@ import pytest
 
 from cai.errors import ConfigError, StoreError
 from cai.pipeline import generate, local_folder
-from cai.store import Mirror, is_remote, remote
+from cai.store import Batch, Database, Mirror, is_remote, remote
 from tests.runs import CALLS, command, data_bytes, kept_calls, log_lines, recipe, start, wait_until
 
 PROMPTS = 4
@@ -118,6 +119,88 @@ def test_calls_that_only_the_local_copy_has_stay(url, tmp_path, log, monkeypatch
         db.execute("INSERT INTO calls VALUES (x'00', 'policy', 1, 1, x'00')")
     generate(RECIPE, url)
     assert kept_calls(local) == PROMPTS * CALLS + 1
+
+
+def test_a_local_copy_that_was_deleted_comes_from_the_url_again(url, log):
+    generate(RECIPE, url)
+    paid = len(log_lines(log))
+    local = local_folder(url)
+    shutil.rmtree(local)
+    assert local.with_name(f"{local.name}.json").exists(), "what it had last seen there"
+    assert generate(RECIPE, url)["dataset"]["records"] == PROMPTS
+    assert len(log_lines(log)) == paid
+
+
+def test_batches_that_only_the_local_copy_has_stay(url, tmp_path, log, monkeypatch):
+    generate(RECIPE, url)
+    local = local_folder(url)
+    with monkeypatch.context() as context:
+        another_machine(context, tmp_path)
+        generate(recipe("logged", prompts={"limit": 1}), url)
+    noted = Batch("name", "/v1/chat/completions", "batch_1", "created")
+    database = Database(local / "run" / "journal.sqlite")
+    database.add_batch(noted, ["one", "two"])
+    database.close()
+    generate(RECIPE, url)
+    database = Database(local / "run" / "journal.sqlite")
+    assert database.find_batches(["one", "two"]) == {"one": noted, "two": noted}
+    database.close()
+
+
+class Slow:
+    """A file system on which a snapshot goes up for as long as nobody lets it."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs, self.begun, self.gate = fs, threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    def put_file(self, here: str, there: str) -> None:
+        if "journal-" in there:
+            self.begun.set()
+            assert self.gate.wait(20)
+        self._fs.put_file(here, there)
+
+
+@pytest.fixture
+def uploading(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Mirror, Slow, threading.Event]]:
+    """A mirror whose snapshot is on its way, and whether its run is told to stop."""
+    monkeypatch.setattr(remote, "EVERY", 0.05)
+    mirror, stopped = Mirror(url, local_folder(url)), threading.Event()
+    slow = mirror._fs = Slow(mirror._fs)
+    with contextlib.suppress(StoreError), mirror.writing(True, stopped.set):
+        mirror.local.joinpath("run").mkdir(parents=True)
+        Database(mirror.local / "run" / "journal.sqlite").close()
+        assert slow.begun.wait(20)
+        yield mirror, slow, stopped
+        slow.gate.set()
+
+
+def test_while_a_snapshot_goes_up_the_writer_says_that_it_lives(url, uploading):
+    _, slow, stopped = uploading
+    began = time.time()
+    wait_until(lambda: json.loads(files(url)["run/writer.json"] or "{}").get("time", 0) > began + 0.2)
+    slow.gate.set()
+    wait_until(lambda: "run/mirror.json" in files(url))
+    assert not stopped.is_set()
+
+
+def test_a_snapshot_that_ends_after_another_took_over_counts_for_nothing(url, uploading):
+    _, slow, stopped = uploading
+    there = {
+        "run/writer.json": {"id": "x"},
+        "run/mirror.json": {"journal": "journal-other.sqlite"},
+        "run/journal-other.sqlite": 1,
+    }
+    for _ in range(20):  # the first may fall between its look and its own sign of life
+        edit(url, "run/writer.json", there["run/writer.json"])
+        time.sleep(0.02)
+    for name, value in there.items():
+        edit(url, name, value)
+    slow.gate.set()
+    assert stopped.wait(20)
+    assert {name: json.loads(content) for name, content in files(url).items()} == there
 
 
 def test_snapshots_go_there_while_the_run_works(tmp_path, log, monkeypatch):

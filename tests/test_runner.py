@@ -330,6 +330,17 @@ async def test_a_source_is_read_only_a_little_ahead(database):
     wait_until(lambda: not any(thread.is_alive() for thread in threads))
 
 
+@pytest.mark.parametrize("problem", [StoreError("the disk is gone"), ValueError("a bug")])
+async def test_a_claim_that_fails_ends_the_run(database, monkeypatch, problem):
+    def claim(rows: Any) -> Any:
+        if rows and rows[-1][0] >= 3:
+            raise problem
+        return ["new"] * len(rows)
+
+    monkeypatch.setattr(database, "claim", claim)
+    assert await asyncio.wait_for(Pass(database).fails([row(n) for n in range(20)], type(problem)), 10) == str(problem)
+
+
 # --- signals
 
 

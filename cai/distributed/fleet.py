@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import msgspec
@@ -27,7 +27,7 @@ _LOOK = 0.1
 _GATHER = 0.05
 """Seconds that a block waits for more rows."""
 _LEAVE = 30.0
-"""Seconds that a cluster has to come to its end when there is nothing more to do."""
+"""Seconds that a cluster has to come to its end when there is nothing more to do, or nothing more can be done."""
 
 
 class Cluster(Protocol):
@@ -61,6 +61,8 @@ class Fleet:
         self._number = 0
         self._rows_read: int | None = None
         self._broken: CaiError | None = None
+        self._fatal = False
+        self._over = asyncio.Event()
 
     def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The same rows; so it is known here when they have ended."""
@@ -89,18 +91,32 @@ class Fleet:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While the block runs, rows are handed out and outcomes come in."""
-        receiving = threading.Thread(target=self._receive, args=(asyncio.get_running_loop(),), daemon=True)
-        receiving.start()
+        """While the block runs, rows are handed out and outcomes come in.
+
+        Where a worker ended the run, the others' calls in flight finish and are kept.
+        """
+        threading.Thread(target=self._receive, args=(asyncio.get_running_loop(),), daemon=True).start()
         tasks = [asyncio.create_task(self._guarded(one())) for one in (self._cut, self._attend)]
         try:
             yield
             if not self._tally.aborted and not self._broken:
-                await self._cluster.end()
-                await asyncio.to_thread(receiving.join, _LEAVE)
+                await self._leave()
+        except CaiError:
+            if self._fatal and not self._tally.aborted:
+                with suppress(Exception):  # why the run ends is known already
+                    await self._cluster.stop()
+                    await self._leave()
+            raise
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _leave(self) -> None:
+        """Receive what is still to come."""
+        await self._cluster.end()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE):
+                await self._over.wait()
 
     async def _guarded(self, work: object) -> None:
         try:
@@ -154,6 +170,8 @@ class Fleet:
             hand_over(self._break, EngineError(f"the cluster failed: {type(exc).__name__}: {exc}; the same command continues"))
         else:
             hand_over(self._left, None)
+        finally:
+            hand_over(lambda _: self._over.set(), None)
 
     def _take(self, encoded: bytes) -> None:
         outcome = decode_outcome(encoded)
@@ -169,6 +187,7 @@ class Fleet:
         for one, row in zip(block, outcome.rows, strict=True):
             one.end(row, error)
         if outcome.fatal:
+            self._fatal = True
             self._break(error)
         self._last = asyncio.create_task(self._guarded(self._cluster.done(outcome.number)))
 

@@ -15,8 +15,11 @@ from cai.engines.base import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Outcome,
+    PartlyAnswered,
     Reward,
     RewardRequest,
+    failures,
 )
 from cai.engines.scripted import ScriptedEngine, load_scripted
 from cai.errors import ConfigError
@@ -40,11 +43,14 @@ __all__ = [
     "GenerateRequest",
     "Loglikelihood",
     "LoglikelihoodRequest",
+    "Outcome",
+    "PartlyAnswered",
     "Reward",
     "RewardRequest",
     "ScriptedEngine",
     "build_engine",
     "describe_devices",
+    "failures",
     "missing_packages",
 ]
 

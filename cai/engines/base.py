@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from cai.errors import CapabilityError
+from cai.errors import CaiError, CapabilityError, RequestError
 from cai.store import Database
 from cai.types import Completion, Messages
 
@@ -63,6 +64,40 @@ class ChoiceLogprobs(NamedTuple):
     computed_tokens: int
 
 
+Outcome = ChoiceLogprobs | BaseException
+"""What became of one prompt among several: its answer, or what its call failed of."""
+
+
+class PartlyAnswered(CaiError):
+    """Some prompts of one call were answered and are paid for; others failed."""
+
+    def __init__(self, outcomes: Sequence[Outcome]) -> None:
+        """`outcomes`: one a prompt, in their order."""
+        failed = failures(outcomes)
+        super().__init__(f"{len(failed)} of {len(outcomes)} prompts failed: {failed[0]}")
+        self.outcomes = list(outcomes)
+
+
+def failures(outcomes: Iterable[Outcome]) -> list[BaseException]:
+    """What the prompts failed of; first what ends more than its own row."""
+    failed = [one for one in outcomes if isinstance(one, BaseException)]
+    return sorted(failed, key=lambda one: isinstance(one, RequestError))
+
+
+async def all_answered(
+    calls: Iterable[Awaitable[ChoiceLogprobs]], before: Sequence[ChoiceLogprobs] = ()
+) -> list[ChoiceLogprobs]:
+    """The answers of calls that run at the same time, behind those that there are; returns when all calls have ended.
+
+    Raises `PartlyAnswered`, or what the calls failed of where there is no answer.
+    """
+    outcomes: list[Outcome] = [*before, *await asyncio.gather(*calls, return_exceptions=True)]
+    answers = [one for one in outcomes if isinstance(one, ChoiceLogprobs)]
+    if len(answers) == len(outcomes):
+        return answers
+    raise PartlyAnswered(outcomes) if answers else failures(outcomes)[0]
+
+
 class Loglikelihood(NamedTuple):
     """The summed natural log-probability of a continuation, its number of tokens, and the tokens computed for it."""
 
@@ -96,7 +131,8 @@ class Engine(Protocol):
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """For several prompts that share a beginning: each choice's log-probability as the continuation of each.
 
-        The longest shared token prefix is computed once where the engine can. No text is decoded.
+        The longest shared token prefix is computed once where the engine can. No text is decoded. Raises `PartlyAnswered`
+        where only some prompts failed.
         """
         raise _unable(self, "choice_logprobs")
 

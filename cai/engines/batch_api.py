@@ -106,14 +106,14 @@ class BatchApi:
         found = ((said.get("errors") or {}).get("data")) or []
         errors = [one for one in found if isinstance(one, dict)]
         told = [f"line {one['line']}: {one.get('message')}" if one.get("line") else str(one.get("message")) for one in errors]
-        problems = "; ".join(told[:_SHOWN]) or "it does not say why"
+        problems = self._client.quoted("; ".join(told[:_SHOWN]) or "it does not say why")
         too_much = any(one.get("code") == _TOO_MUCH for one in errors)
         return Look(str(said.get("status")), int(counts.get("total") or 0), finished, files, problems, too_much)
 
-    async def answers(self, file: str) -> Iterator[dict[str, Any]]:
-        """The lines of a file of answers; a damaged one answers no call, nor does a file that is gone."""
+    async def answers(self, file: str) -> Iterator[dict[str, Any]] | None:
+        """The lines of a file of answers, of which a damaged one answers no call; None where there is no such file."""
         raw = await self._client.tries(lambda: self._client.fetch(f"{_FILES}/{file}/content"))
-        return (said for said in map(_decode_line, (raw or b"").split(b"\n")) if said)
+        return None if raw is None else (said for said in map(_decode_line, raw.split(b"\n")) if said)
 
     def body(self, answered: dict[str, Any], path: str) -> Any:
         """What a line holds; raises what the same answer to a single call would, `Transient` where there is none."""

@@ -12,11 +12,12 @@ import asyncio
 import hashlib
 import uuid
 from asyncio import Future
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_result, wait_exponential
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_exponential
 
 from cai.engines.base import BatchWork
 from cai.engines.batch_api import BatchApi, Look, encode_line
@@ -33,6 +34,8 @@ _AROUND = 160
 """Bytes of a line around its body."""
 _GROWTH, _LONGEST = 1.5, 12
 """Each pause between two looks is so much longer than the last, up to so many times the first."""
+_LOOKS = 5
+"""How often a file of answers is looked for that a batch names and the server does not have yet."""
 
 
 class _Line:
@@ -76,7 +79,8 @@ class Batches:
 
     def __init__(self, client: Client, config: ServerConfig) -> None:
         """Calls go to the client's first URL."""
-        self._api, self._config, self._base = BatchApi(client), config, client.endpoints[0].base
+        self._client, self._api = client, BatchApi(client)
+        self._config, self._base = config, client.endpoints[0].base
         self._database: Database | None = None
         self._work = BatchWork()
         self._lines: dict[str, _Line] = {}
@@ -162,7 +166,7 @@ class Batches:
             except CaiError as exc:
                 self._break(exc)
             except Exception as exc:  # the boundary of a batch: whoever waits for it would wait for ever
-                self._break(EngineError(f"a batch failed: {type(exc).__name__}: {exc}"))
+                self._break(EngineError(f"a batch failed: {type(exc).__name__}: {self._client.quoted(exc)}"))
 
         task = asyncio.ensure_future(run())
         self._tasks.add(task)
@@ -187,7 +191,8 @@ class Batches:
         self._log.add_batch(Batch(name, path, "", "intended"), [line.custom_id for line in lines])
         remote = await self._api.create(name, path, file)
         self._log.update_batch(name, remote, "created")
-        look = await self._wait(Batch(name, path, remote, "created"), len(lines), self._config.batch_poll)
+        batch = Batch(name, path, remote, "created")
+        look = await self._wait(batch, len(lines), self._config.batch_poll)
         if look is None:
             raise EngineError(f"the server does not know batch {remote} any more; the same command hands its calls over again")
         if look.status == "failed":
@@ -196,7 +201,7 @@ class Batches:
                 await self._submit_less(path, lines)
                 return
             raise EngineError(f"the server refuses batch {remote}: {look.problems}; mend that, then the same command continues")
-        good = await self._read(look, lines, final=True)
+        good = await self._read(batch, look, lines, final=True)
         self._log.update_batch(name, remote, "ended")
         waiting = any(line.is_wanted for line in lines)
         if look.status == "cancelled" and waiting:
@@ -220,14 +225,15 @@ class Batches:
         remote = batch.remote or await self._api.find(batch.name)
         if remote and not batch.remote:
             self._log.update_batch(batch.name, remote, "created")
-        look = await self._wait(batch._replace(remote=remote), len(lines), 0) if remote else None
+        batch = batch._replace(remote=remote or "")
+        look = await self._wait(batch, len(lines), 0) if remote else None
         if look is None or look.status == "failed":
             self._log.drop_batch(batch.name)
             for line in lines:
                 self._gather(line)
             return
-        await self._read(look, lines, final=False)
-        self._log.update_batch(batch.name, str(remote), "ended")
+        await self._read(batch, look, lines, final=False)
+        self._log.update_batch(batch.name, batch.remote, "ended")
 
     async def _wait(self, batch: Batch, calls: int, first: float) -> Look | None:
         """The batch when it has ended; None where the server does not know it."""
@@ -239,9 +245,9 @@ class Batches:
             return seen
 
         self._work.note(batch.name, calls, 0)
-        pause = self._config.batch_poll
-        pauses = wait_exponential(multiplier=pause * _GROWTH, exp_base=_GROWTH, max=_LONGEST * pause)
-        looking = AsyncRetrying(wait=pauses, retry=retry_if_result(lambda seen: seen is not None and not seen.has_ended))
+        looking = AsyncRetrying(
+            wait=self._pauses(), retry=retry_if_result(lambda seen: seen is not None and not seen.has_ended)
+        )
         self._under_way += 1
         try:
             await asyncio.sleep(first)
@@ -251,16 +257,36 @@ class Batches:
         self._work.ended(batch.name)
         return ended
 
-    async def _read(self, look: Look, lines: list[_Line], final: bool) -> int:
+    def _pauses(self) -> wait_exponential:
+        pause = self._config.batch_poll
+        return wait_exponential(multiplier=pause * _GROWTH, exp_base=_GROWTH, max=_LONGEST * pause)
+
+    async def _answers(self, batch: Batch, look: Look) -> Iterable[dict[str, Any]]:
+        """What is in a batch's files. Raises `EngineError` where one is not there, once: next time it answers no call."""
+        looking = AsyncRetrying(
+            wait=self._pauses(),
+            retry=retry_if_result(lambda found: found is None),
+            stop=stop_after_attempt(_LOOKS),
+            retry_error_callback=lambda _: None,
+        )
+        found: list[Iterable[dict[str, Any]] | None] = [await looking(self._api.answers, file) for file in look.files]
+        if None in found and batch.status not in ("missing", "ended"):
+            self._log.update_batch(batch.name, batch.remote, "missing")
+            raise EngineError(
+                f"batch {batch.remote} is {look.status}, and the server has no file of its answers (HTTP 404); the same "
+                "command looks again, and hands its calls over anew where the file is still not there"
+            )
+        return chain.from_iterable(lines for lines in found if lines is not None)
+
+    async def _read(self, batch: Batch, look: Look, lines: list[_Line], final: bool) -> int:
         """Give each line its answer; those that have none, and can have one, go into the next batch. How many were good.
 
         A failure is `final` where this process handed the batch over.
         """
         good, left = 0, {line.custom_id: line for line in lines}
-        for file in look.files:
-            for answered in await self._api.answers(file):
-                if line := left.pop(str(answered.get("custom_id")), None):
-                    good += self._settle(line, answered, final)
+        for answered in await self._answers(batch, look):
+            if line := left.pop(str(answered.get("custom_id")), None):
+                good += self._settle(line, answered, final)
         if look.status != "cancelled" or not final:
             for line in left.values():
                 self._again(line, Transient(f"the batch is {look.status} and has no answer to this call"), final)
@@ -291,7 +317,7 @@ class Batches:
             self._gather(line)
             return
         kind = VerdictError if problem.kind == "no numbers" else RequestError
-        self._give_up(line, kind(f"{problem}; tried {line.failed} times"))
+        self._give_up(line, kind(f"{self._client.quoted(problem)}; tried {line.failed} times"))
 
     def _give_up(self, line: _Line, problem: RequestError) -> None:
         self._lines.pop(line.custom_id, None)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cai.engines.replies import Transient
+from cai.errors import VerdictError
 
 Ask = Callable[[str], Awaitable[Mapping[str, float]]]
 """The log-probabilities of some next tokens, as texts, after the prompt and a part of a choice."""
@@ -31,7 +31,7 @@ async def by_text(ask: Ask, choices: Sequence[str], begins: bool, goes_on: bool)
 
     A choice that is not among them gets an upper bound: the least log-probability that is there, or what is left of
     the whole where that is less. This can only make a judge less sure, and it is far below what decides a verdict. Where no
-    choice is among them, that is no verdict (`Transient`, which becomes `VerdictError`). With `begins`, the choice begins the
+    choice is among them, that is no verdict (`VerdictError`). With `begins`, the choice begins the
     answer, and a space before it does not count. Without `goes_on` the server cannot be asked behind a first token.
     """
     top = _cleaned(await ask(""), begins)
@@ -49,7 +49,7 @@ async def by_text(ask: Ask, choices: Sequence[str], begins: bool, goes_on: bool)
                 if start in choices and start in found:
                     found[start] = _without(found[start], rest)
     if not found:
-        raise Transient(f"none of {', '.join(choices)} is among the likeliest tokens: {list(top)[:8]}", kind="no numbers")
+        raise VerdictError(f"none of {', '.join(choices)} is among the likeliest tokens: {list(top)[:8]}")
     bound = _bound(top)
     return [found.get(choice, bound) for choice in choices]
 

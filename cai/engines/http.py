@@ -41,6 +41,8 @@ _TRANSIENT = {408, 409, 425, *_OVERLOADED}
 _CONTEXT = re.compile(
     r"context.{0,20}(length|window|size)|maximum.{0,20}(context|tokens)|too many tokens|too long|max_model_len", re.I
 )
+_QUOTED = 300
+"""Characters of what a server says that an error repeats."""
 _KEY_LIKE = re.compile(r"\b(sk|key|hf|gsk|xai)[-_][\w*-]{6,}", re.I)
 _wait = wait_random_exponential(multiplier=0.5, max=30)
 
@@ -128,9 +130,11 @@ class Client:
         except Transient as exc:
             waited = time.monotonic() - max(self._last_success, tries.began)
             if exc.kind in _WAITED_FOR and waited > self._config.give_up / 2:  # else it is this request, and no other
-                raise EngineError(f"{exc}; no request succeeded for {waited:.0f} s; the same command continues") from exc
+                raise EngineError(
+                    f"{self.quoted(exc)}; no request succeeded for {waited:.0f} s; the same command continues"
+                ) from exc
             final = VerdictError if exc.kind == "no numbers" else RequestError
-            raise final(f"{exc}; tried {tries.made} times") from exc
+            raise final(f"{self.quoted(exc)}; tried {tries.made} times") from exc
 
     async def _attempt(self, call: Post, read: Callable[[Any], Answer]) -> Answer:
         if self._broken:
@@ -182,9 +186,9 @@ class Client:
                 told = str(getattr(exc, "os_error", exc)) or type(exc).__name__
                 problem = f"{endpoint.base} cannot be reached: {told}; start the server or mend the URL"
             except Transient as exc:
-                problem = f"{endpoint.base}{path.removeprefix('/v1')}: {exc}; see the server's log, or try later"
+                problem = f"{endpoint.base}{path.removeprefix('/v1')}: {self.quoted(exc)}; see the server's log, or try later"
                 if exc.status >= 500:
-                    answer = exc.status, str(exc).removeprefix(f"HTTP {exc.status}: ")
+                    answer = exc.status, self.quoted(exc).removeprefix(f"HTTP {exc.status}: ")
         if answer:
             return answer
         raise EngineError(self._clean(problem))
@@ -209,10 +213,10 @@ class Client:
         try:
             self._refuse(response.status, raw, response.headers, endpoint, path)
         except RequestError:
-            return response.status, self._clean(message_of(raw))
+            return response.status, self.quoted(message_of(raw))
         except EngineError:
             if response.status == 404:
-                return 404, self._clean(message_of(raw))
+                return 404, self.quoted(message_of(raw))
             raise
 
     async def fetch(self, path: str, body: bytes | aiohttp.FormData | None = None) -> bytes | None:
@@ -280,7 +284,7 @@ class Client:
 
     def _refuse(self, status: int, raw: bytes, headers: Mapping[str, str], endpoint: Endpoint, path: str) -> NoReturn:
         """Raise what an answer without an answer means."""
-        said = self._clean(message_of(raw))
+        said = self.quoted(message_of(raw))
         told = f"HTTP {status}: {said}"
         if status == 429 and "insufficient_quota" in raw[:2000].decode("utf-8", "replace"):
             raise EngineError(f"{told}; the quota of this key is used up")
@@ -310,6 +314,10 @@ class Client:
     def _about_the_place(self, endpoint: Endpoint, path: str) -> str:
         there = f"models there: {', '.join(self.models[:10])}; " if self.models else ""
         return f"{there}expected {self.section}.name to be one of them, and {path} below {endpoint.base.removesuffix('/v1')}"
+
+    def quoted(self, said: object) -> str:
+        """What a server says, for an error: without the key, in one line, and then cut."""
+        return " ".join(self._clean(str(said)).split())[:_QUOTED] or "no message"
 
     def _clean(self, text: str) -> str:
         """Without the key, whoever repeats it."""

@@ -31,6 +31,7 @@ from cai.engines.base import (
     LoglikelihoodRequest,
     Reward,
     RewardRequest,
+    all_answered,
 )
 from cai.engines.batch_api import check_batches
 from cai.engines.batches import Batches
@@ -184,7 +185,7 @@ class OpenAIEngine(Engine):
             return await super().choice_logprobs(prompts, choices)
         ahead = 1 if len(prompts) >= _SHARED and self.facts.token_ids and not self._batches else 0
         first = [await self._choose(prompt, choices) for prompt in prompts[:ahead]]
-        return [*first, *await asyncio.gather(*(self._choose(prompt, choices) for prompt in prompts[ahead:]))]
+        return await all_answered((self._choose(prompt, choices) for prompt in prompts[ahead:]), first)
 
     async def _choose(self, messages: Messages, choices: Sequence[str]) -> ChoiceLogprobs:
         spent: list[int] = []

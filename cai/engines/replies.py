@@ -1,6 +1,7 @@
 """What a server's answers hold: completions, log-probabilities, rewards; and what its errors say.
 
 An answer that cannot be used raises `Transient`: it may be right when it is asked for again. NaN is never a number.
+What a server says is given whole, and may repeat the key: `Client.quoted` takes it out, and then cuts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from cai.engines.base import GenerateRequest, Loglikelihood, Reward
 from cai.errors import RequestError
 from cai.types import Completion
 
-_QUOTED = 300
-"""Characters of a server's message that an error repeats."""
 _decoder = msgspec.json.Decoder()
 
 
 class Transient(Exception):
-    """An attempt that failed and may succeed when it is made again."""
+    """An attempt that failed and may succeed when it is made again; its text may hold the server's words."""
 
     def __init__(self, problem: str, after: float = 0.0, kind: str = "failed", status: int = 0) -> None:
         """`after`: seconds that the server asks to wait; `status`: that of the answer, 0 where there is none.
@@ -48,8 +47,8 @@ def decode(raw: bytes) -> Any:
     try:
         return json.loads(raw)
     except ValueError as exc:
-        start = raw[:80].decode("utf-8", "replace")
-        raise Transient(f"the answer is not JSON, or cut off after {len(raw)} bytes: {start!r}") from exc
+        said = raw.decode("utf-8", "replace")
+        raise Transient(f"the answer is not JSON, or cut off after {len(raw)} bytes: {said}") from exc
 
 
 def total_tokens(said: Any) -> float:
@@ -66,7 +65,7 @@ def message_of(raw: bytes) -> str:
         text = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         text = raw.decode("utf-8", "replace")
-    return " ".join(str(text).split())[:_QUOTED] or "no message"
+    return str(text)
 
 
 def retry_after(header: str | None) -> float:
@@ -86,7 +85,7 @@ def retry_after(header: str | None) -> float:
 def _unusable(said: Any, what: str, kind: str = "failed") -> NoReturn:
     error = said.get("error") if isinstance(said, dict) else None
     told = error.get("message", error) if isinstance(error, dict) else error
-    raise Transient(f"{what}{f': {told}' if told else ''}"[:300], kind=kind)
+    raise Transient(f"{what}{f': {told}' if told else ''}", kind=kind)
 
 
 def read_completion(said: Any, request: GenerateRequest, size: int) -> Completion:

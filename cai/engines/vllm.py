@@ -22,6 +22,7 @@ from cai.engines.base import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    all_answered,
 )
 from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError, RequestError
 from cai.models import folder_version, locate
@@ -160,7 +161,7 @@ class VllmEngine(Engine):
         for tail in tails:
             longest = len(tail.tokens) + max(map(len, tail.targets))
             self._check_context(longest, f"{longest} of judging")
-        return list(await asyncio.gather(*map(self._choices, tails)))
+        return await all_answered(map(self._choices, tails))
 
     async def _choices(self, tail: Tail) -> ChoiceLogprobs:
         from cai.engines.local_model import exclusive

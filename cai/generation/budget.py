@@ -7,7 +7,7 @@ from asyncio import Future
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cai.errors import BudgetError
+from cai.errors import BudgetError, Interrupted
 from cai.generation.tally import Tally
 from cai.servers import BudgetConfig
 from cai.store import RoleUsage
@@ -65,17 +65,19 @@ class Budget:
     async def reserve(self, role: str, size: int, completion: int) -> Cost:
         """Set aside what a call of `size` bytes can cost; waits for calls under way where only they leave too little.
 
-        Raises `BudgetError` where it does not fit, and then the run begins no further call.
+        Raises `BudgetError` where it does not fit, and then the run begins no further call; `Interrupted` where the run was
+        asked to stop.
         """
         while True:
+            if self._tally.stopping:
+                raise BudgetError(self._tally.spent) if self._tally.spent else Interrupted("stopping")
             cost = self._cost(role, size * self._ratio, completion)
             problem = self._problem(cost)
             if problem is None:
                 self._reserve(1, cost)
                 return cost
-            if not self._under_way or self._tally.stopping:
-                self._tally.stopping = True
-                self._tally.spent = self._tally.spent or problem
+            if not self._under_way:
+                self._tally.stopping, self._tally.spent = True, problem
                 self._wake()
                 raise BudgetError(problem)
             waiting = asyncio.get_running_loop().create_future()

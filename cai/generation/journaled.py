@@ -21,8 +21,11 @@ from cai.engines import (
     GenerateRequest,
     Loglikelihood,
     LoglikelihoodRequest,
+    Outcome,
+    PartlyAnswered,
     Reward,
     RewardRequest,
+    failures,
 )
 from cai.errors import Interrupted, RequestError, VerdictError
 from cai.generation.budget import Budget
@@ -171,12 +174,12 @@ class JournaledEngine:
         return await self._count(call)
 
     async def _within(self, budget: Budget, call: Callable[[], Awaitable[Result]], sent: Sent) -> Result:
-        size = sum(len(message.content.encode("utf-8", "replace")) for prompt in sent.prompts for message in prompt)
-        reserved = await budget.reserve(self._role, size, sent.completion)
-        spent = None
+        sizes = [sum(len(message.content.encode("utf-8", "replace")) for message in prompt) for prompt in sent.prompts]
+        reserved = await budget.reserve(self._role, sum(sizes), sent.completion)
+        size, spent = 0, None
         try:
             result = await self._count(call)
-            spent = _spent(result)
+            size, spent = _answered_size(result, sizes), _spent(result)
             return result
         finally:
             budget.settle(reserved, self._role, size, spent)
@@ -211,7 +214,8 @@ class JournaledEngine:
     async def choice_logprobs(self, prompts: Sequence[Messages], choices: Sequence[str]) -> list[ChoiceLogprobs]:
         """Journaled prompt by prompt, so that a principle more or a principle changed pays only for itself.
 
-        They are kept when the engine has answered all of them: a kill before that loses those that it had computed.
+        They are kept when the engine is done with all of them, also where some failed: a kill before that loses those that it
+        had computed.
         """
         keys = [self._key(ChoiceRequest(prompt, tuple(choices))) for prompt in prompts]
         asked = dict(zip(keys, prompts, strict=True))
@@ -220,19 +224,26 @@ class JournaledEngine:
             missing = {key: prompt for key, prompt in asked.items() if key not in found}
             if missing:
                 left = list(missing.values())
-                answers = await self._call(lambda: self._engine.choice_logprobs(left, choices), Sent(left, len(left)))
-                found |= await self._keep_choices(dict(zip(missing, answers, strict=True)), len(choices))
+                outcomes = await self._call(lambda: self._choose(left, choices), Sent(left, len(left)))
+                found |= await self._keep_choices(dict(zip(missing, outcomes, strict=True)), len(choices))
         return [found[key] for key in keys]
 
-    async def _keep_choices(self, answers: dict[bytes, ChoiceLogprobs], expected: int) -> dict[bytes, ChoiceLogprobs]:
-        """Keeps what is good; raises `VerdictError` where one is not."""
-        problems = {key: _problem(answer.logprobs, expected) for key, answer in answers.items()}
-        good = {key: answer for key, answer in answers.items() if not problems[key]}
+    async def _choose(self, prompts: Sequence[Messages], choices: Sequence[str]) -> Sequence[Outcome]:
+        """What became of each prompt, where any was answered."""
+        try:
+            return await self._engine.choice_logprobs(prompts, choices)
+        except PartlyAnswered as exc:
+            return exc.outcomes
+
+    async def _keep_choices(self, outcomes: dict[bytes, Outcome], expected: int) -> dict[bytes, ChoiceLogprobs]:
+        """Keeps what is good; raises what failed, and `VerdictError` where an answer is no verdict."""
+        checked = {key: _checked(one, expected) for key, one in outcomes.items()}
+        good = {key: one for key, one in checked.items() if isinstance(one, ChoiceLogprobs)}
         await self._keep(
             [Call(key, self._role, one.computed_tokens, 0, _encoder.encode(one.logprobs)) for key, one in good.items()]
         )
-        for problem in filter(None, problems.values()):
-            raise VerdictError(problem)
+        for failure in failures(checked.values()):
+            raise failure
         return good
 
     async def loglikelihood(self, request: LoglikelihoodRequest) -> Loglikelihood:
@@ -268,7 +279,13 @@ def _spent(result: Any) -> tuple[int, int]:
     if isinstance(result, Completion):
         return result.prompt_tokens, result.completion_tokens
     answers = result if isinstance(result, list) else [result]
-    return sum(answer.computed_tokens for answer in answers), 0
+    return sum(answer.computed_tokens for answer in answers if not isinstance(answer, BaseException)), 0
+
+
+def _answered_size(result: Any, sizes: Sequence[int]) -> int:
+    """Bytes of those prompts that were answered."""
+    outcomes = result if isinstance(result, list) else [result]
+    return sum(size for size, one in zip(sizes, outcomes, strict=False) if not isinstance(one, BaseException))
 
 
 def journaled_generator(
@@ -303,6 +320,14 @@ def _decode_completion(answer: bytes) -> Completion:
     if not all(0 <= number < 1 << 63 for number in numbers):
         raise RequestError(f"not a completion: token counts and seed lie below 2**63 and are not negative: {answer[:200]!r}")
     return completion
+
+
+def _checked(outcome: Outcome, expected: int) -> Outcome:
+    """The same, or why the answer is no verdict."""
+    if isinstance(outcome, BaseException):
+        return outcome
+    problem = _problem(outcome.logprobs, expected)
+    return VerdictError(problem) if problem else outcome
 
 
 def _problem(logprobs: Sequence[Any], expected: int) -> str | None:

@@ -174,7 +174,7 @@ class _Feed:
         self._taken = 0
         self._ready: deque[tuple[int, Row] | None] = deque()
         self._announced = self._closed = False
-        self.error: CaiError | None = None
+        self.error: Exception | None = None
         threading.Thread(target=self._read, args=(rows,), daemon=True).start()
 
     async def next(self) -> _Item | None:
@@ -230,7 +230,7 @@ class _Feed:
         if not self._closed:
             try:
                 new = self._sift(read)
-            except CaiError as exc:
+            except Exception as exc:  # the boundary of a callback: the loop would log it, and the workers wait for ever
                 self.error = exc
                 self.close()
                 return

@@ -75,7 +75,7 @@ class Batch(NamedTuple):
     remote: str
     """The server's id of it; empty where it is not known whether it was created."""
     status: str
-    """`intended`, `created`, or `ended`, where its answers were read."""
+    """`intended`, `created`, `missing`, where the file of its answers was not there, or `ended`, where they were read."""
 
 
 class _Noted(NamedTuple):

@@ -9,8 +9,9 @@ URL/run/journal-STAMP.sqlite    that snapshot
 URL/run/writer.json             who writes, and when it last said so
 everything else                 as in a local run folder
 
-A second writer is noticed by `writer.json`: when it starts, or at the first one's next snapshot. That is best effort, for
-object stores have no locks, and the clocks of two machines have to agree to a minute; on one machine a file lock holds.
+A second writer is noticed by `writer.json`: when it starts, or before the first one's next snapshot counts. That is best
+effort, for object stores have no locks, and the clocks of two machines have to agree to a minute; on one machine a file lock
+holds.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def local_copy(url: str, cache: Path) -> Path:
     return cache / "runs" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
+class _ReplacedError(StoreError):
+    """Another process has become the writer."""
+
+
 class Mirror:
     """One run folder behind a URL, and its local copy."""
 
@@ -74,6 +79,7 @@ class Mirror:
         self._mine = local.with_name(f"{local.name}.json")
         self._writer = {"id": uuid.uuid4().hex, "machine": f"{platform.node()}-{uuid.getnode():x}", "process": os.getpid()}
         self._pushed: object = None
+        self._signing = threading.RLock()
 
     def holds_run(self) -> bool:
         """Whether there is a run at the URL."""
@@ -139,21 +145,50 @@ class Mirror:
     def _say_alive(self) -> None:
         self._write(_WRITER, {**self._writer, "time": time.time()})
 
-    def _is_writer(self) -> bool:
-        there = self._read(_WRITER)
-        return there is not None and there["id"] == self._writer["id"]
+    def _require_writer(self) -> None:
+        """Raises `_ReplacedError` where another process writes."""
+        with self._signing:
+            there = self._read(_WRITER)
+        if there is None or there["id"] != self._writer["id"]:
+            raise self._replaced()
+
+    def _replaced(self) -> _ReplacedError:
+        return _ReplacedError(f"{self.url}: another process writes there now; what was made since then is in {self.local}")
+
+    def _stay_writer(self) -> None:
+        """Say that this process lives. Raises as `_require_writer`."""
+        with self._signing:
+            self._require_writer()
+            self._say_alive()
+
+    @contextmanager
+    def _staying_writer(self) -> Iterator[None]:
+        """While the block uploads, however long, this process says that it lives."""
+        ended = threading.Event()
+
+        def say() -> None:
+            while not ended.wait(self._every):
+                with contextlib.suppress(StoreError), _failures(self.url, "written"):
+                    self._stay_writer()
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _fetch(self) -> None:
         """What the URL holds, where the local copy did not come from there or go there last; its own calls stay."""
         with _failures(self.url, "read"):
-            pointer = self._read(_POINTER)
-            if pointer is None or pointer == self._known():
+            pointer, journal = self._read(_POINTER), self.local / _JOURNAL
+            if pointer is None or (pointer == self._known() and journal.exists()):
                 return
-            journal = self.local / _JOURNAL
             self.local.joinpath("run").mkdir(parents=True, exist_ok=True)
             part = journal.with_name("journal.part")
             self._fs.get_file(self._at(f"run/{pointer['journal']}"), str(part))
-            _adopt_calls(part, journal)
+            _adopt(part, journal)
             for name in self._names():
                 if not _OWN.fullmatch(name):
                     (self.local / name).parent.mkdir(parents=True, exist_ok=True)
@@ -173,15 +208,17 @@ class Mirror:
         while not ended.wait(self._every):
             # where the network is away, the next snapshot comes soon, and the last one tells
             with contextlib.suppress(StoreError), _failures(self.url, "written"):
-                if not self._is_writer():
+                try:
+                    self._stay_writer()
+                    with self._staying_writer():
+                        self._push_journal()
+                except _ReplacedError:
                     lost.set()
                     stop()
                     return
-                self._say_alive()
-                self._push_journal()
 
     def _push_journal(self) -> None:
-        """A snapshot, where anything was written since the last."""
+        """A snapshot, where anything was written since the last. Raises `_ReplacedError`."""
         journal = self.local / _JOURNAL
         state = [_stat(journal.with_name(name)) for name in ("journal.sqlite", "journal.sqlite-wal")]
         if state == self._pushed or not journal.exists():
@@ -191,6 +228,12 @@ class Mirror:
             with closing(sqlite3.connect(journal)) as source, closing(sqlite3.connect(Path(folder, name))) as copy:
                 source.backup(copy)
             self._fs.put_file(str(Path(folder, name)), self._at(f"run/{name}"))
+        try:
+            self._require_writer()  # who took over while this went up has a newer one
+        except _ReplacedError:
+            with contextlib.suppress(OSError):  # that one may have removed it already
+                self._fs.rm_file(self._at(f"run/{name}"))
+            raise
         identity = self.local / "run" / "identity.json"
         if identity.exists():
             self._fs.put_file(str(identity), self._at("run/identity.json"))
@@ -206,16 +249,18 @@ class Mirror:
                 self._fs.rm_file(self._at(name))
 
     def _leave(self, lost: bool, failed: BaseException | None) -> None:
-        where = f"what was made since then is in {self.local}"
         try:
             with _failures(self.url, "written"):
-                if lost := lost or not self._is_writer():
-                    raise StoreError(f"{self.url}: another process writes there now; {where}")
-                self._push_all()
+                if lost:
+                    raise self._replaced()
+                self._require_writer()
+                with self._staying_writer():
+                    self._push_all()
                 self._fs.rm_file(self._at(_WRITER))
+        except _ReplacedError:
+            raise
         except StoreError as exc:
-            if lost:
-                raise
+            where = f"what was made since then is in {self.local}"
             told = f"{exc}; {where}, and the same command on this machine continues from there"
             if isinstance(failed, CaiError):
                 raise type(failed)(f"{failed}; besides: {told}") from exc
@@ -290,14 +335,15 @@ def _file_system(url: str) -> tuple[Any, str]:
     return fs, str(root).rstrip("/")
 
 
-def _adopt_calls(into: Path, source: Path) -> None:
-    """Calls that only the local journal has were paid for too."""
+def _adopt(into: Path, source: Path) -> None:
+    """Calls that only the local journal has were paid for too, and its batches are under way."""
     if not source.exists():
         return
     with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(into)) as db:  # a damaged one has none to give
         db.execute("ATTACH ? AS local", (str(source),))
-        with db:
-            db.execute("INSERT OR IGNORE INTO calls SELECT * FROM local.calls")
+        for table in ("calls", "batches", "batched"):  # an earlier version's journal has no batches
+            with contextlib.suppress(sqlite3.Error), db:
+                db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM local.{table}")
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
