@@ -14,7 +14,7 @@ from cai.engines import Engine, build_engine
 from cai.errors import CapabilityError, ConfigError
 from cai.generation import Engines, template_hash
 from cai.generation.estimate import Estimate, estimate
-from cai.judging import NEEDS, usable_principles
+from cai.judging import NEEDS, judge_sections, section_names, usable_principles
 from cai.judging.calibration import LoadedCalibration, check_fits, judge_identity, load_calibration
 from cai.judging.checks import prepare as prepare_checks
 from cai.judging.checks import python_hashes
@@ -129,18 +129,13 @@ def plan_judges(
     """The engines of all judges, made where `engines` has none for the model yet. Raises `ConfigError`."""
     prepare_checks(constitution.comparing, recipe.judge.allow_python)
     found = {}
-    for section in judge_sections(recipe.judge):
+    for section, name in zip(judge_sections(recipe.judge), section_names(recipe), strict=True):
         if section.method != "reward-model" and not usable_principles(section, constitution):
             what = "check" if section.method == "checks" else "preference"
             raise ConfigError(f"constitution '{constitution.name}' has no principle with a '{what}' for the judge; add one")
         if section.method != "checks":
-            found[section] = _judge_engine(recipe, section, engines)
+            found[section] = _judge_engine(recipe, section, engines, name)
     return found
-
-
-def judge_sections(judge: JudgeConfig) -> list[JudgeConfig]:
-    """The section of each judge: of a panel, of its members."""
-    return [judge.member(one) for one in judge.members] or [judge]
 
 
 def plan_calibrations(
@@ -160,13 +155,15 @@ def _judge_names(judges: dict[JudgeConfig, Engine]) -> str:
     return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or _NO_ENGINE
 
 
-def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine]) -> Engine:
+
+def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine], name: str) -> Engine:
+    """Made where there is none for the model yet; `name` is what errors call the section of its settings."""
     model, reward = recipe.judge_model(section), section.method == "reward-model"
     key = model, reward and not model.model.startswith("scripted:")
     if reward and section.model is None:
         raise ConfigError("judge.method: reward-model needs a reward model of its own; name it by --judge-model")
     if key not in engines:
-        engines[key] = build_engine(model, reward)
+        engines[key] = build_engine(model, reward, name)
     missing = sorted(NEEDS[section.method] - engines[key].capabilities)
     if missing:
         raise CapabilityError(
@@ -196,8 +193,7 @@ def _check_ray(recipe: Recipe) -> None:
         raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
     if recipe.budget.tokens is not None or recipe.budget.money is not None:
         raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
-    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
-    if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, sections))):
+    if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, judge_sections(recipe.judge)))):
         raise ConfigError("server.batch: only a run on one machine notes its batches; remove it, or run without --ray")
 
 
