@@ -50,9 +50,9 @@ class ServerConfig(Part):
     """Seconds before a batch is first looked at; the pauses grow to the twelvefold."""
     extra_body: dict[str, Any] = {}  # noqa: RUF012
     """More fields of every request, such as `{chat_template_kwargs: {enable_thinking: false}}`; null takes a field out."""
-    input_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """What a million prompt tokens cost, in the currency of `budget.money`."""
-    output_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    input_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """What a million prompt tokens cost, in the currency of `budget.money`, which needs this or the next; 0: nothing."""
+    output_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """What a million generated tokens cost."""
 
     @field_validator("extra_body")
@@ -83,7 +83,7 @@ class BudgetConfig(Part):
     tokens: int | None = Field(default=None, gt=0)
     """Tokens of prompts and completions, of policy and judge."""
     money: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Money, by the prices of `policy.server` and `judge.server`."""
+    """Money, by the prices of `policy.server` and `judge.server`; refused where one that works has none."""
 
 
 def is_url(model: str) -> bool:

@@ -19,6 +19,7 @@ from cai.judging.calibration import LoadedCalibration, check_fits, judge_identit
 from cai.judging.checks import prepare as prepare_checks
 from cai.judging.checks import python_hashes
 from cai.prompts import read_prompts
+from cai.servers import is_url
 
 Section = TypeVar("Section", JudgeConfig, PanelMember)
 _NO_ENGINE = "checks"
@@ -118,6 +119,7 @@ def plan(recipe: Recipe) -> Plan:
         raise ConfigError(f"generation.rounds: {lacking}")
     if recipe.dataset.ranking != "none" and (missing := [name for name in ("choix", "scipy") if find_spec(name) is None]):
         raise ConfigError(f"dataset.ranking needs {' and '.join(missing)}: pip install 'cai-toolkit[judge]'")
+    _check_prices(recipe, with_policy=True)
     policy = build_engine(recipe.policy)
     judges = plan_judges(recipe, constitution, {(recipe.policy, False): policy})
     return Plan(recipe, constitution, policy, judges, plan_calibrations(recipe, constitution, judges))
@@ -182,6 +184,7 @@ def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
     _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
+    _check_prices(recipe, with_policy=False)
     judges = plan_judges(recipe, constitution, {})
     return Plan(recipe, constitution, None, judges, plan_calibrations(recipe, constitution, judges))
 
@@ -195,6 +198,21 @@ def _check_ray(recipe: Recipe) -> None:
         raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
     if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, judge_sections(recipe.judge)))):
         raise ConfigError("server.batch: only a run on one machine notes its batches; remove it, or run without --ray")
+
+
+def _check_prices(recipe: Recipe, with_policy: bool) -> None:
+    """Raises `ConfigError` where money is to be counted, and nobody said what a served model costs."""
+    if recipe.budget.money is None:
+        return
+    judges = zip(section_names(recipe), judge_sections(recipe.judge), strict=True)
+    working = [("policy", recipe.policy)] * with_policy
+    working += [(name, recipe.judge_model(one)) for name, one in judges if one.method != "checks"]
+    for name, model in working:
+        if is_url(model.model) and model.server.input_price is None and model.server.output_price is None:
+            raise ConfigError(
+                f"budget.money: what {model.model} costs is not known; set {name}.server.input_price and "
+                f"{name}.server.output_price to the price of a million tokens (0 where they cost nothing)"
+            )
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:
