@@ -73,6 +73,12 @@ class Settings(msgspec.Struct):
     """Where this is set, calls without it get a 401."""
     flavour: str = "vllm"
     """`vllm`: everything; `openai`: top_logprobs, and unknown fields are a 400; `plain`: no log-probabilities; `reward`."""
+    weights: str = "weights"
+    """What `/v1/models` of `vllm` says that the model's weights lie in."""
+    top: int = 20
+    """The most log-probabilities of a token that are given."""
+    choices: int = 0
+    """The most completions of one request, whatever `n` asks for; 0: all."""
     joined: bool = False
     remember: bool = True
     """Whether it tells which calls were made twice; that wants memory for each call."""
@@ -427,7 +433,7 @@ class MockServer:
         if asked is not None and self.settings.flavour == "vllm":
             tokens = [chr(one) if one < 2_000_000 else "10" for one in asked]
         ranked = sorted(((logprob(prompt, token), token) for token in tokens), reverse=True)
-        kept = ranked if asked is not None else ranked[: body.get("top_logprobs", 0)]
+        kept = ranked if asked is not None else ranked[: min(body.get("top_logprobs", 0), self.settings.top)]
         top = [{"token": f"token_id:{token_id(token)}" if by_id else token, "logprob": value} for value, token in kept]
         value, token = ranked[0]
         return {

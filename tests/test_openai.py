@@ -75,14 +75,39 @@ def test_each_kind_of_server_offers_what_it_can(vllm: Server) -> None:
 
 def test_the_fingerprint_holds_what_changes_an_answer_and_nothing_else(vllm: Server) -> None:
     usual = engine(vllm).fingerprint
-    assert usual == "openai:mock=weights/mock chat choices by token"
+    assert usual == "openai:mock=weights/mock chat"
     assert engine(vllm, concurrency=3, timeout=9, input_price=1, retries=0, requests_per_minute=600).fingerprint == usual
-    assert engine(vllm, api="completions").fingerprint == "openai:mock=weights/mock completions choices by top-20 prefilled"
+    assert engine(vllm, api="completions").fingerprint == "openai:mock=weights/mock completions"
     one = engine(vllm, extra_body={"a": 1, "b": {"c": 2}}).fingerprint
     assert one == engine(vllm, extra_body={"b": {"c": 2}, "a": 1}).fingerprint
     assert re.fullmatch(re.escape(usual) + " extra [0-9a-f]{12}", one)
-    with served(flavour="openai") as hosted:
-        assert engine(hosted).fingerprint == "openai:mock chat choices by top-20 in words"
+
+
+def test_how_choices_are_read_is_told_apart(vllm: Server) -> None:
+    assert engine(vllm).choice_form == "choices by token"
+    assert engine(vllm, api="completions").choice_form == "choices by top-20 prefilled"
+    with served(flavour="openai", top=19) as hosted:
+        assert (engine(hosted).fingerprint, engine(hosted).choice_form) == ("openai:mock chat", "choices by top-19 in words")
+
+
+def test_a_server_that_offers_other_choices_costs_the_verdicts_alone(tmp_path: Path) -> None:
+    with served(flavour="openai") as server:
+        asked = on(server.url, prompts={"limit": 2}, generation={"max_tokens": 80})
+        first = generate(asked, tmp_path / "run")["sessions"][0]
+        server.control(top=19)
+        with pytest.raises(ConfigError, match=r"judge: .*choices by top-20 in words.*choices by top-19 in words") as caught:
+            generate(asked, tmp_path / "run")
+        assert "policy" not in str(caught.value)
+        again = generate(asked, tmp_path / "run", "update")["sessions"][-1]
+    assert (first["calls_made"], again["calls_made"], again["calls_replayed"]) == (26, 16, 10)
+
+
+def test_a_policy_that_reads_no_choices_is_the_same_whatever_the_server_offers(tmp_path: Path) -> None:
+    with served(flavour="openai") as server:
+        asked = on(server.url, prompts={"limit": 1}, judge={"method": "text"})
+        generate(asked, tmp_path / "run")
+        server.control(top=19)
+        assert generate(asked, tmp_path / "run")["sessions"][-1]["calls_made"] == 0
 
 
 async def test_choices_are_exactly_what_the_server_says_of_their_tokens(vllm: Server) -> None:

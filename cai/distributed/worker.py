@@ -11,7 +11,7 @@ import msgspec
 
 from cai.config import ModelConfig, Recipe
 from cai.constitution import Constitution
-from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, encode, unpacked_recipe
+from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, described, encode, unpacked_recipe
 from cai.distributed.jobs import code as code_here
 from cai.documents import Document
 from cai.engines import Engine, build_engine
@@ -157,7 +157,7 @@ def _prepare(job: Job) -> tuple[Recipe, Constitution, Engines]:
     recipe, constitution = unpacked_recipe(job), Constitution.model_validate_json(job.constitution)
     prepare_checks(constitution.comparing, recipe.judge.allow_python)
     engines = _build_engines(recipe, job.policy is not None, job.calibrations)
-    here = [one.fingerprint for one in (engines.policy, *engines.judges.values()) if one]
+    here = [described(one) for one in (engines.policy, *engines.judges.values()) if one]
     for there, found in zip([*filter(None, [job.policy]), *job.judges], here, strict=True):
         if there != found:
             raise ConfigError(f"the model is {found} here, and {there} where the run was started; put the same one here")

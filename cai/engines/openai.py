@@ -4,7 +4,7 @@ Answers come from chat completions, where the server applies its chat template, 
 `Human:`/`Assistant:` text. What else there is depends on the server and is found out by a few one-token questions
 (`probe.py`) when it is first needed: `choice_logprobs` wants log-probabilities of next tokens, `loglikelihood` those of a
 prompt. Where a server does not go on with a last assistant message, it is told in words what its answer should complete.
-The fingerprint holds the model, the form of the API and of the choice, and a hash of `extra_body`; no URL and no key.
+The fingerprint holds the model, the form of the API, and a hash of `extra_body`; no URL and no key.
 """
 
 from __future__ import annotations
@@ -116,18 +116,21 @@ class OpenAIEngine(Engine):
 
     @property
     def fingerprint(self) -> str:
-        """The model's name and what the server says it stands for, the form of the API and of a choice, `extra_body`."""
+        """The model's name and what the server says it stands for, the form of the API, `extra_body`."""
         facts = self.facts
         name = facts.model if facts.weights == facts.model else f"{facts.model}={facts.weights}"
-        form = facts.reward or f"{self._server.api}{self._choice_form(facts)}"
+        form = facts.reward or self._server.api
         extra = self._server.extra_body
         more = f" extra {hashlib.sha256(msgspec.json.encode(extra, order='deterministic')).hexdigest()[:12]}" if extra else ""
         return f"openai:{name} {form}{more}"
 
-    def _choice_form(self, facts: Facts) -> str:
+    @property
+    def choice_form(self) -> str:
+        """Exact, or from how many of the likeliest tokens: what another version of the server may offer otherwise."""
+        facts = self.facts
         if facts.token_ids:
-            return " choices by token"
-        return f" choices by top-{facts.top} {'in words' if facts.prefill == 'none' else 'prefilled'}" if facts.top else ""
+            return "choices by token"
+        return f"choices by top-{facts.top} {'in words' if facts.prefill == 'none' else 'prefilled'}" if facts.top else ""
 
     def keep_batches(self, database: Database, work: BatchWork) -> None:
         """Where to note the batches that are handed to the server."""

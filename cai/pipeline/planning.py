@@ -148,14 +148,19 @@ def plan_calibrations(
     for section in judge_sections(recipe.judge):
         if path := section.calibration:
             found[path] = found.get(path) or load_calibration(Path(path))
-            fingerprint = judges[section].fingerprint if section in judges else _NO_ENGINE
-            check_fits(found[path].calibration, judge_identity(section, fingerprint, constitution))
+            name = _judge_name(section, judges[section]) if section in judges else _NO_ENGINE
+            check_fits(found[path].calibration, judge_identity(section, name, constitution))
     return found
 
 
 def _judge_names(judges: dict[JudgeConfig, Engine]) -> str:
-    return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or _NO_ENGINE
+    return ", ".join(dict.fromkeys(_judge_name(*judge) for judge in judges.items())) or _NO_ENGINE
 
+
+def _judge_name(section: JudgeConfig, engine: Engine) -> str:
+    """The engine's fingerprint, and how choices are read where the method reads them."""
+    form = engine.choice_form if "choice_logprobs" in NEEDS[section.method] else ""
+    return f"{engine.fingerprint} {form}".rstrip()
 
 
 def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine], name: str) -> Engine:
