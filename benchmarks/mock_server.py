@@ -197,7 +197,7 @@ class MockServer:
         if settings.key and request.headers.get("Authorization") != f"Bearer {settings.key}":
             return self._refuse(401, "Incorrect API key provided: the mock wants another one")
         if path == "/v1/models":
-            root = {"root": f"weights/{settings.model}"} if settings.flavour == "vllm" else {}
+            root = {"root": f"{settings.weights}/{settings.model}"} if settings.flavour == "vllm" else {}
             return _json({"object": "list", "data": [{"id": settings.model, "object": "model", **root}]})
         if path.startswith(("/v1/files", "/v1/batches")):
             return await self._batch(request) if settings.batches else self._refuse(404, "Not Found")

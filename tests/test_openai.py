@@ -200,6 +200,30 @@ def test_of_several_models_one_has_to_be_named(vllm: Server) -> None:
         engine(vllm, name="mok").capabilities  # noqa: B018
 
 
+def test_a_judges_server_is_told_by_its_own_section(vllm: Server) -> None:
+    with served(model="another") as other:
+        with pytest.raises(ConfigError, match=r"has no model 'mok'; there: another; set judge\.server\.name"):
+            plan(on(vllm.url, judge={"model": other.url, "server": {"name": "mok"}}))
+        members = [{"name": "a"}, {"name": "b", "model": other.url, "server": {"name": "mok"}}]
+        with pytest.raises(ConfigError, match=r"set judge\.members\[1\]\.server\.name"):
+            plan(on(vllm.url, judge={"method": "panel", "members": members}))
+
+
+def test_replicas_with_other_weights_are_refused(vllm: Server) -> None:
+    with served(weights="tuned") as tuned, served(model="other") as other, served() as same, served(flavour="plain") as silent:
+        with pytest.raises(ConfigError, match=r"'mock' is 'weights/mock' at .*, and 'tuned/mock' at") as caught:
+            engine(vllm, replicas=[same.url, tuned.url]).fingerprint  # noqa: B018
+        assert all(part in str(caught.value) for part in (vllm.url, tuned.url, "leave one out of policy.server.replicas"))
+        with pytest.raises(ConfigError, match=r"has the model 'mock', and .* has not: other") as caught:
+            engine(vllm, replicas=[other.url]).fingerprint  # noqa: B018
+        assert other.url in str(caught.value)
+        alike = engine(vllm, replicas=[same.url, silent.url, "http://127.0.0.1:9/v1"])
+        assert alike.fingerprint == "openai:mock=weights/mock chat"
+        away = ModelConfig.model_validate({"model": "http://127.0.0.1:9/v1", "server": {"replicas": [same.url, tuned.url]}})
+        with pytest.raises(ConfigError, match=r"'weights/mock' at .*, and 'tuned/mock' at"):
+            build_engine(away).fingerprint  # noqa: B018
+
+
 def test_a_server_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9/v1 cannot be reached: .*; start the server or mend the URL"):
         generate(on("http://127.0.0.1:9/v1"), tmp_path / "run")

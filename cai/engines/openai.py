@@ -37,6 +37,7 @@ from cai.engines.batches import Batches
 from cai.engines.choices import Spelled, by_ids, by_text
 from cai.engines.http import Client, Post
 from cai.engines.probe import CONTINUE, Facts, probe, with_extra
+from cai.engines.replicas import check_replicas
 from cai.engines.replies import (
     read_completion,
     read_echo_sum,
@@ -96,7 +97,9 @@ class OpenAIEngine(Engine):
         try:
             if self._server.batch:
                 await check_batches(client)
-            return await probe(client, self._server, self._reward)
+            facts = await probe(client, self._server, self._reward)
+            await check_replicas(self._urls, self._server, self._section, facts.model)
+            return facts
         finally:
             self._client.models = client.models
             await client.close()
