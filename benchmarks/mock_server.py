@@ -403,7 +403,8 @@ class MockServer:
         most = body.get("max_tokens", body.get("max_completion_tokens", 16))
         letter = "one letter" in prompt or "(A)" in prompt
         count = min(most, 1 if letter else settings.tokens)
-        choices = [self._choice(prompt, body, chat, number, count) for number in range(body.get("n") or 1)]
+        asked = min(body.get("n") or 1, settings.choices or math.inf)
+        choices = [self._choice(prompt, body, chat, number, count) for number in range(int(asked))]
         usage = {"prompt_tokens": max(1, len(prompt) // 4), "completion_tokens": count * len(choices)}
         usage["total_tokens"] = sum(usage.values())
         kind = "chat.completion" if chat else "text_completion"

@@ -78,6 +78,7 @@ def test_the_fingerprint_holds_what_changes_an_answer_and_nothing_else(vllm: Ser
     assert usual == "openai:mock=weights/mock chat"
     assert engine(vllm, concurrency=3, timeout=9, input_price=1, retries=0, requests_per_minute=600).fingerprint == usual
     assert engine(vllm, api="completions").fingerprint == "openai:mock=weights/mock completions"
+    assert engine(vllm, n=True).fingerprint == "openai:mock=weights/mock chat n"
     one = engine(vllm, extra_body={"a": 1, "b": {"c": 2}}).fingerprint
     assert one == engine(vllm, extra_body={"b": {"c": 2}, "a": 1}).fingerprint
     assert re.fullmatch(re.escape(usual) + " extra [0-9a-f]{12}", one)

@@ -39,7 +39,7 @@ from cai.engines.http import Client, Post
 from cai.engines.probe import CONTINUE, Facts, probe, with_extra
 from cai.engines.replicas import check_replicas
 from cai.engines.replies import (
-    read_completion,
+    read_completions,
     read_echo_sum,
     read_ids,
     read_prompt_sum,
@@ -47,6 +47,7 @@ from cai.engines.replies import (
     read_texts,
     read_token_list,
 )
+from cai.engines.together import Together
 from cai.errors import RequestError
 from cai.store import Database
 from cai.types import Completion, Message, Messages
@@ -74,6 +75,7 @@ class OpenAIEngine(Engine):
         self._urls = list(dict.fromkeys(url.rstrip("/") for url in (config.model, *config.server.replicas)))
         self._client = self._new_client()
         self._batches = Batches(self._client, config.server) if config.server.batch else None
+        self._together = Together(self._complete) if config.server.n else None
         self._known: Facts | None = None
         self._probing = threading.Lock()
         self._spellings: dict[tuple[str | None, tuple[str, ...]], asyncio.Future[tuple[int, list[Spelled]] | None]] = {}
@@ -119,10 +121,10 @@ class OpenAIEngine(Engine):
 
     @property
     def fingerprint(self) -> str:
-        """The model's name and what the server says it stands for, the form of the API, `extra_body`."""
+        """The model's name and what the server says it stands for, the form of the API, whether with `n`, `extra_body`."""
         facts = self.facts
         name = facts.model if facts.weights == facts.model else f"{facts.model}={facts.weights}"
-        form = facts.reward or self._server.api
+        form = facts.reward or f"{self._server.api}{' n' if self._together else ''}"
         extra = self._server.extra_body
         more = f" extra {hashlib.sha256(msgspec.json.encode(extra, order='deterministic')).hexdigest()[:12]}" if extra else ""
         return f"openai:{name} {form}{more}"
@@ -159,6 +161,14 @@ class OpenAIEngine(Engine):
         """One completion. Raises `RequestError`, and `ContextLengthError` where the server says so."""
         if self.facts.reward:
             return await super().generate(request)
+        if self._together and request.temperature > 0:
+            return await self._together.generate(request)
+        [answer] = await self._complete(request)
+        assert isinstance(answer, Completion)
+        return answer
+
+    async def _complete(self, request: GenerateRequest, count: int = 1) -> list[Completion | RequestError]:
+        """So many completions, or fewer; see `read_completions`."""
         facts, chat = self.facts, self._server.api == "chat"
         fields: dict[str, Any] = {
             **(self._dialogue(request.messages) if chat else {"prompt": plain_text(request.messages)}),
@@ -170,8 +180,11 @@ class OpenAIEngine(Engine):
             fields["top_p"] = request.top_p
         if stop := [*request.stop, *([] if chat else ["\n\nHuman:"])]:
             fields["stop"] = stop
-        call = self._post(_CHAT if chat else _TEXT, request.max_tokens, request.max_tokens, **fields)
-        return await self._send(call, lambda said: read_completion(said, request, len(call.body)))
+        if count > 1:
+            fields["n"] = count
+        most = count * request.max_tokens
+        call = self._post(_CHAT if chat else _TEXT, most, (request.max_tokens, count), **fields)
+        return await self._send(call, lambda said: read_completions(said, request, len(call.body), count))
 
     def _dialogue(self, messages: Messages, more: str = "") -> dict[str, Any]:
         """The messages as the chat API takes them, the last one with `more` at its end."""
@@ -316,6 +329,8 @@ class OpenAIEngine(Engine):
 
     async def close(self) -> None:
         """Close all connections; batches that were handed over go on."""
+        if self._together:
+            await self._together.close()
         if self._batches:
             await self._batches.close()
         await self._client.close()
