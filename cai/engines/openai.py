@@ -188,7 +188,7 @@ class OpenAIEngine(Engine):
 
     def _dialogue(self, messages: Messages, more: str = "") -> dict[str, Any]:
         """The messages as the chat API takes them, the last one with `more` at its end."""
-        shown = [Message(one.role, neutral(one.content)) for one in messages]
+        shown = _neutral(messages)
         if more:
             shown[-1] = Message(shown[-1].role, shown[-1].content + more)
         goes_on = messages[-1].role == "assistant" and self.facts.prefill == "fields"
@@ -260,8 +260,8 @@ class OpenAIEngine(Engine):
         goes_on = messages[-1].role == "assistant"
         extra = self._server.extra_body
         fields: dict[str, Any] = {key: extra[key] for key in ("chat_template", "chat_template_kwargs") if key in extra}
-        shown = [Message(one.role, neutral(one.content)) for one in messages]
-        body: dict[str, Any] = {"model": self.facts.model, "messages": shown, **fields, **(CONTINUE if goes_on else {})}
+        shown = {"messages": _neutral(messages), **(CONTINUE if goes_on else {})}
+        body: dict[str, Any] = {"model": self.facts.model, **shown, **fields}
         return await self._send(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), read_token_list)
 
     async def _spell(self, messages: Messages, choices: tuple[str, ...]) -> tuple[int, list[Spelled]] | None:
@@ -323,8 +323,7 @@ class OpenAIEngine(Engine):
         """What a served classifier with one output gives, before any activation."""
         if not self.facts.reward:
             return await super().reward(request)
-        shown = [Message(one.role, neutral(one.content)) for one in request.messages]
-        fields = {"messages": shown, "add_generation_prompt": False, "use_activation": False}
+        fields = {"messages": _neutral(request.messages), "add_generation_prompt": False, "use_activation": False}
         return await self._send(self._post(self.facts.reward, 0, "reward", **fields), read_reward)
 
     async def close(self) -> None:
@@ -343,6 +342,10 @@ class OpenAIEngine(Engine):
 def neutral(text: str) -> str:
     """The text with a space inside what the usual chat templates would take for a token of theirs."""
     return _CONTROL.sub(lambda match: f"{match[0]} ", text)
+
+
+def _neutral(messages: Messages) -> list[Message]:
+    return [Message(one.role, neutral(one.content)) for one in messages]
 
 
 def _plain(text: str) -> str:
