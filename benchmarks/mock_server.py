@@ -85,6 +85,12 @@ class Settings(msgspec.Struct):
     """Where this is set, calls without it get a 401."""
     flavour: str = "vllm"
     """`vllm`: everything; `openai`: top_logprobs, and unknown fields are a 400; `plain`: no log-probabilities; `reward`."""
+    weights: str = "weights"
+    """What `/v1/models` of `vllm` says that the model's weights lie in."""
+    top: int = 20
+    """The most log-probabilities of a token that are given."""
+    choices: int = 0
+    """The most completions of one request, whatever `n` asks for; 0: all."""
     joined: bool = False
     remember: bool = True
     """Whether it tells which calls were made twice; that wants memory for each call."""
@@ -210,7 +216,7 @@ class MockServer:
         if settings.key and request.headers.get("Authorization") != f"Bearer {settings.key}":
             return self._refuse(401, "Incorrect API key provided: the mock wants another one")
         if path == "/v1/models":
-            root = {"root": f"weights/{settings.model}"} if settings.flavour == "vllm" else {}
+            root = {"root": f"{settings.weights}/{settings.model}"} if settings.flavour == "vllm" else {}
             return _json({"object": "list", "data": [{"id": settings.model, "object": "model", **root}]})
         if path.startswith(("/v1/files", "/v1/batches")):
             return await self._batch(request) if settings.batches else self._refuse(404, "Not Found")
@@ -433,7 +439,8 @@ class MockServer:
         most = body.get("max_tokens", body.get("max_completion_tokens", 16))
         letter = "one letter" in prompt or "(A)" in prompt
         count = min(most, 1 if letter else settings.tokens)
-        choices = [self._choice(prompt, body, chat, number, count) for number in range(body.get("n") or 1)]
+        asked = min(body.get("n") or 1, settings.choices or math.inf)
+        choices = [self._choice(prompt, body, chat, number, count) for number in range(int(asked))]
         usage = {"prompt_tokens": max(1, len(prompt) // 4), "completion_tokens": count * len(choices)}
         usage["total_tokens"] = sum(usage.values())
         kind = "chat.completion" if chat else "text_completion"
@@ -463,7 +470,7 @@ class MockServer:
         if asked is not None and self.settings.flavour == "vllm":
             tokens = [chr(one) if one < 2_000_000 else "10" for one in asked]
         ranked = sorted(((logprob(prompt, token), token) for token in tokens), reverse=True)
-        kept = ranked if asked is not None else ranked[: body.get("top_logprobs", 0)]
+        kept = ranked if asked is not None else ranked[: min(body.get("top_logprobs", 0), self.settings.top)]
         top = [{"token": f"token_id:{token_id(token)}" if by_id else token, "logprob": value} for value, token in kept]
         value, token = ranked[0]
         return {

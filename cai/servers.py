@@ -15,7 +15,7 @@ _USERINFO = re.compile(r"://[^/\s]*@")
 
 
 class ServerConfig(Part):
-    """How to ask a model that a server has; only `name`, `api` and `extra_body` change what is answered."""
+    """How to ask a model that a server has; only `name`, `api`, `n` and `extra_body` change what is answered."""
 
     name: Text | None = None
     """The model's name at the server; null: the only one that it lists."""
@@ -34,6 +34,11 @@ class ServerConfig(Part):
     """No more requests are sent."""
     tokens_per_minute: int | None = Field(default=None, gt=0)
     """No more tokens are asked for, those of prompts and of completions together."""
+    n: bool = False
+    """Ask for completions of one prompt (`generation.candidates`, `judge.samples`) by one request with the API's `n` and the
+    first one's seed, so that the prompt is paid for once; its tokens are counted with the first. What is asked for together
+    depends on what the journal lacks, so a run that was stopped can sample other texts than one that was not. For a server
+    that repeats itself under one seed, `extra_body: {seed: null}` leaves the seed out."""
     timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """Seconds that one attempt may take."""
     retries: int = Field(default=6, ge=0, le=1000)
@@ -50,9 +55,9 @@ class ServerConfig(Part):
     """Seconds before a batch is first looked at; the pauses grow to the twelvefold."""
     extra_body: dict[str, Any] = {}  # noqa: RUF012
     """More fields of every request, such as `{chat_template_kwargs: {enable_thinking: false}}`; null takes a field out."""
-    input_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """What a million prompt tokens cost, in the currency of `budget.money`."""
-    output_price: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    input_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """What a million prompt tokens cost, in the currency of `budget.money`, which needs this or the next; 0: nothing."""
+    output_price: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """What a million generated tokens cost."""
 
     @field_validator("extra_body")
@@ -83,7 +88,7 @@ class BudgetConfig(Part):
     tokens: int | None = Field(default=None, gt=0)
     """Tokens of prompts and completions, of policy and judge."""
     money: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Money, by the prices of `policy.server` and `judge.server`."""
+    """Money, by the prices of `policy.server` and `judge.server`; refused where one that works has none."""
 
 
 def is_url(model: str) -> bool:

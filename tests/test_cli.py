@@ -20,6 +20,7 @@ import typer
 import yaml
 
 from cai.cli import progress
+from cai.cli.doctor import EXTRAS
 from cai.cli.main import app
 from cai.cli.terminal import duration, printable, shortened
 from cai.generation import Tally
@@ -639,7 +640,9 @@ def test_doctor_tells_versions_engines_extras_models_and_devices():
     assert done.returncode == 0
     for part in ("python ", "cai-toolkit ", "torch ", "engines", "transformers     usable", "scripted         usable"):
         assert part in done.stdout
-    for part in ("extras", "local ", "train ", "models", "smollm2-135m ", "devices", "cpu, ", "dtype auto on "):
+    shown = done.stdout[done.stdout.index("extras") : done.stdout.index("models")]
+    assert [line.split()[0] for line in shown.splitlines()[1:] if line] == list(EXTRAS)
+    for part in ("models", "smollm2-135m ", "devices", "cpu, ", "dtype auto on "):
         assert part in done.stdout
 
 

@@ -314,7 +314,7 @@ def test_the_panels_shared_model_is_pinned_and_a_members_own_too(tmp_path, monke
     """As `judge.model` of a judge alone is: the commit that its engine found."""
     commits = {"shared": "c" * 40, "own": "d" * 40}
 
-    def build(config, reward=False):
+    def build(config, reward=False, section="policy"):
         engine = ScriptedEngine(lambda request: [-0.1, -2.1], f"hub:{config.model}")
         engine.revision = commits[config.model]
         return engine

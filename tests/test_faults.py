@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from cai.config import ModelConfig, Recipe
 from cai.engines import Engine, GenerateRequest, build_engine
-from cai.errors import BudgetError, EngineError, PromptSourceError, RequestError, VerdictError
-from cai.pipeline import generate
+from cai.errors import BudgetError, ConfigError, EngineError, PromptSourceError, RequestError, VerdictError
+from cai.pipeline import generate, plan, plan_labels
 from cai.types import Message
 from tests.runs import (
+    SCRIPTED,
     data_bytes,
     forked,
     generate_in,
@@ -317,6 +319,42 @@ def test_a_budget_of_money_goes_by_the_prices_of_policy_and_judge(tmp_path: Path
     cost = (usage["policy"]["prompt_tokens"] * 2 + usage["policy"]["completion_tokens"] * 10) / 1e6
     cost += usage.get("judge", {"prompt_tokens": 0})["prompt_tokens"] / 1e6
     assert 0.02 < cost <= 0.03
+
+
+URL, OTHER = "http://127.0.0.1:9/v1", "http://127.0.0.2:9/v1"
+PRICED = {"output_price": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("policy", "judge", "missing"),
+    [
+        ({}, {}, "policy"),
+        (PRICED, {"model": OTHER}, "judge"),
+        (PRICED, {"server": {"retries": 1}}, "judge"),
+        (PRICED, {"method": "panel", "members": [{"name": "a"}, {"name": "b", "model": OTHER}]}, "judge.members[1]"),
+    ],
+)
+def test_a_budget_of_money_is_refused_where_a_price_is_not_known(
+    policy: dict[str, Any], judge: dict[str, Any], missing: str, tmp_path: Path
+) -> None:
+    needed = f"set {missing}.server.input_price and {missing}.server.output_price to the price of a million tokens"
+    with pytest.raises(ConfigError, match=re.escape(needed)):
+        generate(on(URL, policy, judge=judge, budget={"money": 1}), tmp_path / "run")
+
+
+def test_what_is_free_or_local_or_does_not_work_needs_no_price(tmp_path: Path) -> None:
+    scripted = f"scripted:{SCRIPTED}:respond"
+    with served() as server:
+        for policy, judge in (
+            ({"model": server.url, "server": PRICED}, {"model": scripted}),
+            ({"model": server.url, "server": PRICED}, {"model": server.url, "server": {"input_price": 0}}),
+            ({"model": scripted}, {"model": server.url, "server": {"input_price": 1}}),
+            ({"model": scripted}, {}),
+        ):
+            asked = recipe(policy=policy, judge=judge, budget={"money": 1})
+            assert plan(asked).recipe.budget.money == 1
+        judged = recipe(policy={"model": server.url}, judge={"model": scripted}, budget={"money": 1})
+        assert plan_labels(judged).policy is None, "a policy that only labels answers nothing"
 
 
 def test_server_settings_and_budget_are_not_what_makes_a_run_another_one(tmp_path: Path) -> None:

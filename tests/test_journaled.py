@@ -216,7 +216,7 @@ async def test_what_could_not_be_read_back_is_refused_and_not_kept(database, ans
 class Broken:
     """An engine whose choices are not what they should be."""
 
-    fingerprint, capabilities = "broken", frozenset({"choice_logprobs"})
+    fingerprint, choice_form, capabilities = "broken", "", frozenset({"choice_logprobs"})
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers = answers

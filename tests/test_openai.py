@@ -76,14 +76,40 @@ def test_each_kind_of_server_offers_what_it_can(vllm: Server) -> None:
 
 def test_the_fingerprint_holds_what_changes_an_answer_and_nothing_else(vllm: Server) -> None:
     usual = engine(vllm).fingerprint
-    assert usual == "openai:mock=weights/mock chat choices by token"
+    assert usual == "openai:mock=weights/mock chat"
     assert engine(vllm, concurrency=3, timeout=9, input_price=1, retries=0, requests_per_minute=600).fingerprint == usual
-    assert engine(vllm, api="completions").fingerprint == "openai:mock=weights/mock completions choices by top-20 prefilled"
+    assert engine(vllm, api="completions").fingerprint == "openai:mock=weights/mock completions"
+    assert engine(vllm, n=True).fingerprint == "openai:mock=weights/mock chat n"
     one = engine(vllm, extra_body={"a": 1, "b": {"c": 2}}).fingerprint
     assert one == engine(vllm, extra_body={"b": {"c": 2}, "a": 1}).fingerprint
     assert re.fullmatch(re.escape(usual) + " extra [0-9a-f]{12}", one)
-    with served(flavour="openai") as hosted:
-        assert engine(hosted).fingerprint == "openai:mock chat choices by top-20 in words"
+
+
+def test_how_choices_are_read_is_told_apart(vllm: Server) -> None:
+    assert engine(vllm).choice_form == "choices by token"
+    assert engine(vllm, api="completions").choice_form == "choices by top-20 prefilled"
+    with served(flavour="openai", top=19) as hosted:
+        assert (engine(hosted).fingerprint, engine(hosted).choice_form) == ("openai:mock chat", "choices by top-19 in words")
+
+
+def test_a_server_that_offers_other_choices_costs_the_verdicts_alone(tmp_path: Path) -> None:
+    with served(flavour="openai") as server:
+        asked = on(server.url, prompts={"limit": 2}, generation={"max_tokens": 80})
+        first = generate(asked, tmp_path / "run")["sessions"][0]
+        server.control(top=19)
+        with pytest.raises(ConfigError, match=r"judge: .*choices by top-20 in words.*choices by top-19 in words") as caught:
+            generate(asked, tmp_path / "run")
+        assert "policy" not in str(caught.value)
+        again = generate(asked, tmp_path / "run", "update")["sessions"][-1]
+    assert (first["calls_made"], again["calls_made"], again["calls_replayed"]) == (26, 16, 10)
+
+
+def test_a_policy_that_reads_no_choices_is_the_same_whatever_the_server_offers(tmp_path: Path) -> None:
+    with served(flavour="openai") as server:
+        asked = on(server.url, prompts={"limit": 1}, judge={"method": "text"})
+        generate(asked, tmp_path / "run")
+        server.control(top=19)
+        assert generate(asked, tmp_path / "run")["sessions"][-1]["calls_made"] == 0
 
 
 async def test_choices_are_exactly_what_the_server_says_of_their_tokens(vllm: Server) -> None:
@@ -200,6 +226,30 @@ def test_of_several_models_one_has_to_be_named(vllm: Server) -> None:
     assert engine(vllm, name="mock").fingerprint.startswith("openai:mock=")
     with pytest.raises(ConfigError, match=r"has no model 'mok' \(did you mean 'mock'\?\); there: mock; set policy.server.name"):
         engine(vllm, name="mok").capabilities  # noqa: B018
+
+
+def test_a_judges_server_is_told_by_its_own_section(vllm: Server) -> None:
+    with served(model="another") as other:
+        with pytest.raises(ConfigError, match=r"has no model 'mok'; there: another; set judge\.server\.name"):
+            plan(on(vllm.url, judge={"model": other.url, "server": {"name": "mok"}}))
+        members = [{"name": "a"}, {"name": "b", "model": other.url, "server": {"name": "mok"}}]
+        with pytest.raises(ConfigError, match=r"set judge\.members\[1\]\.server\.name"):
+            plan(on(vllm.url, judge={"method": "panel", "members": members}))
+
+
+def test_replicas_with_other_weights_are_refused(vllm: Server) -> None:
+    with served(weights="tuned") as tuned, served(model="other") as other, served() as same, served(flavour="plain") as silent:
+        with pytest.raises(ConfigError, match=r"'mock' is 'weights/mock' at .*, and 'tuned/mock' at") as caught:
+            engine(vllm, replicas=[same.url, tuned.url]).fingerprint  # noqa: B018
+        assert all(part in str(caught.value) for part in (vllm.url, tuned.url, "leave one out of policy.server.replicas"))
+        with pytest.raises(ConfigError, match=r"has the model 'mock', and .* has not: other") as caught:
+            engine(vllm, replicas=[other.url]).fingerprint  # noqa: B018
+        assert other.url in str(caught.value)
+        alike = engine(vllm, replicas=[same.url, silent.url, "http://127.0.0.1:9/v1"])
+        assert alike.fingerprint == "openai:mock=weights/mock chat"
+        away = ModelConfig.model_validate({"model": "http://127.0.0.1:9/v1", "server": {"replicas": [same.url, tuned.url]}})
+        with pytest.raises(ConfigError, match=r"'weights/mock' at .*, and 'tuned/mock' at"):
+            build_engine(away).fingerprint  # noqa: B018
 
 
 def test_a_server_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:

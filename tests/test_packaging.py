@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+
+from cai.cli.doctor import EXTRAS
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -41,3 +45,12 @@ def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
     )
     assert "['concise-and-clear', 'harmless', 'helpful-honest-harmless'] ['benign', 'red-team'] 16" in done.stdout
     assert done.stdout.strip().endswith("3")
+
+
+def test_doctor_knows_each_extra_and_what_it_brings() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert project.keys() - EXTRAS.keys() == {"dev"}
+    for extra, needed in EXTRAS.items():
+        named = [re.split(r"[\[><=; ]", one)[0].replace("scikit-learn", "sklearn") for one in project[extra]]
+        own = [name for name in named if name != "cai-toolkit"]
+        assert sorted((*own, *(EXTRAS["local"] if "cai-toolkit" in named else ()))) == sorted(needed), extra

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,7 +23,16 @@ _PACKAGES = (
     "vllm",
 )
 _LOCAL = ("torch", "transformers", "gguf")
-_EXTRAS = {"local": (_LOCAL, "local"), "train": ((*_LOCAL, "trl", "accelerate", "peft"), "train")}
+_JUDGE = ("choix", "krippendorff", "matplotlib", "py3langid", "pyphen", "sklearn", "scipy", "textstat")
+EXTRAS = {
+    "local": _LOCAL,
+    "judge": _JUDGE,
+    "ray": ("ray",),
+    "server": ("aiohttp", "aiolimiter", "tenacity", *(("uvloop",) if sys.platform != "win32" else ())),
+    "train": (*_LOCAL, "trl", "accelerate", "peft"),
+    "vllm": (*_LOCAL, "psutil", "vllm"),
+}
+"""What each extra brings, by the names under which it is imported."""
 
 
 def doctor() -> None:
@@ -34,7 +44,8 @@ def doctor() -> None:
     console.print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
         console.print(f"  {package:<16} {version(package)}")
-    for kind, parts in (("engines", REQUIREMENTS), ("extras", _EXTRAS)):
+    extras = {name: (needed, name) for name, needed in EXTRAS.items()}
+    for kind, parts in (("engines", REQUIREMENTS), ("extras", extras)):
         console.print(f"\n[bold]{kind}[/]")
         for name, (needed, extra) in parts.items():
             console.print(f"  {name:<16} {_state(needed, extra)}", soft_wrap=True)

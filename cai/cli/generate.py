@@ -17,6 +17,7 @@ from cai.cli.terminal import console, counted, errors, printable
 from cai.config import Recipe
 from cai.generation import Tally
 from cai.generation.estimate import Estimate
+from cai.judging import judge_sections
 from cai.store import Mode, would_lose
 
 
@@ -33,7 +34,7 @@ def show_dry_run(recipe: Recipe, out: Path | str) -> None:
 
 
 def _judge_models(recipe: Recipe) -> str:
-    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
+    sections = judge_sections(recipe.judge)
     return ", ".join(dict.fromkeys(recipe.judge_model(one).model for one in sections if one.method != "checks")) or "checks"
 
 

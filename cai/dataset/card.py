@@ -17,6 +17,7 @@ from cai.constitution import Constitution
 from cai.dataset import views
 from cai.dataset.parquet import CONFIGS
 from cai.documents import dump
+from cai.judging import judge_sections
 from cai.types import PreferencePair, Record
 
 _FOLDER = Path(__file__).parent
@@ -72,7 +73,7 @@ def render_card(manifest: dict[str, Any], recipe: Recipe, constitution: Constitu
 
 
 def _models(recipe: Recipe) -> dict[str, str]:
-    judges = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
+    judges = judge_sections(recipe.judge)
     names = (_name(recipe.judge_model(one).model) for one in judges if one.method != "checks")
     return {"policy": _name(recipe.policy.model), "judge": ", ".join(dict.fromkeys(names)) or "checks"}
 

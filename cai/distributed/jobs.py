@@ -12,6 +12,7 @@ import msgspec
 
 from cai.config import Recipe
 from cai.constitution import Constitution
+from cai.engines import Engine
 from cai.generation import Engines, template_hash
 from cai.store import Call
 from cai.types import Prompt
@@ -29,9 +30,9 @@ class Job(NamedTuple):
     calibrations: dict[str, str]
     """The same."""
     policy: str | None
-    """The fingerprint of the policy's engine; None where the completions are given."""
+    """The policy's engine as `described`; None where the completions are given."""
     judges: list[str]
-    """The fingerprints of the judges' engines."""
+    """The judges' engines as `described`."""
     code: str
     """As `code()` says it where the run was started."""
     begun: bool
@@ -95,10 +96,15 @@ def code() -> str:
     return f"{metadata.version('cai-toolkit')} with generation code and templates {template_hash()}"
 
 
+def described(engine: Engine) -> str:
+    """What of an engine must be the same everywhere."""
+    return f"{engine.fingerprint} {engine.choice_form}".rstrip()
+
+
 def make_job(recipe: Recipe, constitution: Constitution, engines: Engines, begun: bool) -> Job:
     """A job with the contents of the files that its recipe names."""
-    policy = engines.policy.fingerprint if engines.policy else None
-    judges = [engine.fingerprint for engine in engines.judges.values()]
+    policy = described(engines.policy) if engines.policy else None
+    judges = [described(engine) for engine in engines.judges.values()]
     scripts = {name: Path(name).expanduser().read_bytes() for name in sorted(_scripts(recipe))}
     calibrations = {name: loaded.text for name, loaded in engines.calibrations.items()}
     told = recipe.model_dump_json(), constitution.model_dump_json()

@@ -11,12 +11,13 @@ import msgspec
 
 from cai.config import ModelConfig, Recipe
 from cai.constitution import Constitution
-from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, encode, unpacked_recipe
+from cai.distributed.jobs import Block, Item, Job, Outcome, RowOutcome, decode_block, described, encode, unpacked_recipe
 from cai.distributed.jobs import code as code_here
 from cai.documents import Document
 from cai.engines import Engine, build_engine
 from cai.errors import CaiError, ConfigError, Interrupted
 from cai.generation import Engines, Runner, Tally, journaled_generator
+from cai.judging import judge_sections, section_names
 from cai.judging.calibration import Calibration, LoadedCalibration
 from cai.judging.checks import prepare as prepare_checks
 from cai.prompts import Row
@@ -156,7 +157,7 @@ def _prepare(job: Job) -> tuple[Recipe, Constitution, Engines]:
     recipe, constitution = unpacked_recipe(job), Constitution.model_validate_json(job.constitution)
     prepare_checks(constitution.comparing, recipe.judge.allow_python)
     engines = _build_engines(recipe, job.policy is not None, job.calibrations)
-    here = [one.fingerprint for one in (engines.policy, *engines.judges.values()) if one]
+    here = [described(one) for one in (engines.policy, *engines.judges.values()) if one]
     for there, found in zip([*filter(None, [job.policy]), *job.judges], here, strict=True):
         if there != found:
             raise ConfigError(f"the model is {found} here, and {there} where the run was started; put the same one here")
@@ -167,15 +168,15 @@ def _build_engines(recipe: Recipe, with_policy: bool, files: dict[str, str]) -> 
     """As the driver planned them: one for each model, and another where the same one gives rewards."""
     made: dict[tuple[ModelConfig, bool], Engine] = {}
 
-    def engine(model: ModelConfig, reward: bool = False) -> Engine:
+    def engine(model: ModelConfig, reward: bool = False, section: str = "policy") -> Engine:
         reward = reward and not model.model.startswith("scripted:")
         if (model, reward) not in made:
-            made[model, reward] = build_engine(model, reward)
+            made[model, reward] = build_engine(model, reward, section)
         return made[model, reward]
 
     policy = engine(recipe.policy) if with_policy else None
-    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
-    asked = [section for section in sections if section.method != "checks"]
-    judges = {one: engine(recipe.judge_model(one), one.method == "reward-model") for one in asked}
+    sections = zip(judge_sections(recipe.judge), section_names(recipe), strict=True)
+    asked = [(one, name) for one, name in sections if one.method != "checks"]
+    judges = {one: engine(recipe.judge_model(one), one.method == "reward-model", name) for one, name in asked}
     calibrations = {name: Document(text, name).validate(Calibration) for name, text in files.items()}
     return Engines(policy, judges, {name: LoadedCalibration(one, files[name]) for name, one in calibrations.items()})

@@ -60,8 +60,10 @@ def missing_packages(engine: str) -> list[str]:
     return [package for package in REQUIREMENTS[engine][0] if find_spec(package) is None]
 
 
-def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
+def build_engine(config: ModelConfig, reward: bool = False, section: str = "policy") -> Engine:
     """The engine for a model, or for a reward model; weights are loaded with the first request, what is missing is said now.
+
+    `section` is the part of the recipe whose `server` errors name.
 
     Raises `ConfigError` for a model that cannot be, or one whose extra is not installed.
     """
@@ -72,7 +74,7 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
         case "scripted":
             return load_scripted(rest)
         case "http" | "https":
-            return _openai(config, reward)
+            return _openai(config, reward, section)
         case "vllm":
             return _vllm(config.model_copy(update={"model": rest}), reward)
         case "":
@@ -85,14 +87,14 @@ def build_engine(config: ModelConfig, reward: bool = False) -> Engine:
             )
 
 
-def _openai(config: ModelConfig, reward: bool) -> Engine:
+def _openai(config: ModelConfig, reward: bool, section: str) -> Engine:
     if missing := missing_packages("openai"):
         raise ConfigError(
             f"model '{config.model}' is on a server, which needs {', '.join(missing)}: pip install 'cai-toolkit[server]'"
         )
     from cai.engines.openai import OpenAIEngine
 
-    return OpenAIEngine(config, reward)
+    return OpenAIEngine(config, reward, f"{section}.server")
 
 
 def _vllm(config: ModelConfig, reward: bool) -> Engine:

@@ -121,6 +121,11 @@ class Engine(Protocol):
         """
 
     @property
+    def choice_form(self) -> str:
+        """How choices are read, where that can change while the model stays; part of the key of those calls alone."""
+        return ""
+
+    @property
     def revision(self) -> str | None:
         """The Hub commit of the weights, where they come from the Hub."""
 

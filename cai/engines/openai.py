@@ -4,7 +4,7 @@ Answers come from chat completions, where the server applies its chat template, 
 `Human:`/`Assistant:` text. What else there is depends on the server and is found out by a few one-token questions
 (`probe.py`) when it is first needed: `choice_logprobs` wants log-probabilities of next tokens, `loglikelihood` those of a
 prompt. Where a server does not go on with a last assistant message, it is told in words what its answer should complete.
-The fingerprint holds the model, the form of the API and of the choice, and a hash of `extra_body`; no URL and no key.
+The fingerprint holds the model, the form of the API, and a hash of `extra_body`; no URL and no key.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from cai.engines.batches import Batches
 from cai.engines.choices import Spelled, by_ids, by_text
 from cai.engines.http import Client, Post
 from cai.engines.probe import CONTINUE, Facts, probe, with_extra
+from cai.engines.replicas import check_replicas
 from cai.engines.replies import (
-    read_completion,
+    read_completions,
     read_echo_sum,
     read_ids,
     read_prompt_sum,
@@ -47,6 +48,7 @@ from cai.engines.replies import (
     read_texts,
     read_token_list,
 )
+from cai.engines.together import Together
 from cai.errors import RequestError
 from cai.store import Database
 from cai.types import Completion, Message, Messages
@@ -74,6 +76,7 @@ class OpenAIEngine(Engine):
         self._urls = list(dict.fromkeys(url.rstrip("/") for url in (config.model, *config.server.replicas)))
         self._client = self._new_client()
         self._batches = Batches(self._client, config.server) if config.server.batch else None
+        self._together = Together(self._complete) if config.server.n else None
         self._known: Facts | None = None
         self._probing = threading.Lock()
         self._spellings: dict[tuple[str | None, tuple[str, ...]], asyncio.Future[tuple[int, list[Spelled]] | None]] = {}
@@ -97,7 +100,9 @@ class OpenAIEngine(Engine):
         try:
             if self._server.batch:
                 await check_batches(client)
-            return await probe(client, self._server, self._reward)
+            facts = await probe(client, self._server, self._reward)
+            await check_replicas(self._urls, self._server, self._section, facts.model)
+            return facts
         finally:
             self._client.models, self._client.is_accepted = client.models, client.is_accepted
             await client.close()
@@ -117,18 +122,21 @@ class OpenAIEngine(Engine):
 
     @property
     def fingerprint(self) -> str:
-        """The model's name and what the server says it stands for, the form of the API and of a choice, `extra_body`."""
+        """The model's name and what the server says it stands for, the form of the API, whether with `n`, `extra_body`."""
         facts = self.facts
         name = facts.model if facts.weights == facts.model else f"{facts.model}={facts.weights}"
-        form = facts.reward or f"{self._server.api}{self._choice_form(facts)}"
+        form = facts.reward or f"{self._server.api}{' n' if self._together else ''}"
         extra = self._server.extra_body
         more = f" extra {hashlib.sha256(msgspec.json.encode(extra, order='deterministic')).hexdigest()[:12]}" if extra else ""
         return f"openai:{name} {form}{more}"
 
-    def _choice_form(self, facts: Facts) -> str:
+    @property
+    def choice_form(self) -> str:
+        """Exact, or from how many of the likeliest tokens: what another version of the server may offer otherwise."""
+        facts = self.facts
         if facts.token_ids:
-            return " choices by token"
-        return f" choices by top-{facts.top} {'in words' if facts.prefill == 'none' else 'prefilled'}" if facts.top else ""
+            return "choices by token"
+        return f"choices by top-{facts.top} {'in words' if facts.prefill == 'none' else 'prefilled'}" if facts.top else ""
 
     def keep_batches(self, database: Database, work: BatchWork) -> None:
         """Where to note the batches that are handed to the server."""
@@ -154,6 +162,14 @@ class OpenAIEngine(Engine):
         """One completion. Raises `RequestError`, and `ContextLengthError` where the server says so."""
         if self.facts.reward:
             return await super().generate(request)
+        if self._together and request.temperature > 0:
+            return await self._together.generate(request)
+        [answer] = await self._complete(request)
+        assert isinstance(answer, Completion)
+        return answer
+
+    async def _complete(self, request: GenerateRequest, count: int = 1) -> list[Completion | RequestError]:
+        """So many completions, or fewer; see `read_completions`."""
         facts, chat = self.facts, self._server.api == "chat"
         fields: dict[str, Any] = {
             **(self._dialogue(request.messages) if chat else {"prompt": plain_text(request.messages)}),
@@ -165,12 +181,15 @@ class OpenAIEngine(Engine):
             fields["top_p"] = request.top_p
         if stop := [*request.stop, *([] if chat else ["\n\nHuman:"])]:
             fields["stop"] = stop
-        call = self._post(_CHAT if chat else _TEXT, request.max_tokens, request.max_tokens, **fields)
-        return await self._send(call, lambda said: read_completion(said, request, len(call.body)))
+        if count > 1:
+            fields["n"] = count
+        most = count * request.max_tokens
+        call = self._post(_CHAT if chat else _TEXT, most, (request.max_tokens, count), **fields)
+        return await self._send(call, lambda said: read_completions(said, request, len(call.body), count))
 
     def _dialogue(self, messages: Messages, more: str = "") -> dict[str, Any]:
         """The messages as the chat API takes them, the last one with `more` at its end."""
-        shown = [Message(one.role, neutral(one.content)) for one in messages]
+        shown = _neutral(messages)
         if more:
             shown[-1] = Message(shown[-1].role, shown[-1].content + more)
         goes_on = messages[-1].role == "assistant" and self.facts.prefill == "fields"
@@ -242,8 +261,8 @@ class OpenAIEngine(Engine):
         goes_on = messages[-1].role == "assistant"
         extra = self._server.extra_body
         fields: dict[str, Any] = {key: extra[key] for key in ("chat_template", "chat_template_kwargs") if key in extra}
-        shown = [Message(one.role, neutral(one.content)) for one in messages]
-        body: dict[str, Any] = {"model": self.facts.model, "messages": shown, **fields, **(CONTINUE if goes_on else {})}
+        shown = {"messages": _neutral(messages), **(CONTINUE if goes_on else {})}
+        body: dict[str, Any] = {"model": self.facts.model, **shown, **fields}
         return await self._send(Post("/tokenize", msgspec.json.encode(body), 0, "tokenize"), read_token_list)
 
     async def _spell(self, messages: Messages, choices: tuple[str, ...]) -> tuple[int, list[Spelled]] | None:
@@ -305,12 +324,13 @@ class OpenAIEngine(Engine):
         """What a served classifier with one output gives, before any activation."""
         if not self.facts.reward:
             return await super().reward(request)
-        shown = [Message(one.role, neutral(one.content)) for one in request.messages]
-        fields = {"messages": shown, "add_generation_prompt": False, "use_activation": False}
+        fields = {"messages": _neutral(request.messages), "add_generation_prompt": False, "use_activation": False}
         return await self._send(self._post(self.facts.reward, 0, "reward", **fields), read_reward)
 
     async def close(self) -> None:
         """Close all connections; batches that were handed over go on."""
+        if self._together:
+            await self._together.close()
         if self._batches:
             await self._batches.close()
         await self._client.close()
@@ -323,6 +343,10 @@ class OpenAIEngine(Engine):
 def neutral(text: str) -> str:
     """The text with a space inside what the usual chat templates would take for a token of theirs."""
     return _CONTROL.sub(lambda match: f"{match[0]} ", text)
+
+
+def _neutral(messages: Messages) -> list[Message]:
+    return [Message(one.role, neutral(one.content)) for one in messages]
 
 
 def _plain(text: str) -> str:

@@ -76,10 +76,13 @@ async def _identify(client: Client, config: ServerConfig) -> Facts:
             there = f"has {len(found)} models: {_some(found)}" if found else silent
             raise ConfigError(f"{base} {there}; name one by {client.section}.name")
         name = next(iter(found))
-    weights = found.get(name, {}).get("root") or name
-    return Facts(
-        name, str(weights).rstrip("/").rsplit("/", 1)[-1] if str(weights).startswith(("/", "~", ".")) else str(weights)
-    )
+    return Facts(name, weights_of(found.get(name, {}), name))
+
+
+def weights_of(listed: dict[str, Any], otherwise: str = "") -> str:
+    """What a server says that one of its models stands for, of a path the last part."""
+    root = str(listed.get("root") or otherwise)
+    return root.rstrip("/").rsplit("/", 1)[-1] if root.startswith(("/", "~", ".")) else root
 
 
 def _some(names: Any) -> str:

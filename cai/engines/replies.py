@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NoReturn
 
 import msgspec
@@ -88,18 +89,41 @@ def _unusable(said: Any, what: str, kind: str = "failed") -> NoReturn:
     raise Transient(f"{what}{f': {told}' if told else ''}", kind=kind)
 
 
-def read_completion(said: Any, request: GenerateRequest, size: int) -> Completion:
-    """The first completion. Raises `Transient` where there is none."""
+def read_completions(said: Any, request: GenerateRequest, size: int, count: int = 1) -> list[Completion | RequestError]:
+    """The first `count` completions, or as many as there are; a `RequestError` in the place of one that cannot be.
+
+    The first one carries the prompt's tokens, the others 0; the generated ones are shared out by the lengths of the texts.
+    Raises `Transient` or `RequestError` where there is no completion at all.
+    """
     try:
-        choice = said["choices"][0]
-        message = choice.get("message")
-        text = choice["text"] if message is None else message.get("content") or message.get("refusal") or ""
-        finish, usage = choice.get("finish_reason"), said.get("usage") or {}
-        prompt, made = usage.get("prompt_tokens", size // 4), usage.get("completion_tokens", len(text) // 4)
-        whole = Completion(str(text).strip(), _finish(finish), int(prompt), int(made), request.seed)
+        read = [_text_of(choice) for choice in said["choices"][:count]]
+        first, usage = read[0], said.get("usage") or {}
+        good = [one for one in read if isinstance(one, tuple)]
+        prompt, lengths = int(usage.get("prompt_tokens", size // 4)), [len(text) + 1 for text, _ in good]
+        made = _shared_out(int(usage.get("completion_tokens", sum(lengths) // 4)), lengths)
+        tokens = zip([prompt, *[0] * len(good)], made, strict=False)
+        whole = [one if isinstance(one, Exception) else Completion(*one, *next(tokens), request.seed) for one in read]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         _unusable(said, "an answer without a completion in it (no 'choices')")
-    return whole
+    if isinstance(first, Exception) and not good:
+        raise first
+    return [one for one in whole if not isinstance(one, Transient)]
+
+
+def _text_of(choice: Any) -> tuple[str, Any] | RequestError | Transient:
+    """A completion's text, and why it ended; or why there is none."""
+    message = choice.get("message")
+    text = choice["text"] if message is None else message.get("content") or message.get("refusal") or ""
+    try:
+        return str(text).strip(), _finish(choice.get("finish_reason"))
+    except (RequestError, Transient) as exc:
+        return exc
+
+
+def _shared_out(total: int, sizes: Sequence[int]) -> list[int]:
+    """A total in parts that are as the sizes are to each other, rounded so that they add up to it."""
+    whole, marks = sum(sizes), [0, *accumulate(sizes)]
+    return [total * end // whole - total * start // whole for start, end in pairwise(marks)]
 
 
 def _finish(reason: Any) -> Any:

@@ -40,6 +40,7 @@ class ScriptedEngine:
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood", "reward"})
 
     revision: str | None = None
+    choice_form = ""
 
     def __init__(self, function: Callable[[Any], Any], fingerprint: str = "scripted") -> None:
         """`fingerprint` stands for the function in the journal: give another one when its answers change."""

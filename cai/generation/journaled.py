@@ -102,7 +102,8 @@ class _Commits:
 
 
 class JournaledEngine:
-    """Wraps an engine; the key of a call is a hash of the engine's fingerprint and the whole request.
+    """Wraps an engine; the key of a call is a hash of the engine's fingerprint (of a choice, how it is read, too) and
+    the whole request.
 
     Once `tally.stopping` is set, calls that are not in the journal raise `Interrupted`; those in flight finish.
     """
@@ -126,6 +127,11 @@ class JournaledEngine:
         return self._engine.fingerprint
 
     @property
+    def choice_form(self) -> str:
+        """The wrapped engine's."""
+        return self._engine.choice_form
+
+    @property
     def revision(self) -> str | None:
         """The wrapped engine's."""
         return self._engine.revision
@@ -133,6 +139,8 @@ class JournaledEngine:
     def _key(self, request: msgspec.Struct) -> bytes:
         digest = self._digest.copy()
         digest.update(type(request).__name__.encode())
+        if isinstance(request, ChoiceRequest):
+            digest.update(self.choice_form.encode())
         digest.update(_encoder.encode(request))
         return digest.digest()
 

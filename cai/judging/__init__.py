@@ -17,9 +17,19 @@ from cai.judging.likelihood import LikelihoodJudge
 from cai.judging.reasoning import ReasoningJudge
 from cai.judging.reward_model import RewardModelJudge
 from cai.judging.score import ScoreJudge
+from cai.judging.sections import judge_sections, section_names
 from cai.judging.text import MAX_TOKENS, TextJudge
 
-__all__ = ["NEEDS", "Judge", "build_judge", "generated_tokens", "judge_calls", "usable_principles"]
+__all__ = [
+    "NEEDS",
+    "Judge",
+    "build_judge",
+    "generated_tokens",
+    "judge_calls",
+    "judge_sections",
+    "section_names",
+    "usable_principles",
+]
 
 NEEDS: dict[Method, frozenset[Capability]] = {
     "choice": frozenset({"choice_logprobs"}),

@@ -14,11 +14,12 @@ from cai.engines import Engine, build_engine
 from cai.errors import CapabilityError, ConfigError
 from cai.generation import Engines, template_hash
 from cai.generation.estimate import Estimate, estimate
-from cai.judging import NEEDS, usable_principles
+from cai.judging import NEEDS, judge_sections, section_names, usable_principles
 from cai.judging.calibration import LoadedCalibration, check_fits, judge_identity, load_calibration
 from cai.judging.checks import prepare as prepare_checks
 from cai.judging.checks import python_hashes
 from cai.prompts import read_prompts
+from cai.servers import is_url
 
 Section = TypeVar("Section", JudgeConfig, PanelMember)
 _NO_ENGINE = "checks"
@@ -118,6 +119,7 @@ def plan(recipe: Recipe) -> Plan:
         raise ConfigError(f"generation.rounds: {lacking}")
     if recipe.dataset.ranking != "none" and (missing := [name for name in ("choix", "scipy") if find_spec(name) is None]):
         raise ConfigError(f"dataset.ranking needs {' and '.join(missing)}: pip install 'cai-toolkit[judge]'")
+    _check_prices(recipe, with_policy=True)
     policy = build_engine(recipe.policy)
     judges = plan_judges(recipe, constitution, {(recipe.policy, False): policy})
     return Plan(recipe, constitution, policy, judges, plan_calibrations(recipe, constitution, judges))
@@ -129,18 +131,13 @@ def plan_judges(
     """The engines of all judges, made where `engines` has none for the model yet. Raises `ConfigError`."""
     prepare_checks(constitution.comparing, recipe.judge.allow_python)
     found = {}
-    for section in judge_sections(recipe.judge):
+    for section, name in zip(judge_sections(recipe.judge), section_names(recipe), strict=True):
         if section.method != "reward-model" and not usable_principles(section, constitution):
             what = "check" if section.method == "checks" else "preference"
             raise ConfigError(f"constitution '{constitution.name}' has no principle with a '{what}' for the judge; add one")
         if section.method != "checks":
-            found[section] = _judge_engine(recipe, section, engines)
+            found[section] = _judge_engine(recipe, section, engines, name)
     return found
-
-
-def judge_sections(judge: JudgeConfig) -> list[JudgeConfig]:
-    """The section of each judge: of a panel, of its members."""
-    return [judge.member(one) for one in judge.members] or [judge]
 
 
 def plan_calibrations(
@@ -151,22 +148,29 @@ def plan_calibrations(
     for section in judge_sections(recipe.judge):
         if path := section.calibration:
             found[path] = found.get(path) or load_calibration(Path(path))
-            fingerprint = judges[section].fingerprint if section in judges else _NO_ENGINE
-            check_fits(found[path].calibration, judge_identity(section, fingerprint, constitution))
+            name = _judge_name(section, judges[section]) if section in judges else _NO_ENGINE
+            check_fits(found[path].calibration, judge_identity(section, name, constitution))
     return found
 
 
 def _judge_names(judges: dict[JudgeConfig, Engine]) -> str:
-    return ", ".join(engine.fingerprint for engine in dict.fromkeys(judges.values())) or _NO_ENGINE
+    return ", ".join(dict.fromkeys(_judge_name(*judge) for judge in judges.items())) or _NO_ENGINE
 
 
-def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine]) -> Engine:
+def _judge_name(section: JudgeConfig, engine: Engine) -> str:
+    """The engine's fingerprint, and how choices are read where the method reads them."""
+    form = engine.choice_form if "choice_logprobs" in NEEDS[section.method] else ""
+    return f"{engine.fingerprint} {form}".rstrip()
+
+
+def _judge_engine(recipe: Recipe, section: JudgeConfig, engines: dict[tuple[ModelConfig, bool], Engine], name: str) -> Engine:
+    """Made where there is none for the model yet; `name` is what errors call the section of its settings."""
     model, reward = recipe.judge_model(section), section.method == "reward-model"
     key = model, reward and not model.model.startswith("scripted:")
     if reward and section.model is None:
         raise ConfigError("judge.method: reward-model needs a reward model of its own; name it by --judge-model")
     if key not in engines:
-        engines[key] = build_engine(model, reward)
+        engines[key] = build_engine(model, reward, name)
     missing = sorted(NEEDS[section.method] - engines[key].capabilities)
     if missing:
         raise CapabilityError(
@@ -185,6 +189,7 @@ def plan_labels(recipe: Recipe) -> Plan:
     """The same for a run that only judges. Raises `ConfigError`."""
     _check_ray(recipe)
     constitution = load_constitution(recipe.constitution)
+    _check_prices(recipe, with_policy=False)
     judges = plan_judges(recipe, constitution, {})
     return Plan(recipe, constitution, None, judges, plan_calibrations(recipe, constitution, judges))
 
@@ -196,9 +201,23 @@ def _check_ray(recipe: Recipe) -> None:
         raise ConfigError("--ray needs ray, which is not installed: pip install 'cai-toolkit[ray]'")
     if recipe.budget.tokens is not None or recipe.budget.money is not None:
         raise ConfigError("budget: the workers of a Ray cluster do not share one yet; remove it, or run without --ray")
-    sections = [recipe.judge.member(one) for one in recipe.judge.members] or [recipe.judge]
-    if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, sections))):
+    if any(model.server.batch for model in (recipe.policy, *map(recipe.judge_model, judge_sections(recipe.judge)))):
         raise ConfigError("server.batch: only a run on one machine notes its batches; remove it, or run without --ray")
+
+
+def _check_prices(recipe: Recipe, with_policy: bool) -> None:
+    """Raises `ConfigError` where money is to be counted, and nobody said what a served model costs."""
+    if recipe.budget.money is None:
+        return
+    judges = zip(section_names(recipe), judge_sections(recipe.judge), strict=True)
+    working = [("policy", recipe.policy)] * with_policy
+    working += [(name, recipe.judge_model(one)) for name, one in judges if one.method != "checks"]
+    for name, model in working:
+        if is_url(model.model) and model.server.input_price is None and model.server.output_price is None:
+            raise ConfigError(
+                f"budget.money: what {model.model} costs is not known; set {name}.server.input_price and "
+                f"{name}.server.output_price to the price of a million tokens (0 where they cost nothing)"
+            )
 
 
 def lacking_principles(constitution: Constitution, rounds: int) -> str | None:

@@ -23,7 +23,7 @@ from cai.models import cache_folder
 from cai.pipeline.manifest import Manifest, file_hashes, installed_versions
 from cai.pipeline.planning import Plan, plan, plan_labels
 from cai.prompts import Row, count_prompts, read_pairs, read_prompts
-from cai.servers import is_url
+from cai.servers import ServerConfig, is_url
 from cai.store import Database, Mirror, Mode, RunFolder, is_remote, local_copy
 from cai.types import Record
 
@@ -214,9 +214,13 @@ def _closing(checked: Plan, tally: Tally) -> list[Engine]:
 def _prices(checked: Plan) -> dict[str, Price]:
     """What the policy and the judge cost; of several judges the dearest price, since the journal does not tell them apart."""
     recipe = checked.recipe
-    servers = [recipe.judge_model(section).server for section in checked.judges]
-    dearest = (max((one.input_price for one in servers), default=0.0), max((one.output_price for one in servers), default=0.0))
-    return {"policy": Price(recipe.policy.server.input_price, recipe.policy.server.output_price), "judge": Price(*dearest)}
+    judges = [_price(recipe.judge_model(section).server) for section in checked.judges]
+    dearest = (max((one.prompt for one in judges), default=0.0), max((one.completion for one in judges), default=0.0))
+    return {"policy": _price(recipe.policy.server), "judge": Price(*dearest)}
+
+
+def _price(server: ServerConfig) -> Price:
+    return Price(server.input_price or 0.0, server.output_price or 0.0)
 
 
 def _models(checked: Plan) -> list[ModelConfig]:
