@@ -245,6 +245,9 @@ class DatasetConfig(Part):
     """The share of prompts, by hash of their text, whose rows go to the `test` split."""
     min_probability: float = Field(default=0.5, ge=0.5, lt=1)
     """Drop pairs whose `chosen_probability` is not above this; 0.5 drops only ties."""
+    sft: Literal["final", "all", "best"] = "final"
+    """What `sft` is made of: of each prompt the `final` revision, `all` revisions (a row each), or the `best` candidate, which the
+    verdicts rank first."""
     ranking: Literal["none", "bradley-terry"] = "none"
     """`bradley-terry`: of candidates that were all compared, one pair, the best against the worst by strengths fitted to the
     verdicts; `none`: a pair for each verdict."""
@@ -316,6 +319,8 @@ class Recipe(Part):
         if self.dataset.ranking != "none" and (generation.pairs == "revision" or generation.comparisons != "all"):
             needed = "generation.comparisons: all and generation.pairs: samples (or both)"
             raise _wrong("dataset.ranking", f"{self.dataset.ranking} ranks candidates that were all compared; set {needed}")
+        if self.dataset.sft == "best" and generation.pairs == "revision":
+            raise _wrong("dataset.sft", "best is of candidates that were compared; set generation.pairs: samples (or both)")
         return self
 
     def judge_model(self, judge: JudgeConfig) -> ModelConfig:

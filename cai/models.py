@@ -109,6 +109,16 @@ def _content_version(files: list[Path], whole: int = 1 << 30) -> str:
     return digest.hexdigest()[:12]
 
 
+def public_name(value: str) -> str:
+    """A model's or source's name without the folders of the machine that it lies on."""
+    scheme, colon, rest = value.rpartition(":")
+    if value.startswith(("~", ".")) or Path(value).is_absolute():
+        return os.path.basename(os.path.abspath(os.path.expanduser(value)))
+    if scheme.startswith("scripted"):
+        return f"scripted:{Path(scheme.removeprefix('scripted:')).name}{colon}{rest}"
+    return value
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: `$CAI_CACHE`, or the user's cache folder."""
     import platformdirs

@@ -46,6 +46,11 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def device_count() -> int:
+    """How many GPUs there are."""
+    return int(torch.cuda.device_count())
+
+
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype asked for; `auto` is bfloat16 where the device computes in it, and float32 in exact mode."""
     if config.dtype != "auto":

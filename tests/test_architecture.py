@@ -18,7 +18,7 @@ ORDER = [
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
-    {"weights"},
+    {"weights", "control_tokens"},
     {"engines"},
     {"judging"},
     {"generation"},

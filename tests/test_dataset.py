@@ -113,7 +113,7 @@ def out(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("name", ["sft", "preference", "unpaired"])
 def test_load_dataset_finds_columns_types_and_rows_through_the_card(records, out, name):
     loaded = load(out, name)
-    view = {"sft": views.sft, "preference": lambda one: views.preference(one, CONFIG)}
+    view = {"sft": lambda one: views.sft(one, CONFIG), "preference": lambda one: views.preference(one, CONFIG)}
     view["unpaired"] = lambda one: views.unpaired(one, CONFIG)
     assert set(loaded) == {"train", "test"}
     for split, rows in loaded.items():

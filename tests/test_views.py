@@ -116,7 +116,7 @@ def test_sft_takes_the_final_revision():
     given_messages = (Message("system", "s"), Message("user", "u"))
     made = record(revisions=[revision(1, "one"), revision(2, "two"), revision(3, "x", problem="refusal")])
     made = Record(Prompt("id", given_messages), made.candidates, made.revisions, ())
-    assert list(views.sft(made)) == [
+    assert list(views.sft(made, CONFIG)) == [
         {
             "messages": [
                 {"role": "system", "content": "s"},

@@ -9,6 +9,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from cai.engines import REQUIREMENTS, describe_devices, missing_packages
+from cai.training import REQUIREMENTS as TRAINING
 
 _PACKAGES = (
     "cai-toolkit",
@@ -29,7 +30,7 @@ EXTRAS = {
     "judge": _JUDGE,
     "ray": ("ray",),
     "server": ("aiohttp", "aiolimiter", "tenacity", *(("uvloop",) if sys.platform != "win32" else ())),
-    "train": (*_LOCAL, "trl", "accelerate", "peft"),
+    "train": TRAINING,
     "vllm": (*_LOCAL, "psutil", "vllm"),
 }
 """What each extra brings, by the names under which it is imported."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai.cli.options import FOLDER, INPUTS, MODELS, Fresh, Set, Yes, option
-from cai.errors import ConfigError
-from cai.training import SETTINGS, STAGES, StageName, TrainSettings
+from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Fresh, Set, Yes, option
+from cai.errors import ConfigError, Interrupted
+from cai.training import SETTINGS, STAGES, StageName, TrainSettings, check_installed
 
 if TYPE_CHECKING:
     from cai.training.folder import Mode
@@ -33,6 +33,15 @@ Model = Annotated[
 Lora = Annotated[bool, option("--lora", panel=MODELS, help="Train adapters (rank 16) in place of all weights.")]
 File = Annotated[str | None, option("--recipe", panel=INPUTS, metavar="FILE", help="The stage's settings as YAML; flags win.")]
 Out = Annotated[str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/STAGE.")]
+Launch = Annotated[
+    str | None,
+    option(
+        "--launch",
+        panel=MACHINES,
+        metavar="N|NAME|FILE",
+        help="Several processes: how many; fsdp, zero2 or zero3 on all GPUs; or an accelerate config.",
+    ),
+]
 
 
 def _command(stage: StageName) -> Any:
@@ -46,10 +55,12 @@ def _command(stage: StageName) -> Any:
         out: Out = None,
         fresh: Fresh = False,
         yes: Yes = False,
+        launch: Launch = None,
     ) -> None:
         flags = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
         settings = resolve_settings(stage, recipe, set_ or [], flags)
-        run(stage, settings, choose_out(stage, out), "fresh" if fresh else "continue", yes)
+        folder = choose_out(stage, out)
+        run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
 
     command.__doc__ = f"{_ABOUT[stage]}\n\nThe same command again continues a training that was stopped."
     return command
@@ -82,11 +93,29 @@ def choose_out(stage: str, out: str | None) -> Path:
     return Path(os.path.expanduser(out)) if out else Path("runs") / stage
 
 
-def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, yes: bool) -> None:
-    """Train with progress, then show what came of it."""
-    from cai.cli.training import show_summary
-    from cai.training.running import train
-
-    if mode == "fresh" and not yes and (out / "manifest.json").exists():
+def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
+    """Continue, or start over; asks where that would delete a trained model."""
+    if fresh and not yes and (out / "manifest.json").exists():
         typer.confirm(f"{out} holds a trained model. Delete and start over?", abort=True)
-    show_summary(train(stage, settings, out, mode), out)
+    return "fresh" if fresh else "continue"
+
+
+def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch: str | None = None) -> None:
+    """Train with progress, then show what came of it. Raises `ConfigError` where packages are missing."""
+    check_installed()
+    from cai.cli.training import progress, show_summary
+
+    try:
+        with progress() as show:
+            show.note("loading PyTorch and TRL")
+            if launch is None:
+                from cai.training.running import train
+
+                manifest = train(stage, settings, out, mode, show)
+            else:
+                from cai.training import launching
+
+                manifest = launching.launch(stage, settings, out, mode, launch, show)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped before the first step; nothing is lost") from None
+    show_summary(manifest, out)

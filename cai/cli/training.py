@@ -1,19 +1,99 @@
-"""What is shown at the end of `cai train`."""
+"""How far a training is, and what is shown at its end."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from cai.cli.terminal import console, duration, printable
 
+if TYPE_CHECKING:
+    from cai.training.watching import Show
+
+_LINE_EVERY = 15.0
+"""Seconds between plain lines of one phase."""
+_SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
+"""Measures that are shown as they come."""
 _NEXT = {
     "reward": "score completions:  cai reward score {out} completions.jsonl",
     "sft": "train on pairs:     cai train dpo DATA -m {out}",
 }
+
+
+@contextmanager
+def progress() -> Iterator[Show]:
+    """On standard error: a bar where that is a terminal, plain lines where not."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), console=_stderr()) as bar:
+        yield _Bar(bar)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+class _Pace:
+    """How much longer, from the steps that were done since this began."""
+
+    def __init__(self) -> None:
+        self._since: tuple[float, int] | None = None
+
+    def left(self, done: int, total: int) -> str:
+        """`, about 6 min left`, or an empty string where that cannot be told."""
+        now = time.monotonic()
+        began, before = self._since = self._since or (now, done)
+        if not before < done < total:
+            return ""
+        return f", about {duration((now - began) * (total - done) / (done - before))} left"
+
+
+def _told(measures: Mapping[str, float]) -> str:
+    """`loss 0.69, accuracies 0.61`."""
+    return ", ".join(f"{name.rpartition('/')[2]} {measures[name]:.4g}" for name in _SHOWN if name in measures)
+
+
+class _Bar:
+    """A bar of steps, and above it what was noted."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._pace, self._began = bar, _Pace(), time.monotonic()
+        self._task = bar.add_task("", total=None, state="")
+
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, description=escape(text), state="")
+
+    def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
+        state = _told(measures) + self._pace.left(done, total)
+        self._bar.update(self._task, description=f"step {done:,} of {total:,}", completed=done, total=total, state=state)
+
+
+class _Lines:
+    """A line for each note, and for measures every now and then: the first, the last, and one each so many seconds."""
+
+    def __init__(self) -> None:
+        self._pace, self._last, self._told = _Pace(), 0.0, ""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
+        left, seconds = self._pace.left(done, total), time.monotonic() - self._last
+        told = _told(measures)
+        if not told or told == self._told or not (done == total or seconds >= _LINE_EVERY):
+            return
+        self._told, self._last = told, time.monotonic()
+        print(f"step {done:,} of {total:,}  {told}{left}", file=sys.stderr, flush=True)
 
 
 def show_summary(manifest: dict[str, Any], out: Path) -> None:
@@ -23,6 +103,10 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
     for one in manifest["data"]:
         table.add_row(escape(printable(one["source"])), f"{one['train']:,}", f"{one['test']:,}")
     console.print(table)
+    for one in manifest["data"]:
+        if left_out := one.get("left_out"):
+            first = escape(printable(one["first_left_out"]))
+            console.print(f"[yellow]left out[/] {left_out:,} rows that could not be used; the first, {first}", soft_wrap=True)
     for split, count in manifest["too_long"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")

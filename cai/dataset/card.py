@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -18,6 +17,7 @@ from cai.dataset import views
 from cai.dataset.parquet import CONFIGS
 from cai.documents import dump
 from cai.judging import judge_sections
+from cai.models import public_name
 from cai.types import PreferencePair, Record
 
 _FOLDER = Path(__file__).parent
@@ -65,7 +65,7 @@ def render_card(manifest: dict[str, Any], recipe: Recipe, constitution: Constitu
         example=example,
         pair=_first_pair(example, recipe.dataset),
         models=models,
-        source=_name(recipe.prompts.source),
+        source=public_name(recipe.prompts.source),
         label=_LABELS[recipe.judge.method],
         exemplars=len(constitution.exemplars[: recipe.generation.exemplars]),
         principles=len(example.verdicts[0].principles) if example.verdicts else recipe.judge.principles,
@@ -74,8 +74,8 @@ def render_card(manifest: dict[str, Any], recipe: Recipe, constitution: Constitu
 
 def _models(recipe: Recipe) -> dict[str, str]:
     judges = judge_sections(recipe.judge)
-    names = (_name(recipe.judge_model(one).model) for one in judges if one.method != "checks")
-    return {"policy": _name(recipe.policy.model), "judge": ", ".join(dict.fromkeys(names)) or "checks"}
+    names = (public_name(recipe.judge_model(one).model) for one in judges if one.method != "checks")
+    return {"policy": public_name(recipe.policy.model), "judge": ", ".join(dict.fromkeys(names)) or "checks"}
 
 
 def _metadata(manifest: dict[str, Any], recipe: Recipe, constitution: Constitution, author: str) -> dict[str, Any]:
@@ -103,16 +103,6 @@ def _version(manifest: dict[str, Any], name: str) -> str:
     """A hash of the files of one view: `datasets` takes a cached copy for the folder's wherever these lines are the same."""
     files = sorted(item for item in manifest.get("files", {}).items() if item[0].startswith(f"{name}/"))
     return "version " + hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-
-
-def _name(value: str) -> str:
-    """A model's or source's name without the folders of the machine that it lies on."""
-    scheme, colon, rest = value.rpartition(":")
-    if value.startswith(("~", ".")) or Path(value).is_absolute():
-        return os.path.basename(os.path.abspath(os.path.expanduser(value)))
-    if scheme.startswith("scripted"):
-        return f"scripted:{Path(scheme.removeprefix('scripted:')).name}{colon}{rest}"
-    return value
 
 
 def quoted(text: str) -> str:

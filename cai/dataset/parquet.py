@@ -148,7 +148,7 @@ def write_dataset(records: Iterable[Record], folder: Path, config: DatasetConfig
         shards[name, "train"] = _Shards(folder / name, "train", SCHEMAS[name], config.shard_rows)
     for record in records:
         split = views.split_of(record, config.test_fraction)
-        add("sft", split, views.sft(record))
+        add("sft", split, views.sft(record, config))
         add("preference", split, views.preference(record, config))
         add("unpaired", split, views.unpaired(record, config))
         add("trace", split, [views.trace(record)])

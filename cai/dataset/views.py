@@ -41,15 +41,68 @@ def split_of(record: Record, test_fraction: float) -> str:
     return "test" if share < test_fraction else "train"
 
 
-def sft(record: Record) -> Iterator[Row | Dropped]:
-    """The prompt with its final revision, as the supervised phase of Bai et al. 2022 trains on."""
+def sft(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]:
+    """The prompt with what `dataset.sft` names, by default its final revision, as the supervised phase of Bai et al. 2022."""
+    match config.sft:
+        case "final":
+            texts = _final(record)
+        case "all":
+            texts = _revised(record)
+        case "best":
+            texts = _best(record)
+    for text in texts:
+        if isinstance(text, Dropped):
+            yield text
+        else:
+            yield {"messages": _plain(record.prompt.messages) + _answer(text), "prompt_id": record.prompt.id}
+
+
+def _final(record: Record) -> Iterator[str | Dropped]:
     final = record.final_revision
     if final:
-        yield {"messages": _dialogue(record.prompt.messages, final.text), "prompt_id": record.prompt.id}
+        yield final.text
     elif record.revisions:
         yield Dropped("no usable revision")
     elif not record.text("candidate-0"):
         yield Dropped("empty completion")
+
+
+def _revised(record: Record) -> Iterator[str | Dropped]:
+    """Every revision that is one, equal ones once."""
+    usable = dict.fromkeys(one.text for one in record.revisions if one.problem is None)
+    yield from usable
+    yield from (Dropped("unusable revision") for one in record.revisions if one.problem is not None)
+
+
+def _best(record: Record) -> Iterator[str | Dropped]:
+    samples = [verdict for verdict in record.verdicts if verdict.source == "samples"]
+    name = best_of(samples) if samples else None
+    if name is None:
+        yield Dropped("no best candidate: a tie" if samples else "no best candidate: nothing to compare")
+    elif record.truncated(name):
+        yield Dropped("best candidate is cut off by the token limit")
+    else:
+        yield record.text(name)
+
+
+def best_of(verdicts: list[Verdict]) -> str | None:
+    """Who comes first by these comparisons; None where several do.
+
+    Where all were compared as often, that is the highest mean probability of being preferred; of a tournament, whose winner
+    met the strongest, the fewest defeats.
+    """
+    chances: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        chances.setdefault(verdict.first, []).append(verdict.probability)
+        chances.setdefault(verdict.second, []).append(1 - verdict.probability)
+    alike = len({len(found) for found in chances.values()}) == 1
+    rank = {
+        name: (0 if alike else -sum(one < 0.5 for one in found), round(sum(one - 0.5 for one in found), 9))
+        for name, found in chances.items()
+    }
+    best = max(rank.values())
+    first, *others = [name for name, value in rank.items() if value == best]
+    return None if others else first
 
 
 def pairs(record: Record, config: DatasetConfig) -> Iterator[PreferencePair | Dropped]:
@@ -148,7 +201,3 @@ def _plain(messages: Messages) -> list[dict[str, str]]:
 
 def _answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
-
-
-def _dialogue(messages: Messages, answer: str) -> list[dict[str, str]]:
-    return _plain(messages) + _answer(answer)

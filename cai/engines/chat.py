@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
 from cai.config import ModelConfig
+from cai.control_tokens import neutralizer
 from cai.engines.local_model import Tail
 from cai.errors import ConfigError, RequestError
 from cai.models import ModelPlace
@@ -25,18 +25,8 @@ class ChatTokenizer:
         self.tokenizer: Any = load_tokenizer(config, place)
         if not self.tokenizer.chat_template:
             raise ConfigError(f"model '{config.model}' has no chat template; use an instruct model, or add chat_template.jinja")
-        tokens = sorted(map(re.escape, self._control_tokens()), key=len, reverse=True)
-        self._special = re.compile("|".join(tokens)) if tokens else None
-
-    def _control_tokens(self) -> list[str]:
-        """Tokens that only the chat template may speak; added tokens such as line breaks are text."""
-        template = str(self.tokenizer.chat_template)
-        added = [(str(token), token.special) for token in self.tokenizer.added_tokens_decoder.values()]
-        return [text for text, special in added if text.strip() and (special or (len(text) > 1 and text in template))]
-
-    def neutral(self, text: str) -> str:
-        """The text with a space inside each control token."""
-        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._special else text
+        self.neutral = neutralizer(self.tokenizer)
+        """Of a text, the same with a space inside each control token."""
 
     def render(self, messages: Messages, answer: bool = True) -> str:
         """The dialogue as the template writes it, ready for the assistant's answer (or the rest of its last message)."""

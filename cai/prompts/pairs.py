@@ -58,9 +58,9 @@ def to_pair(row: Any, column: str | None = None) -> Pair:
         raise RowError(f"the row is {type(row).__name__} ({reprlib.repr(row)}); expected columns 'chosen' and 'rejected'")
     for name in _ANSWERS:
         if row.get(name) is None:
-            raise RowError(_no_answer(row, name))
-    context, chosen = _answer(row["chosen"], "'chosen'")
-    other_context, rejected = _answer(row["rejected"], "'rejected'")
+            raise RowError(_noanswer(row, name))
+    context, chosen = answer(row["chosen"], "'chosen'")
+    other_context, rejected = answer(row["rejected"], "'rejected'")
     if context != other_context:
         raise RowError(_difference(context, other_context))
     if chosen == rejected:
@@ -69,7 +69,7 @@ def to_pair(row: Any, column: str | None = None) -> Pair:
     return Pair(msgspec.structs.replace(prompt, id=_pair_id(row, prompt, chosen, rejected)), chosen, rejected)
 
 
-def _no_answer(row: Mapping[Any, Any], name: str) -> str:
+def _noanswer(row: Mapping[Any, Any], name: str) -> str:
     what = f"'{name}' is empty" if name in row else f"no column '{name}'{nearest(name, map(str, row))}"
     return without_surrogates(
         f"{what}; columns here: {', '.join(map(str, row)) or 'none':.200}; expected the better completion in 'chosen', the "
@@ -77,7 +77,7 @@ def _no_answer(row: Mapping[Any, Any], name: str) -> str:
     )
 
 
-def _answer(value: Any, where: str) -> tuple[Messages, str]:
+def answer(value: Any, where: str) -> tuple[Messages, str]:
     """What comes before the answer, if anything does, and the answer: the assistant's last turn, even if it is in parts."""
     turns, parts = _turns(value, where), list[str]()
     while turns and turns[-1].role == "assistant":

@@ -52,7 +52,12 @@ def read_prompts(config: PromptsConfig) -> Iterator[Row]:
 
 def read_rows(config: PromptsConfig, parse: Callable[[Any], tuple[Prompt, tuple[str, ...]]]) -> Iterator[Row]:
     """The same by `parse`, which makes of what a source holds the prompt and what is given with it, or raises `RowError`."""
-    return islice(_rows(_raw_rows(config), parse), config.limit)
+    return _rows(read_raw(config), parse)
+
+
+def read_raw(config: PromptsConfig) -> Iterator[Raw]:
+    """What a source holds, one row at a time, each with its place, up to `limit`. Raises as `read_prompts` does."""
+    return islice(_raw_rows(config), config.limit)
 
 
 def _rows(raw_rows: Iterable[Raw], parse: Callable[[Any], tuple[Prompt, tuple[str, ...]]]) -> Iterator[Row]:

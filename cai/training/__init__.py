@@ -1,5 +1,6 @@
 """Training on TRL: SFT, reward models, DPO and its family. Settings load nothing; `cai.training.running.train` loads TRL."""
 
+from cai.training.requirements import REQUIREMENTS, check_installed
 from cai.training.settings import (
     SETTINGS,
     STAGES,
@@ -16,6 +17,7 @@ from cai.training.settings import (
 )
 
 __all__ = [
+    "REQUIREMENTS",
     "SETTINGS",
     "STAGES",
     "CpoSettings",
@@ -28,4 +30,5 @@ __all__ = [
     "SourceSettings",
     "StageName",
     "TrainSettings",
+    "check_installed",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,20 @@ _OURS = {
 
 
 def config_class(stage: StageName) -> Any:
-    """TRL's config class of a stage. Raises `ConfigError` where TRL is missing."""
-    try:
-        match stage:
-            case "sft":
-                from trl import SFTConfig as Config
-            case "reward":
-                from trl import RewardConfig as Config
-            case "dpo":
-                from trl import DPOConfig as Config
-            case "kto":
-                from trl import KTOConfig as Config
-            case "orpo":
-                from trl.experimental.orpo import ORPOConfig as Config
-            case "cpo":
-                from trl.experimental.cpo import CPOConfig as Config
-    except ImportError as exc:
-        raise ConfigError(f"training needs TRL: pip install 'cai-toolkit[train]' ({exc})") from exc
+    """TRL's config class of a stage."""
+    match stage:
+        case "sft":
+            from trl import SFTConfig as Config
+        case "reward":
+            from trl import RewardConfig as Config
+        case "dpo":
+            from trl import DPOConfig as Config
+        case "kto":
+            from trl import KTOConfig as Config
+        case "orpo":
+            from trl.experimental.orpo import ORPOConfig as Config
+        case "cpo":
+            from trl.experimental.cpo import CPOConfig as Config
     return Config
 
 
@@ -58,14 +56,29 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "tr
             raise ConfigError(f"{where}.{key}: {config.__name__} has no such key{nearest(key, known)}")
 
 
-def make_arguments(stage: StageName, settings: TrainSettings, folder: Path, evaluates: bool) -> Any:
+def make_arguments(
+    stage: StageName, settings: TrainSettings, folder: Path, evaluates: bool = False, context: int | None = None
+) -> Any:
     """TRL's config: its defaults, ours where this machine or the adapters ask for others, and on top what was given.
 
-    Raises `ConfigError` with TRL's own words where it refuses a value.
+    `context` is the model's, in tokens. Raises `ConfigError` with TRL's own words where it refuses a value.
     """
     check_arguments(stage, settings.trl)
+    _check_reports(settings.trl.get("report_to"))
     config = config_class(stage)
-    fields = {field.name: field for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)
+    if "precompute_ref_log_probs" in defaults and settings.lora is None and not settings.trl.get("sync_ref_model"):
+        ours["precompute_ref_log_probs"] = True
+    given = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
+    try:
+        return config(**{**ours, **settings.trl, **given})
+    except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
+        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+
+
+def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool) -> dict[str, Any]:
+    """A reference model is in memory in no stage by default: see `cai.training.dpo`. A checkpoint is written each tenth."""
     device = best_device()
     ours: dict[str, Any] = {
         "bf16": computes_in_bf16(settings),
@@ -73,17 +86,41 @@ def make_arguments(stage: StageName, settings: TrainSettings, folder: Path, eval
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device == "cuda",
         "eval_strategy": "epoch" if evaluates else "no",
+        "save_strategy": "steps",
+        "save_steps": 0.1,
         "save_total_limit": 2,
+        "logging_steps": 0.02,
         "report_to": "none",
-        "disable_tqdm": False,
+        "disable_tqdm": True,
     }
-    if settings.lora and (default := fields["learning_rate"].default) is not dataclasses.MISSING:
-        ours["learning_rate"] = 10 * default
-    whole = {**ours, **settings.trl, "output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
-    try:
-        return config(**whole)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
-        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+    if settings.lora and isinstance(rate := defaults["learning_rate"], float):
+        ours["learning_rate"] = 10 * rate
+    return ours
+
+
+def _lengths(settings: TrainSettings, defaults: Mapping[str, Any], context: int | None) -> dict[str, int]:
+    """TRL's default of `max_length`, where that is beyond the context. Raises `ConfigError` for one that was given."""
+    usual, given = defaults.get("max_length"), settings.trl.get("max_length")
+    if context is None:
+        return {}
+    if isinstance(given, int) and given > context:
+        raise ConfigError(f"trl.max_length: {given} is more than the {context} tokens of the model's context; lower it")
+    return {"max_length": context} if isinstance(usual, int) and usual > context else {}
+
+
+def keeps_own_pace(settings: TrainSettings) -> bool:
+    """Whether it was said when checkpoints are written."""
+    return not {"save_strategy", "save_steps"}.isdisjoint(settings.trl)
+
+
+def _check_reports(names: Any) -> None:
+    """Raises `ConfigError` for a tracker that is not installed."""
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in _TRACKERS and find_spec(name) is None:
+            raise ConfigError(f"trl.report_to: {name} is not installed: pip install {name}")
+
+
+_TRACKERS = ("trackio", "wandb", "tensorboard")
 
 
 def computes_in_bf16(settings: TrainSettings) -> bool:

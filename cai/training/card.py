@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from cai.documents import dump
+from cai.models import ALIASES, public_name
 from cai.training.settings import StageName, TrainSettings
 
 _WHAT: dict[StageName, str] = {
@@ -18,24 +19,45 @@ _WHAT: dict[StageName, str] = {
     "orpo": "odds ratio preference optimisation (ORPO)",
     "cpo": "contrastive preference optimisation (CPO)",
 }
+_UNKNOWN = {"constitution": "", "constitution_hash": "", "judge": "", "left_out": 0}
+"""Of a source that is no run folder."""
 
 
 def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, Any], name: str) -> str:
-    """The README.md of a model folder called `name`."""
+    """The README.md of a model folder called `name`; nothing in it names a folder of the machine."""
     template = (Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, autoescape=False)
     measures = {key: _shown(value) for key, value in manifest["measures"].items() if isinstance(value, int | float)}
+    base = ALIASES[settings.model].hub_id if settings.model in ALIASES else public_name(settings.model)
     return environment.from_string(template).render(
         stage=stage,
         title=name,
-        base=settings.model,
+        base=base,
+        metadata=dump(_metadata(stage, settings, base)),
         what=_WHAT[stage],
         versions=manifest["versions"],
-        sources=manifest["data"],
+        sources=[{**_UNKNOWN, **one, "source": public_name(one["source"])} for one in manifest["data"]],
         too_long=manifest["too_long"],
         measures=measures,
-        recipe=dump({stage: settings.model_dump(mode="json", exclude_defaults=True)}),
+        recipe=dump({stage: _recipe(settings)}),
     )
+
+
+def _metadata(stage: StageName, settings: TrainSettings, base: str) -> dict[str, Any]:
+    """What the Hub reads."""
+    adapters = settings.lora is not None and not settings.lora.merge
+    return {
+        "library_name": "peft" if adapters else "transformers",
+        **({"base_model": base} if base.count("/") == 1 else {}),
+        "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",
+        "tags": [stage, "trl", "constitutional-ai", *(["reward-model"] if stage == "reward" else [])],
+    }
+
+
+def _recipe(settings: TrainSettings) -> dict[str, Any]:
+    told = settings.model_dump(mode="json", exclude_defaults=True)
+    sources = [{**one, "source": public_name(one["source"])} for one in told["data"]]
+    return {**told, "model": public_name(settings.model), "data": sources}
 
 
 def _shown(value: float) -> str:

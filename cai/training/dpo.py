@@ -1,4 +1,10 @@
-"""DPO on TRL, each pair counting by its own soft label."""
+"""DPO on TRL, each pair counting by its own soft label.
+
+The reference is the model that the training begins with. Under adapters it is the same weights with the adapters disabled,
+and costs no memory. Where all weights are trained, a second model would have to stay beside the policy; instead its
+log-probabilities of each row are computed once before the first step (`trl.precompute_ref_log_probs`, on by default there: one
+pass over the rows, and two numbers a row to keep). `trl: {precompute_ref_log_probs: false}` keeps a second model.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from cai.errors import ConfigError
-from cai.training.loading import adapters, load_policy
+from cai.training.loading import adapters, load_policy, load_reference
 from cai.training.losses import SOFTENED, soften_dpo
 from cai.training.settings import DpoSettings
 from cai.training.stage import Parts
@@ -25,11 +31,17 @@ def build(parts: Parts) -> Any:
     """TRL's trainer, or the one with soft labels. Raises `ConfigError` for a loss that soft labels are not defined for."""
     settings = parts.settings
     assert isinstance(settings, DpoSettings)
-    given = {"model": load_policy(settings), "peft_config": adapters(settings), **parts.shared}
+    arguments, tokenizer = parts.arguments, parts.tokenizer
+    if settings.soft_labels:
+        _check(arguments)
+    given = {
+        "model": load_policy(settings),
+        "ref_model": load_reference(settings, arguments),
+        "peft_config": adapters(settings),
+        **parts.shared,
+    }
     if not settings.soft_labels:
         return DPOTrainer(**given)
-    _check(parts.arguments)
-    arguments, tokenizer = parts.arguments, parts.tokenizer
     collator = SoftCollator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=arguments.max_length,

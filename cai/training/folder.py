@@ -2,7 +2,7 @@
 
 OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
 OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
-OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock
+OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows
 """
 
 from __future__ import annotations
@@ -21,32 +21,52 @@ from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
 
 Mode = Literal["continue", "fresh"]
-CHECKPOINTS = "checkpoints"
+_STATE = "trainer_state.json"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, where the trainer's state is."""
+    try:
+        return isinstance(json.loads((checkpoint / _STATE).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 class TrainFolder:
     """An open, locked folder of one stage. Use as a context manager."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], mode: Mode = "continue") -> None:
+    _lock: FileLock | None
+
+    def __init__(self, path: Path, identity: dict[str, Any], mode: Mode = "continue", leads: bool = True) -> None:
         """Open `path`, made if need be, for the training that `identity` describes.
 
-        Raises `ConfigError` where it holds another training (naming what differs) or something else, `StoreError` where
-        another process trains there or it cannot be written.
+        Of several processes one `leads`: only that one locks, checks and writes. Raises `ConfigError` where the folder holds
+        another training (naming what differs) or something else, `StoreError` where another process trains there or it
+        cannot be written.
         """
-        self.path, self._run = path.absolute(), path.absolute() / "run"
+        self.path, self._run, self._lock = path.absolute(), path.absolute() / "run", None
+        if leads:
+            self._take(path, identity, mode)
+
+    def _take(self, path: Path, identity: dict[str, Any], mode: Mode) -> None:
         self._refuse_foreign()
         try:
             self._run.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self._run / "lock")
-            self._lock.acquire(timeout=0)
+            lock = FileLock(self._run / "lock")
+            lock.acquire(timeout=0)
         except Timeout as exc:
             raise StoreError(f"{path}: another process trains here; wait for it or use another -o") from exc
         except OSError as exc:
             raise StoreError(f"{path}: cannot be written: {exc.strerror or exc}; mend that or use another -o") from exc
+        self._lock = lock
         try:
             self._open(identity, mode)
         except BaseException:
-            self._lock.release()
+            lock.release()
             raise
 
     def _open(self, identity: dict[str, Any], mode: Mode) -> None:
@@ -81,7 +101,7 @@ class TrainFolder:
     @property
     def checkpoints(self) -> Path:
         """Where the trainer keeps what it needs to go on."""
-        return self.path / CHECKPOINTS
+        return self.path / "checkpoints"
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -91,8 +111,23 @@ class TrainFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written whole."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        return max(filter(is_whole, self.checkpoints.glob("checkpoint-*")), key=_step, default=None)
+
+    def drop_broken_checkpoints(self) -> None:
+        """Delete those that were not written whole: they take room and nothing can go on from them."""
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not is_whole(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def rows(self) -> Path:
+        """Where the rows lie while they are trained on."""
+        return self._run / "rows"
+
+    @property
+    def log(self) -> Path:
+        """Measures as JSON, a line for each logged step."""
+        return self._run / "log.jsonl"
 
     def _read(self, name: str) -> dict[str, Any] | None:
         with suppress(OSError, ValueError):
@@ -108,4 +143,5 @@ class TrainFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()

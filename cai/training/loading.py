@@ -28,6 +28,11 @@ def load_policy(settings: TrainSettings) -> Any:
     return _load(AutoModelForCausalLM, settings)
 
 
+def load_reference(settings: TrainSettings, arguments: Any) -> Any:
+    """The reference beside a policy of which all weights are trained, unless what it says is computed before; else None."""
+    return None if settings.lora or arguments.precompute_ref_log_probs else load_policy(settings)
+
+
 def load_classifier(settings: TrainSettings, outputs: int) -> Any:
     """A sequence classifier with so many outputs, new where the model has none."""
     return _load(AutoModelForSequenceClassification, settings, num_labels=outputs)
@@ -40,7 +45,6 @@ def _load(auto: Any, settings: TrainSettings, **more: Any) -> Any:
     with loading(f"model '{settings.model}'"):
         torch.manual_seed(settings.seed)  # of new weights
         model = auto.from_pretrained(source, revision=revision, dtype=weights_dtype(settings), **more)
-    model.config.use_cache = False
     return model
 
 

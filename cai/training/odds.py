@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from cai.training.loading import adapters, load_policy
@@ -12,10 +11,8 @@ from cai.training.stage import Parts
 
 def build(parts: Parts) -> Any:
     """TRL's trainer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if isinstance(parts.settings, OrpoSettings):
-            from trl.experimental.orpo import ORPOTrainer as Trainer
-        else:
-            from trl.experimental.cpo import CPOTrainer as Trainer
+    if isinstance(parts.settings, OrpoSettings):
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl.experimental.cpo import CPOTrainer as Trainer
     return Trainer(model=load_policy(parts.settings), peft_config=adapters(parts.settings), **parts.shared)

@@ -4,44 +4,96 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+import datasets
+import transformers
+from accelerate import PartialState
 from transformers import AutoConfig
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cai.documents import dump
-from cai.errors import EngineError, Interrupted, StoreError
-from cai.training.arguments import make_arguments
+from cai.errors import Interrupted
+from cai.training.arguments import keeps_own_pace, make_arguments
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data
+from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.lengths import drop_long_rows
 from cai.training.loading import find_model, load_tokenizer
+from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import StageName, TrainSettings
 from cai.training.stage import Parts, build_trainer
-from cai.training.watching import Watch, check_losses
-from cai.weights import loading, pretrained
+from cai.training.watching import Show, Silent, Watch, check_losses
+from cai.weights import context_length, loading, pretrained
 
-_QUIET = {"report_to", "run_name", "save_total_limit", "disable_tqdm", "logging_steps", "logging_strategy"}
+_QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
 """Keys of TRL that change nothing in the model."""
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
+"""Parts of the names of measures that say nothing of the model."""
+_NO_BARS = {"TQDM_DISABLE": "1"}
+"""Of TRL's own loops; what is done is noted by whoever shows the training."""
 
 
-def train(stage: StageName, settings: TrainSettings, out: Path, mode: Mode = "continue") -> dict[str, Any]:
+def train(
+    stage: StageName,
+    settings: TrainSettings,
+    out: Path,
+    mode: Mode = "continue",
+    show: Show | None = None,
+    stop_file: Path | None = None,
+) -> dict[str, Any]:
     """Train one stage into the folder `out` and return its manifest; a training that was begun there goes on.
 
-    Raises `ConfigError` before weights are loaded where the settings cannot work, `EngineError` where the loss is no number
-    or memory runs out, `StoreError` for the disk, `Interrupted` after a Ctrl-C; the last good checkpoint is kept.
+    Where several processes do this together (`accelerate launch`), the first one writes, and only it tells `show`. They stop,
+    saved, where `stop_file` appears. Raises `ConfigError` before weights are loaded where the settings cannot work,
+    `EngineError` where the loss is no number or memory runs out, `StoreError` for the disk, `Interrupted` after a Ctrl-C;
+    the last good checkpoint is kept.
     """
-    place = find_model(settings)
-    make_arguments(stage, settings, out, evaluates=False)
-    data = load_data(stage, settings)
-    with TrainFolder(out, identity(stage, settings, place.version, data), mode) as folder:
-        return folder.finished or _train(stage, settings, data, folder)
+    show = show or Silent()
+    with _quietly():
+        place = find_model(settings)
+        make_arguments(stage, settings, out)
+        show.note("reading the data")
+        data = load_data(stage, settings)
+        processes = PartialState()
+        with _opened(out, identity(stage, settings, place.version, data), mode, processes) as folder:
+            watch = Watch(folder.log, show, 0.0 if keeps_own_pace(settings) else 60.0, stop_file)
+            return folder.finished or _train(stage, settings, data, folder, watch, show)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without bars of libraries, which would garble what is shown, and what they announce of their next versions."""
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    before = {name: os.environ.get(name) for name in _NO_BARS}
+    os.environ.update(_NO_BARS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        datasets.enable_progress_bars()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialState) -> Iterator[TrainFolder]:
+    """The folder, opened by the first process before the others look into it."""
+    with TrainFolder(out, identity, mode, leads=processes.is_main_process) as folder:
+        processes.wait_for_everyone()
+        yield folder
 
 
 def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData) -> dict[str, Any]:
@@ -65,18 +117,28 @@ def rows_hash(data: StageData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _train(stage: StageName, settings: TrainSettings, data: StageData, folder: TrainFolder) -> dict[str, Any]:
-    began = time.time()
-    tokenizer = load_tokenizer(settings)
-    arguments = make_arguments(stage, settings, folder.checkpoints, evaluates=data.test is not None)
-    data, too_long = drop_long_rows(data, tokenizer, _model_config(settings), getattr(arguments, "max_length", None))
-    watch = Watch(folder.path / "run" / "log.jsonl")
-    trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,)))
-    fit(trainer, watch, folder.last_checkpoint())
-    measures = measure(trainer, data)
-    if not trainer.is_world_process_zero():
-        return {}
-    save_model(trainer, settings, folder.path)
+def _train(
+    stage: StageName, settings: TrainSettings, data: StageData, folder: TrainFolder, watch: Watch, show: Show
+) -> dict[str, Any]:
+    began, processes = time.time(), PartialState()
+    context = _context(settings)
+    arguments = make_arguments(stage, settings, folder.checkpoints, data.test is not None, context)
+    with failures(folder, arguments):
+        tokenizer = load_tokenizer(settings)
+        show.note("preparing the rows")
+        if processes.is_main_process:
+            prepare_rows(data, tokenizer, getattr(arguments, "max_length", None) or context, folder.rows)
+        processes.wait_for_everyone()
+        data, too_long = read_rows(data, folder.rows)
+        if data.test is None:
+            arguments.eval_strategy = "no"
+        show.note(_loading(settings, arguments))
+        with refusals(stage):
+            trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,)))
+        fit(trainer, watch, folder.last_checkpoint(), show)
+        show.note("measuring on held-out rows" if data.test else "saving the model")
+        measures = measure(trainer, data)
+        save_model(trainer, settings, folder.path)
     manifest = {
         "status": "done",
         "stage": stage,
@@ -86,38 +148,45 @@ def _train(stage: StageName, settings: TrainSettings, data: StageData, folder: T
         "steps": trainer.state.global_step,
         "measures": measures,
         "seconds": round(time.time() - began, 1),
-        "versions": {name: metadata.version(name) for name in _VERSIONS if _installed(name)},
+        "versions": {name: version for name in _VERSIONS if (version := _version(name))},
     }
-    folder.write("recipe.yaml", dump({stage: settings.model_dump(mode="json")}))
-    folder.write("README.md", render_card(stage, settings, manifest, folder.path.name))
-    folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    if processes.is_main_process:
+        _finish(stage, settings, folder, manifest)
+    processes.wait_for_everyone()
     return manifest
 
 
-def _model_config(settings: TrainSettings) -> Any:
+def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, manifest: dict[str, Any]) -> None:
+    folder.write("recipe.yaml", dump({stage: settings.model_dump(mode="json")}))
+    folder.write("README.md", render_card(stage, settings, manifest, folder.path.name))
+    folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(folder.rows, ignore_errors=True)
+
+
+def _loading(settings: TrainSettings, arguments: Any) -> str:
+    more = " and computing what it says of each row, as the reference" if _precomputes(arguments) else ""
+    return f"loading {Path(settings.model).name}{more}"
+
+
+def _precomputes(arguments: Any) -> bool:
+    return bool(getattr(arguments, "precompute_ref_log_probs", False))
+
+
+def _context(settings: TrainSettings) -> int | None:
+    """Tokens that the model takes."""
     source, revision = pretrained(find_model(settings))
     with loading(f"the configuration of '{settings.model}'"):
-        return AutoConfig.from_pretrained(source, revision=revision)
+        return context_length(AutoConfig.from_pretrained(source, revision=revision))
 
 
-def fit(trainer: Any, watch: Watch, checkpoint: Path | None) -> None:
+def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None:
     """Train to the end, from a checkpoint where there is one. Raises as `train` does."""
     check_losses(trainer)
-    try:
-        with watch.on_signals():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        size = trainer.args.per_device_train_batch_size
-        raise EngineError(
-            f"out of memory: lower trl.per_device_train_batch_size (now {size}; trl.gradient_accumulation_steps keeps what a "
-            "step sees) or trl.max_length, set trl.gradient_checkpointing, or lora; the same command continues"
-        ) from exc
-    except OSError as exc:
-        raise StoreError(
-            f"{trainer.args.output_dir}: {exc.strerror or exc}; mend that, then the same command continues"
-        ) from exc
-    except KeyboardInterrupt:
-        raise Interrupted("stopped at once; the same command continues from the last checkpoint") from None
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")
+    with watch.on_signals():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopping and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command continues"
@@ -126,18 +195,17 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None) -> None:
 
 def measure(trainer: Any, data: StageData) -> dict[str, float]:
     """TRL's measures on the held-out rows at the end, and the last loss."""
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    history = trainer.state.log_history
+    losses = [line["loss"] for line in history if "loss" in line]
     told = {"train_loss": losses[-1]} if losses else {}
     if data.test is None or trainer.args.eval_strategy == "no":
         return told
-    found = trainer.evaluate()
-    unwanted = ("runtime", "per_second", "num_tokens", "epoch")
-    return told | {key: value for key, value in found.items() if not any(word in key for word in unwanted)}
+    ended = (line for line in history if line["step"] == trainer.state.global_step and "eval_loss" in line)
+    found = next(ended, None) or trainer.evaluate()
+    return told | {key: value for key, value in found.items() if not any(word in key for word in _UNWANTED)}
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def _version(name: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
-from cai.errors import StoreError
+from cai.models import locate
 from cai.training.settings import TrainSettings
+from cai.weights import loading, pretrained
+
+_PICKLED = "training_args.bin"
+"""Of transformers; only its own trainer reads it, and reading it runs code."""
 
 
 def save_model(trainer: Any, settings: TrainSettings, path: Path) -> None:
-    """Write the trainer's model and tokenizer into a folder that `from_pretrained` reads. Raises `StoreError`."""
-    try:
-        if settings.lora and settings.lora.merge:
-            _save_merged(trainer, settings, path)
-        else:
-            trainer.save_model(str(path))
-        trainer.processing_class.save_pretrained(path)
-    except OSError as exc:
-        raise StoreError(
-            f"{path}: the model cannot be saved: {exc.strerror or exc}; mend that, then the same command continues"
-        ) from exc
+    """Write the trainer's model and tokenizer into a folder that `from_pretrained` reads. All processes call this.
+
+    Adapters by themselves have the model's `config.json` beside them. Raises `OSError`, or what safetensors makes of it.
+    """
+    merges = settings.lora is not None and settings.lora.merge
+    target = path / "run" / "adapters" if merges else path
+    trainer.save_model(str(target))  # gathers what is spread over processes
+    if not PartialState().is_main_process:
+        return
+    if merges:
+        _save_merged(trainer, settings, target, path)
+        shutil.rmtree(target)
+    elif settings.lora:
+        _unwrapped(trainer).config.save_pretrained(path)
+    trainer.processing_class.save_pretrained(path)
+    (path / _PICKLED).unlink(missing_ok=True)
 
 
-def _save_merged(trainer: Any, settings: TrainSettings, path: Path) -> None:
-    """The adapters are added in float32, so that nothing of them is rounded away, and all is saved as it was loaded."""
+def _save_merged(trainer: Any, settings: TrainSettings, adapters: Path, path: Path) -> None:
+    """The adapters are added to the weights as they were loaded, unquantized and in float32, so that nothing is rounded away;
+    what is saved has the dtype of the training."""
+    from peft import PeftModel
+
+    trained = _unwrapped(trainer)
+    source, revision = pretrained(locate(settings.model, settings.revision))
+    with loading(f"model '{settings.model}'"):
+        base = type(trained).from_pretrained(source, revision=revision, config=_plain(trained.config), dtype=torch.float32)
+        merged = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    merged.to(trained.dtype).save_pretrained(path)
+
+
+def _unwrapped(trainer: Any) -> Any:
+    """The model under the adapters."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    dtype = next(model.parameters()).dtype
-    merged = model.to(torch.float32).merge_and_unload()
-    merged.to(dtype).save_pretrained(path)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _plain(config: Any) -> Any:
+    """The configuration without its quantization."""
+    plain = type(config).from_dict(config.to_dict())
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        vars(plain).pop(name, None)
+    return plain

@@ -1,4 +1,4 @@
-"""What is watched while a stage trains: a loss that is no number, a Ctrl-C; and a line of measures for each logged step."""
+"""What is watched while a stage trains: a loss that is no number, a Ctrl-C; how far it is, for whoever shows it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,96 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback
 
 from cai.errors import EngineError
 
+_SPARE = 60.0
+"""Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
+
+
+class Show(Protocol):
+    """Who shows how far a training is."""
+
+    def note(self, text: str) -> None:
+        """What is done next, or has happened."""
+
+    def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
+        """So many steps are done, and what was last measured."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
+        """Nothing."""
+
 
 class Watch(TrainerCallback):
-    """Stops where gradients are no numbers, or when asked; writes each logged line to a file as JSON."""
+    """Stops where gradients are no numbers, or when asked; writes each logged line to a file as JSON.
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    In several processes all do the same thing at the same step: save, or stop.
+    """
+
+    def __init__(self, log: Path, show: Show, spare: float = _SPARE, stop_file: Path | None = None) -> None:
+        """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C."""
+        self._log, self._show, self._spare, self._stop_file = log, show, spare, stop_file
+        self._saved_at = time.monotonic()
+        self._measures: dict[str, float] = {}
         self.stopping = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Time runs from the first step on."""
+        self._saved_at = time.monotonic()
+        self._show.step(state.global_step, state.max_steps, {})
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Clipping spreads one gradient that is no number over all, so that the first one tells."""
-        gradients = (one.grad for one in given["model"].parameters() if one.grad is not None)
-        first = next(gradients, None)
-        if first is not None and not torch.isfinite(first).all():
-            raise EngineError(_no_number("a gradient", state))
+        """Clipping spreads one gradient that is no number over all, so that the first one tells; fp16 skips such steps."""
+        gradients = [one.grad for one in given["model"].parameters() if one.grad is not None]
+        looked_at = gradients[:1] if args.max_grad_norm else gradients
+        if not args.fp16 and not all(torch.isfinite(one).all() for one in looked_at):
+            raise EngineError(_no_number("a gradient", args, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Save and stop where it was asked for."""
+        """Save and stop where it was asked for; let a checkpoint be that is not worth its time."""
+        asked = self.stopping or bool(self._stop_file and self._stop_file.exists())
+        too_soon = time.monotonic() - self._saved_at < self._spare
+        self.stopping, too_soon = _any_process(args, asked, too_soon)
         if self.stopping:
             control.should_training_stop = control.should_save = True
+        elif too_soon:
+            control.should_save = False
+        if state.is_world_process_zero:
+            self._show.step(state.global_step, state.max_steps, self._measures)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The next checkpoint is so much later."""
+        self._saved_at = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **given: Any) -> None:
         """One line of JSON."""
-        if state.is_world_process_zero and logs:
-            numbers = {key: value for key, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+        if not (state.is_world_process_zero and logs):
+            return
+        numbers = {key: value for key, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+        self._measures = numbers
+        self._show.step(state.global_step, state.max_steps, numbers)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """At first SIGINT or SIGTERM the step that is under way ends and is saved; the next one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or self._stop_file is not None:
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -55,6 +104,7 @@ class Watch(TrainerCallback):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
+            self._show.note(STOPPING)
 
         for number in before:
             signal.signal(number, stop)
@@ -65,6 +115,18 @@ class Watch(TrainerCallback):
                 signal.signal(number, handler)
 
 
+STOPPING = "stopping: the step under way ends and is saved; Ctrl-C again stops at once"
+
+
+def _any_process(args: Any, *flags: bool) -> tuple[bool, ...]:
+    """Each flag, set where any process has it set."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flags
+    shared = torch.tensor([float(one) for one in flags], device=args.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return tuple(bool(one) for one in shared.tolist())
+
+
 def check_losses(trainer: Any) -> None:
     """Make the trainer raise `EngineError` for a loss that is no number."""
     compute = trainer.compute_loss
@@ -73,14 +135,16 @@ def check_losses(trainer: Any) -> None:
         result = compute(*given, **named)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss).all():
-            raise EngineError(_no_number("the loss", trainer.state))
+            raise EngineError(_no_number("the loss", trainer.args, trainer.state))
         return result
 
     trainer.compute_loss = checked
 
 
-def _no_number(what: str, state: Any) -> str:
+def _no_number(what: str, args: Any, state: Any) -> str:
+    kept = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    where = f"{kept[-1]} is from before; " if kept else ""
     return (
         f"{what} is not a finite number at step {state.global_step + 1} of {state.max_steps} (epoch {state.epoch or 0:.2f}); "
-        "lower trl.learning_rate, or set dtype: float32, and start over with --fresh"
+        f"{where}lower trl.learning_rate, or set dtype: float32, and start over with --fresh or another -o"
     )

@@ -1,0 +1,147 @@
+"""A stage in several processes, one for each device, under `accelerate launch`.
+
+The processes show nothing of themselves: the first one writes what it would show into a file, which is shown here, and one that
+fails writes why. A Ctrl-C here becomes a file there, which all look for after the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cai import errors
+from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
+from cai.training.arguments import make_arguments
+from cai.training.folder import Mode
+from cai.training.loading import find_model
+from cai.training.settings import StageName, TrainSettings
+from cai.training.watching import STOPPING, Show
+from cai.weights import best_device, device_count
+
+_FOLDER = Path(__file__).parent / "launch"
+JOB, EVENTS, STOP, LOG = "job.json", "events.jsonl", "stop", "log.txt"
+"""Files of a launched training, in a folder of its own: what to do, what to show, stop, all that was printed."""
+_LAST_LINES = 8
+
+
+def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how: str, show: Show) -> dict[str, Any]:
+    """Train as `cai.training.running.train` does, in the processes that `how` names: a number of them (each with a copy of the
+    model), the name of a configuration that comes with the package, or a file that `accelerate config` wrote.
+
+    Raises what a process raised, or `EngineError` for one that ended otherwise.
+    """
+    config, processes = find_config(how)
+    find_model(settings)
+    make_arguments(stage, settings, out)
+    with tempfile.TemporaryDirectory(prefix="cai-launch-") as name:
+        folder = Path(name)
+        job = {"stage": stage, "settings": settings.model_dump(mode="json"), "out": str(out.absolute()), "mode": mode}
+        (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}))
+        code = _run(_command(config, processes, folder), folder, show)
+        _raise_failure(folder, code)
+    return dict(json.loads((out / "manifest.json").read_bytes()))
+
+
+def find_config(how: str) -> tuple[Path, int | None]:
+    """The configuration of accelerate, and how many processes; None where that is as it says. Raises `ConfigError`."""
+    built_in = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    if how.isdigit() and int(how) > 1:
+        return built_in["ddp"], int(how)
+    if how in built_in:
+        if (devices := device_count()) < 2:
+            raise ConfigError(
+                f"--launch {how}: one process for each GPU, of which there are {devices}; give a number: --launch 2"
+            )
+        return built_in[how], devices
+    if (path := Path(os.path.expanduser(how))).is_file():
+        return path, None
+    raise ConfigError(
+        f"--launch {how}: expected a number of processes from 2 on, one of {', '.join(built_in)}{nearest(how, built_in)}, or a "
+        "file that `accelerate config` wrote"
+    )
+
+
+def _command(config: Path, processes: int | None, folder: Path) -> list[str]:
+    count = ["--num_processes", str(processes)] if processes else []
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *count]
+    return [*accelerate, "--main_process_port", "0", "-m", "cai.training.worker", str(folder)]
+
+
+def _run(command: list[str], folder: Path, show: Show) -> int:
+    """Run the command to its end, showing what it tells. Raises `Interrupted` at the second Ctrl-C."""
+    env = dict(os.environ)
+    if best_device() == "cpu":
+        env["ACCELERATE_USE_CPU"] = "true"
+    with (folder / LOG).open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    shown = 0
+    try:
+        while True:
+            try:
+                ended = process.poll() is not None
+                shown = _show_events(folder / EVENTS, shown, show)
+                if ended:
+                    return process.returncode
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                if (folder / STOP).exists():
+                    raise Interrupted("stopped at once; the same command continues from the last checkpoint") from None
+                (folder / STOP).touch()
+                show.note(STOPPING)
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Accelerate ends its processes when it is asked to; what does not end in time is killed."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _show_events(file: Path, shown: int, show: Show) -> int:
+    """Show what stands in the file beyond `shown` bytes; how many bytes that makes."""
+    if not file.exists():
+        return shown
+    with file.open("rb") as opened:
+        opened.seek(shown)
+        whole = opened.read().rpartition(b"\n")
+    for line in whole[0].splitlines():
+        event = json.loads(line)
+        if "note" in event:
+            show.note(event["note"])
+        else:
+            show.step(event["done"], event["total"], event["measures"])
+    return shown + len(whole[0]) + len(whole[1])
+
+
+def write_failure(folder: Path, rank: int, error: CaiError) -> None:
+    """What `_raise_failure` reads."""
+    told = {"kind": type(error).__name__, "message": str(error), "at": time.time()}
+    (folder / f"failure-{rank}.json").write_text(json.dumps(told))
+
+
+def _raise_failure(folder: Path, code: int) -> None:
+    """Raise what a process failed by, the first of them; or for one that could not tell, the end of what was printed."""
+    told = [json.loads(file.read_text()) for file in folder.glob("failure-*.json")]
+    if told:
+        first = min(told, key=lambda one: float(one["at"]))
+        raise getattr(errors, first["kind"])(first["message"])
+    if code:
+        lines = (folder / LOG).read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+        raise EngineError(
+            f"the launched processes ended with exit code {code} (killed for memory, perhaps); the same command continues. "
+            "The last that they printed:\n" + "\n".join(lines)
+        )

@@ -1,0 +1,143 @@
+"""One source's rows in the columns of a stage: from a run folder, a file, a `datasets` folder or the Hub.
+
+A run folder has a view for each kind of stage. Whatever else is read may come in any of TRL's conversational formats, and pairs
+also as transcripts (Anthropic's HH). What is no such row is left out and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+from datasets import Dataset, Features, Value
+
+from cai.config import PromptsConfig
+from cai.errors import PromptSourceError, RowError
+from cai.prompts import read_raw, to_completion, to_pair
+from cai.prompts.files import Raw, read_file
+from cai.training.settings import SourceSettings
+from cai.types import Messages
+
+View = Literal["sft", "preference", "unpaired"]
+Row = dict[str, Any]
+_TURNS = [{"role": Value("string"), "content": Value("string")}]
+FEATURES: dict[View, dict[str, Any]] = {
+    "sft": {"prompt": _TURNS, "completion": _TURNS},
+    "preference": {"prompt": _TURNS, "chosen": _TURNS, "rejected": _TURNS, "chosen_probability": Value("float64")},
+    "unpaired": {"prompt": _TURNS, "completion": _TURNS, "label": Value("bool")},
+}
+"""The columns of each view, and their types."""
+MORE: dict[View, dict[str, Any]] = {
+    "sft": {},
+    "preference": {"principle_ids": [Value("string")], "principle_probabilities": [Value("float64")]},
+    "unpaired": {},
+}
+"""Columns of a run folder that some stages use besides."""
+_TOGETHER = 1000
+_NO_SPLIT = re.compile(r"no split|bad split|unknown split", re.IGNORECASE)
+
+
+class Reading(NamedTuple):
+    """Rows in a view's columns, and how many were none, with what was wrong with the first of them."""
+
+    rows: Dataset
+    left_out: int
+    first: str
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run of `cai generate`."""
+    return (path / "manifest.json").is_file() and (path / "data").is_dir()
+
+
+def read_source(source: SourceSettings, view: View, split: str) -> Reading | None:
+    """One split of a source; None where it has no such split. Raises `ConfigError` where there is no such source,
+    `PromptSourceError` where it cannot be read."""
+    path = Path(os.path.expanduser(source.source))
+    more = MORE[view] if is_run(path) else {}
+    try:
+        raw = _raw_rows(source, path, view, split)
+        return None if raw is None else _read(raw, _PARSERS[view], Features({**FEATURES[view], **more}))
+    except PromptSourceError as exc:
+        if split != source.split and _NO_SPLIT.search(str(exc)):
+            return None
+        raise
+
+
+def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Iterator[Raw] | None:
+    if is_run(path):
+        files = sorted((path / "data" / view).glob(f"{split}-*.parquet"))
+        return islice(chain.from_iterable(map(read_file, files)), source.limit) if files else None
+    is_one_split = source.source == "-" or path.is_file() or (path / "state.json").is_file()
+    if is_one_split and split != source.split:
+        return None
+    return read_raw(
+        PromptsConfig(source=source.source, split=split, subset=source.subset, revision=source.revision, limit=source.limit)
+    )
+
+
+def _read(raw_rows: Iterator[Raw], parse: Callable[[Any], Row], features: Features) -> Reading:
+    """All rows, held as Arrow's columns."""
+    left_out, first = 0, ""
+    chunks: list[Dataset] = []
+
+    def parsed() -> Iterator[Row]:
+        nonlocal left_out, first
+        for origin, raw in raw_rows:
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                row = parse(raw)
+                yield {name: row.get(name) for name in features}
+            except RowError as exc:
+                left_out, first = left_out + 1, first or f"{origin}: {exc}"
+
+    rows = parsed()
+    while chunk := list(islice(rows, _TOGETHER)):
+        chunks.append(Dataset.from_list(chunk, features=features))
+    whole = datasets.concatenate_datasets(chunks) if chunks else Dataset.from_list([], features=features)
+    return Reading(whole, left_out, first)
+
+
+def _sft(raw: Any) -> Row:
+    before, completion = to_completion(raw)
+    return {"prompt": _turns(before), "completion": _turn(completion)}
+
+
+def _unpaired(raw: Any) -> Row:
+    row, label = _sft(raw), raw.get("label")
+    if label not in (True, False):
+        what = "no column 'label'" if "label" not in raw else f"its label is {label!r}"
+        raise RowError(f"{what}; columns here: {', '.join(map(str, raw)):.200}; expected 'label' to be true or false")
+    return {**row, "label": bool(label)}
+
+
+def _preference(raw: Any) -> Row:
+    """A pair without a label of its own counts as certain."""
+    pair = to_pair(raw)
+    label = raw.get("chosen_probability")
+    if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+        raise RowError(f"its chosen_probability is {label!r}; expected a number from 0 to 1")
+    return {
+        "prompt": _turns(pair.prompt.messages),
+        "chosen": _turn(pair.chosen),
+        "rejected": _turn(pair.rejected),
+        "chosen_probability": 1.0 if label is None else float(label),
+        **{name: raw.get(name) for name in MORE["preference"]},
+    }
+
+
+def _turns(messages: Messages) -> list[Row]:
+    return [{"role": one.role, "content": one.content} for one in messages]
+
+
+def _turn(text: str) -> list[Row]:
+    return [{"role": "assistant", "content": text}]
+
+
+_PARSERS: dict[View, Callable[[Any], Row]] = {"sft": _sft, "preference": _preference, "unpaired": _unpaired}
