@@ -246,8 +246,8 @@ class DatasetConfig(Part):
     min_probability: float = Field(default=0.5, ge=0.5, lt=1)
     """Drop pairs whose `chosen_probability` is not above this; 0.5 drops only ties."""
     sft: Literal["final", "all", "best"] = "final"
-    """What `sft` is made of: of each prompt the `final` revision, `all` revisions (a row each), or the `best` candidate, which the
-    verdicts rank first."""
+    """What `sft` is made of: each prompt's `final` revision, `all` its revisions, or the `best` of its candidates, the one that
+    the verdicts rank first."""
     ranking: Literal["none", "bradley-terry"] = "none"
     """`bradley-terry`: of candidates that were all compared, one pair, the best against the worst by strengths fitted to the
     verdicts; `none`: a pair for each verdict."""

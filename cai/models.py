@@ -68,9 +68,14 @@ def _gguf(path: Path) -> ModelPlace:
 
 
 def _folder(path: Path) -> ModelPlace:
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not holds_adapters(path):
         raise ConfigError(f"model '{path}': there is no config.json in it; expected a folder that save_pretrained wrote")
     return ModelPlace(str(path.resolve()), folder_version(path))
+
+
+def holds_adapters(path: Path) -> bool:
+    """Whether a folder holds adapters alone, which name the model that they are put on."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def folder_version(path: Path) -> str:

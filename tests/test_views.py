@@ -129,13 +129,53 @@ def test_sft_takes_the_final_revision():
 
 
 def test_sft_of_a_record_without_a_revision():
-    assert dropped(views.sft(record(revisions=[revision(1, "", problem="empty")]))) == ["no usable revision"]
-    assert dropped(views.sft(record(candidates=[" \n"]))) == ["empty completion"]
-    assert list(views.sft(record())) == [], "where the recipe asks for no rounds"
+    assert dropped(views.sft(record(revisions=[revision(1, "", problem="empty")]), CONFIG)) == ["no usable revision"]
+    assert dropped(views.sft(record(candidates=[" \n"]), CONFIG)) == ["empty completion"]
+    assert list(views.sft(record(), CONFIG)) == [], "where the recipe asks for no rounds"
 
 
 def sampled(*verdicts) -> Record:
     return record(candidates=["best", "middle", "worst"], verdicts=verdicts)
+
+
+def answers(rows) -> list[str]:
+    return [row.reason if isinstance(row, views.Dropped) else row["messages"][-1]["content"] for row in rows]
+
+
+def test_sft_on_all_revisions_takes_each_text_once():
+    made = record(revisions=[revision(1, "one"), revision(2, "x", problem="refusal"), revision(3, "one"), revision(4, "two")])
+    found = list(views.sft(made, DatasetConfig(sft="all")))
+    assert answers(found) == ["one", "two", "unusable revision"]
+    assert found[0]["messages"][:-1] == [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+BEST = DatasetConfig(sft="best")
+A, B, C, D = (f"candidate-{n}" for n in range(4))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([(A, B, 0.9)], "best"),
+        ([(A, B, 0.2)], "middle"),
+        ([(A, B, 0.5)], "no best candidate: a tie"),
+        ([], "no best candidate: nothing to compare"),
+        ([(A, B, 0.4), (A, C, 0.9), (B, C, 0.6)], "best"),  # by the mean, although it lost once
+        ([(A, B, 0.51), (C, D, 0.99), (A, C, 0.51)], "best"),  # a tournament's winner, although its mean is less
+        ([(A, B, 0.6), (B, C, 0.6), (C, A, 0.6)], "no best candidate: a tie"),
+    ],
+)
+def test_sft_on_the_candidate_that_the_verdicts_rank_first(verdicts, expected):
+    given = [sure(first, second, p, "samples") for first, second, p in verdicts]
+    made = record(candidates=["best", "middle", "worst", "last"], verdicts=given)
+    assert answers(views.sft(made, BEST)) == [expected]
+
+
+def test_sft_on_the_best_leaves_out_one_that_is_cut_off_and_looks_at_candidates_alone():
+    cut = record(candidates=[completion("a", length=True), "b"], verdicts=[sure(A, B, 0.9, "samples")])
+    assert answers(views.sft(cut, BEST)) == ["best candidate is cut off by the token limit"]
+    revised = record(revisions=[revision(1, "r")], verdicts=[sure(A, "revision-1", 0.1)])
+    assert answers(views.sft(revised, BEST)) == ["no best candidate: nothing to compare"]
 
 
 def test_unpaired_labels_each_completion_once_and_leaves_out_contradictions():

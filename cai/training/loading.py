@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from cai.errors import ConfigError
-from cai.models import ModelPlace, locate
+from cai.models import ModelPlace, holds_adapters, locate
 from cai.training.arguments import weights_dtype
 from cai.training.settings import TrainSettings
 from cai.weights import best_device, loading, pretrained
 
 
 def find_model(settings: TrainSettings) -> ModelPlace:
-    """Where the model is. Raises `ConfigError` for one that is not there, and for quantization that cannot be had."""
+    """Where the model is. Raises `ConfigError` for none, for adapters alone, and for quantization that cannot be had."""
     if settings.quantization and settings.lora is None:
         raise ConfigError("quantization: quantized weights cannot be trained themselves; set lora")
     if settings.quantization and best_device() != "cuda":
         raise ConfigError(f"quantization: {settings.quantization} needs an NVIDIA GPU, and there is none; remove it")
-    return locate(settings.model, settings.revision)
+    place = locate(settings.model, settings.revision)
+    if holds_adapters(Path(place.source)):
+        raise ConfigError(
+            f"model '{settings.model}' holds adapters alone; begin with a model that was saved with lora.merge: true"
+        )
+    return place
 
 
 def load_policy(settings: TrainSettings) -> Any:

@@ -100,8 +100,8 @@ def _read(raw_rows: Iterator[Raw], parse: Callable[[Any], Row], features: Featur
     rows = parsed()
     while chunk := list(islice(rows, _TOGETHER)):
         chunks.append(Dataset.from_list(chunk, features=features))
-    whole = datasets.concatenate_datasets(chunks) if chunks else Dataset.from_list([], features=features)
-    return Reading(whole, left_out, first)
+    none = Dataset.from_dict({name: [] for name in features}, features=features)
+    return Reading(datasets.concatenate_datasets(chunks) if chunks else none, left_out, first)
 
 
 def _sft(raw: Any) -> Row:

@@ -32,7 +32,7 @@ from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import StageName, TrainSettings
 from cai.training.stage import Parts, build_trainer
-from cai.training.watching import Show, Silent, Watch, check_losses
+from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
 from cai.weights import context_length, loading, pretrained
 
 _QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
@@ -161,6 +161,9 @@ def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, mani
     folder.write("README.md", render_card(stage, settings, manifest, folder.path.name))
     folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(folder.rows, ignore_errors=True)
+    (folder.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's own
+    with suppress(OSError):  # there are checkpoints where it took long enough
+        folder.checkpoints.rmdir()
 
 
 def _loading(settings: TrainSettings, arguments: Any) -> str:
@@ -185,7 +188,7 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")
-    with watch.on_signals():
+    with watch.on_signals(), suppress(AllSteps):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopping and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(

@@ -20,18 +20,17 @@ _PICKLED = "training_args.bin"
 def save_model(trainer: Any, settings: TrainSettings, path: Path) -> None:
     """Write the trainer's model and tokenizer into a folder that `from_pretrained` reads. All processes call this.
 
-    Adapters by themselves have the model's `config.json` beside them. Raises `OSError`, or what safetensors makes of it.
+    Raises `OSError`, or what safetensors makes of it.
     """
     merges = settings.lora is not None and settings.lora.merge
     target = path / "run" / "adapters" if merges else path
+    _unwrapped(trainer).config.use_cache = True  # off while it was trained
     trainer.save_model(str(target))  # gathers what is spread over processes
     if not PartialState().is_main_process:
         return
     if merges:
         _save_merged(trainer, settings, target, path)
         shutil.rmtree(target)
-    elif settings.lora:
-        _unwrapped(trainer).config.save_pretrained(path)
     trainer.processing_class.save_pretrained(path)
     (path / _PICKLED).unlink(missing_ok=True)
 

@@ -41,6 +41,10 @@ class Silent:
         """Nothing."""
 
 
+class AllSteps(Exception):
+    """The checkpoint that training goes on from has all steps, and is loaded."""
+
+
 class Watch(TrainerCallback):
     """Stops where gradients are no numbers, or when asked; writes each logged line to a file as JSON.
 
@@ -55,7 +59,9 @@ class Watch(TrainerCallback):
         self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Time runs from the first step on."""
+        """Time runs from the first step on. Raises `AllSteps` where a checkpoint has them all: the trainer would add one."""
+        if state.global_step >= state.max_steps:
+            raise AllSteps
         self._saved_at = time.monotonic()
         self._show.step(state.global_step, state.max_steps, {})
 

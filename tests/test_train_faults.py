@@ -1,0 +1,297 @@
+"""What goes wrong while a stage trains: each a clear error, and what was good is kept."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cai.cli.train import resolve_settings
+from cai.errors import ConfigError, EngineError, StoreError
+from cai.training import check_installed, watching
+from cai.training.running import train
+from tests import runs
+from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EACH = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+"""A checkpoint after each of four steps."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), context=256)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(16)])
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*"))
+
+
+def at_step(monkeypatch, number, do):
+    """Do something before the loss of a step is computed."""
+    from trl import SFTTrainer
+
+    compute = SFTTrainer.compute_loss
+
+    def changed(self, *given, **named):
+        loss = compute(self, *given, **named)
+        return do(loss) if self.state.global_step + 1 == number else loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", changed)
+
+
+@pytest.mark.parametrize(
+    ("trl", "message"),
+    [
+        ({"learning_rat": 1}, r"trl.learning_rat: SFTConfig has no such key \(did you mean 'learning_rate'\?\)"),
+        ({"output_dir": "x"}, r"trl.output_dir: follows from the folder of -o; remove it"),
+        ({"seed": 1}, r"trl.seed: follows from seed; remove it"),
+        ({"resume_from_checkpoint": True}, r"trl.resume_from_checkpoint: follows from the same command again; remove it"),
+        ({"lr_scheduler_type": "x"}, r"trl: SFTConfig refuses these values: .*x"),
+        ({"max_length": 1000}, r"trl.max_length: 1000 is more than the 256 tokens of the model's context; lower it"),
+        ({"max_length": 3}, r"all 16 rows are longer than 3 tokens; raise trl.max_length, or use shorter rows"),
+        ({"report_to": ["wandb"]}, r"trl.report_to: wandb is not installed: pip install wandb"),
+        ({"report_to": "trackio"}, r"trl.report_to: trackio is not installed: pip install trackio"),
+    ],
+)
+def test_keys_and_values_that_trl_does_not_take(tiny, rows, tmp_path, trl, message, monkeypatch):
+    from cai.training import arguments
+
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        train("sft", make_settings("sft", tiny, rows, trl=trl), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quantization": "4bit"}, "quantization: quantized weights cannot be trained themselves; set lora"),
+        ({"quantization": "4bit", "lora": True}, "quantization: 4bit needs an NVIDIA GPU, and there is none; remove it"),
+    ],
+)
+def test_models_that_cannot_be_trained_here(tiny, rows, tmp_path, keys, message):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=message):
+        train("sft", make_settings("sft", tiny, rows, **keys), tmp_path / "out")
+    with pytest.raises(ConfigError, match="model '/none': there is no such folder"):
+        train("sft", make_settings("sft", Path("/none"), rows), tmp_path / "out")
+
+
+def test_a_trainers_own_refusal_is_told(tiny, tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": n % 2 == 0} for n in range(4)]
+    settings = make_settings("kto", tiny, write_rows(tmp_path / "a.jsonl", rows), trl={"per_device_train_batch_size": 1})
+    with pytest.raises(ConfigError, match=r"trl: the kto trainer refuses this: .*batch size"):
+        train("kto", settings, tmp_path / "out")
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path, rows):
+    (make_tiny_model(tmp_path / "bare") / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"has no chat template; use an instruct model, or save a chat_template.jinja beside"):
+        train("sft", make_settings("sft", tmp_path / "bare", rows), tmp_path / "out")
+
+
+def test_adapters_alone_are_nothing_to_begin_with(tmp_path, rows):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds adapters alone; begin with a model that was saved with lora.merge: true"):
+        train("sft", make_settings("sft", tmp_path / "lora", rows), tmp_path / "out")
+
+
+def test_the_length_follows_the_models_context(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n, "word " * (200 if n == 3 else 2)) for n in range(8)])
+    manifest = train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+    assert manifest["too_long"] == {"train": 1}
+
+
+def test_a_loss_that_is_no_number_stops_and_the_last_checkpoint_stays(tiny, rows, tmp_path, monkeypatch):
+    at_step(monkeypatch, 3, lambda loss: loss * float("nan"))
+    with pytest.raises(EngineError) as caught:
+        train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")
+    told = str(caught.value)
+    assert told.startswith("the loss is not a finite number at step 3 of 4 (epoch 0.25); ")
+    assert "checkpoint-2 is from before; lower trl.learning_rate" in told
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_in_the_weights(tiny, rows, tmp_path, monkeypatch):
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("inf")
+
+    at_step(monkeypatch, 2, Poison.apply)
+    with pytest.raises(EngineError, match=r"a gradient is not a finite number at step 2 of 4"):
+        train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")]
+)
+def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, monkeypatch, error):
+    def raising(loss):
+        raise error
+
+    at_step(monkeypatch, 2, raising)
+    with pytest.raises(EngineError, match=r"out of memory: lower trl.per_device_train_batch_size \(2 here; .*--lora"):
+        train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+
+
+def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
+    settings = make_settings("sft", tiny, rows)
+    train("sft", settings, tmp_path / "out")
+    other = make_settings("sft", tiny, rows, trl={"learning_rate": 0.5}, seed=3)
+    with pytest.raises(
+        ConfigError, match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over"
+    ):
+        train("sft", other, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"mine holds thesis.txt, but no training of cai; use another -o"):
+        train("sft", settings, tmp_path / "mine", "fresh")
+    with pytest.raises(ConfigError, match=r"is a file; -o names a folder"):
+        train("sft", settings, rows)
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint_and_goes_on_when_there_is_room(tiny, rows, tmp_path, monkeypatch):
+    """A limit on the size of files makes the system refuse every larger write, as a full disk or a quota does."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(self, args, state, control, **given):
+        if state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1]))
+
+    settings, out, show = make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out", Shown()
+    monkeypatch.setattr(watching.Watch, "on_save", limit)
+    try:
+        with pytest.raises(StoreError) as caught:
+            train("sft", settings, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert f"{out}: cannot be written: " in str(caught.value)
+    assert "(checkpoint-2 is kept); make room, then the same command continues" in str(caught.value)
+    assert checkpoints(out)[-1] == "checkpoint-2"
+    monkeypatch.undo()
+    assert train("sft", settings, out, show=show)["steps"] == 4
+    assert "training goes on from checkpoint-2" in show.notes
+
+
+def test_no_room_for_the_model_itself(tiny, rows, tmp_path, monkeypatch):
+    from cai.training import running
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(running, "save_model", full)
+    with pytest.raises(
+        StoreError, match=r"out: cannot be written: No space left on device \(checkpoint-4 is kept\); make room"
+    ):
+        train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")
+    monkeypatch.undo()
+    assert train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")["steps"] == 4
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def slow_process(settings, out):
+    """`cai train` with a recipe, each step a second."""
+    code = (
+        "import sys, time\n"
+        "from cai.training import watching\n"
+        "step_begins = lambda self, *given, **named: time.sleep(1)\n"
+        "watching.Watch.on_step_begin = step_begins\n"
+        "from cai.cli.main import main; main()\n"
+    )
+    file = out.with_suffix(".yaml")
+    file.write_text(settings.model_dump_json())
+    return runs.start("train", "sft", "--recipe", file, "-o", out, code=code)
+
+
+def wait_for_step(process, out):
+    runs.wait_until(lambda: process.poll() is not None or (out / "run" / "log.jsonl").exists(), 120)
+    assert process.poll() is None, process.communicate()
+
+
+def test_ctrl_c_saves_after_the_step_and_the_second_one_stops_at_once(tiny, rows, tmp_path):
+    settings = make_settings("sft", tiny, rows, trl={"max_steps": 12})
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes = [slow_process(settings, one), slow_process(settings, two)]
+    for process, out in zip(processes, (one, two), strict=True):
+        wait_for_step(process, out)
+        process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    processes[1].send_signal(signal.SIGINT)
+    (_, soft), (_, hard) = (process.communicate(timeout=60) for process in processes)
+    assert [process.returncode for process in processes] == [130, 130]
+    assert "stopping: the step under way ends and is saved; Ctrl-C again stops at once" in soft
+    assert "stopped after step " in soft
+    assert "stopped at once; the same command continues from the start, there being no checkpoint yet" in hard
+    assert "Traceback" not in soft + hard
+    (kept,) = checkpoints(one)
+    assert checkpoints(two) == []
+
+    manifest = train("sft", settings, one, show=(show := Shown()))
+    assert f"training goes on from {kept}" in show.notes
+    assert manifest["steps"] == len(losses(one)) == 12
+
+
+def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
+    from cai.training import requirements
+
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in ("trl", "peft") else True)
+    with pytest.raises(ConfigError, match=r"training needs trl, peft: pip install 'cai-toolkit\[train\]'"):
+        check_installed()
+
+
+def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("model: tiny\nlora: {rnak: 3}\n")
+    with pytest.raises(ConfigError, match=r"sft.yaml:2: lora.rnak: unknown key \(did you mean 'lora.rank'\?|rank"):
+        resolve_settings("sft", str(file), [], {"data": ["x"]})
+    with pytest.raises(ConfigError, match=r"no data: name a run folder, for example: cai train sft runs/harmless"):
+        resolve_settings("sft", None, [], {})
+
+
+def test_nothing_garbles_a_log(tiny, tmp_path):
+    rows = write_rows(tmp_path / "pairs.jsonl", [pair(n) for n in range(6)])
+    command = [
+        "train",
+        "dpo",
+        rows,
+        "-m",
+        tiny,
+        "-o",
+        tmp_path / "out",
+        "--set",
+        "trl={max_steps: 2, use_cpu: true, bf16: false}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "cai", *map(str, command)], capture_output=True, text=True, timeout=120, env=runs.environment()
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[:3] == ["loading PyTorch and TRL", "reading the data", "preparing the rows"]
+    assert lines[3].startswith("loading tiny")
+    assert "computing what it says of each row, as the reference" in lines[3]
+    assert lines[4] == "training"
+    assert all(line.startswith(("step ", "saving")) for line in lines[5:]), lines
+    assert "\r" not in done.stderr
+    assert "measures after 2 steps" in done.stdout
+    assert os.path.exists(tmp_path / "out" / "model.safetensors")

@@ -1,0 +1,117 @@
+"""A stage in two processes on the CPU: the same loss as in one, and what fails there is told here."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from cai.errors import ConfigError, EngineError, Interrupted
+from cai.training import launching
+from cai.training.launching import find_config, launch
+from cai.training.running import train
+from tests import runs
+from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [pair(n, 0.5 + n / 40) for n in range(16)])
+    one, two, show = tmp_path / "one", tmp_path / "two", Shown()
+    trl = {"max_steps": 3, "max_grad_norm": 0.1}
+    train("dpo", make_settings("dpo", tiny, rows, trl=trl | {"per_device_train_batch_size": 4}), one)
+    settings = make_settings("dpo", tiny, rows, trl=trl | {"per_device_train_batch_size": 2})
+    manifest = launch("dpo", settings, two, "continue", "2", show)
+    assert (manifest["status"], manifest["steps"]) == ("done", 3)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+    assert show.notes[0] == "reading the data"
+    assert show.notes.count("training") == 1, "the first process alone shows"
+    assert show.steps[-1] == (3, 3)
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_process_raises_is_raised_here(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])
+    settings = make_settings("sft", tiny, rows, trl={"max_length": 3})
+    with pytest.raises(ConfigError, match=r"^all 8 rows are longer than 3 tokens; raise trl.max_length"):
+        launch("sft", settings, tmp_path / "out", "continue", "2", Shown())
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_stops_all_processes_after_the_same_step_and_the_same_command_goes_on(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(64)])
+    settings, out = make_settings("sft", tiny, rows, trl={"max_steps": 400}), tmp_path / "out"
+    (tmp_path / "sft.yaml").write_text(settings.model_dump_json())
+    command = ("train", "sft", "--recipe", tmp_path / "sft.yaml", "-o", out, "--launch", 2)
+    process = runs.start(*command)
+    runs.wait_until(lambda: process.poll() is not None or (out / "run" / "log.jsonl").exists(), 120)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "stopped after step " in said
+    (kept,) = (out / "checkpoints").glob("checkpoint-*")
+    shorter = runs.start(*command)
+    runs.wait_until(lambda: shorter.poll() is not None or len(losses(out)) > int(kept.name.split("-")[1]), 120)
+    shorter.kill()  # its processes end with it
+    _, said = shorter.communicate(timeout=60)
+    assert f"training goes on from {kept.name}" in said
+    time.sleep(3)
+    grown = len(losses(out))
+    time.sleep(1)
+    assert len(losses(out)) == grown
+
+
+def test_configurations_that_come_with_the_package():
+    for file in (Path(launching.__file__).parent / "launch").glob("*.yaml"):
+        told = yaml.safe_load(file.read_text())
+        assert told["num_processes"] == -1, "given by --launch"
+        assert told["mixed_precision"] == "no", "as TRL's arguments have it"
+    config, processes = find_config("4")
+    assert (config.name, processes) == ("ddp.yaml", 4)
+
+
+def test_a_configuration_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{}")
+    assert find_config(str(tmp_path / "mine.yaml")) == (tmp_path / "mine.yaml", None)
+
+
+@pytest.mark.parametrize("how", ["1", "0", "many", "none.yaml", "zero4"])
+def test_what_names_no_configuration(how):
+    with pytest.raises(ConfigError, match=r"expected a number of processes from 2 on, one of ddp, fsdp, zero2, zero3"):
+        find_config(how)
+
+
+def test_a_configuration_for_gpus_without_any(monkeypatch):
+    monkeypatch.setattr(launching, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"--launch fsdp: one process for each GPU, of which there are 0; give a number"):
+        find_config("fsdp")
+
+
+def test_what_was_written_down_is_raised_as_it_was(tmp_path):
+    launching.write_failure(tmp_path, 1, Interrupted("stopped after step 3"))
+    time.sleep(0.01)
+    launching.write_failure(tmp_path, 0, EngineError("later"))
+    with pytest.raises(Interrupted, match="stopped after step 3"):
+        launching._raise_failure(tmp_path, 1)
+
+
+def test_processes_that_could_tell_nothing(tmp_path):
+    (tmp_path / launching.LOG).write_text("\n".join(f"line {n}" for n in range(20)))
+    with pytest.raises(EngineError, match=r"(?s)ended with exit code -9 .*the same command continues.*line 12\n.*line 19$"):
+        launching._raise_failure(tmp_path, -9)
+    launching._raise_failure(tmp_path, 0)
