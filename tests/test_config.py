@@ -182,6 +182,10 @@ def test_an_empty_section_is_the_defaults(tmp_path: Path, text: str) -> None:
             "generation: {pairs: both, candidates: 4, comparisons: tournament}\ndataset: {ranking: bradley-terry}\n",
             "r.yaml:2: dataset.ranking: bradley-terry ranks candidates that were all compared",
         ),
+        (
+            "dataset:\n  sft: best\n",
+            "r.yaml:2: dataset.sft: best is of candidates that were compared; set generation.pairs: samples (or both)",
+        ),
     ],
 )
 def test_a_bad_recipe_is_told_with_file_line_key_and_fix(tmp_path: Path, text: str, message: str) -> None:
@@ -249,6 +253,7 @@ SETTINGS = {
     "generation.pairs": "both",
     "generation.comparisons": "tournament",
     "dataset.ranking": "bradley-terry",
+    "dataset.sft": "all",
     "ray.address": "head:6379",
     "judge.server": "{retries: 9}",
     "policy.server.api": "completions",

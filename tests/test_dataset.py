@@ -315,6 +315,7 @@ def ranked_records() -> list[Record]:
         ("test_fraction", 0.5),
         ("min_probability", 0.8),
         ("ranking", "bradley-terry"),
+        ("sft", "best"),
         ("shard_rows", 3),
         ("license", "cc-by-4.0"),
     ],

@@ -305,6 +305,7 @@ def test_no_key_of_the_generation_is_ignored(key):
 @pytest.mark.parametrize(
     "sections",
     [
+        {"dataset": {"sft": "all"}},
         {"dataset": {"test_fraction": 0.5, "min_probability": 0.6, "shard_rows": 1, "license": "mit"}},
         {"generation": {"concurrency": 1}},
         {"prompts": {"limit": 2}},
