@@ -24,6 +24,7 @@ def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "elsewhere")
     assert "cai/py.typed" in names
     assert "cai/_shipped/pipelines/demo.yaml" in names
+    assert "cai/training/launch/fsdp.yaml" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "constitutions/"))]
 
     code = (

@@ -23,7 +23,7 @@ class SourceSettings(Part):
     """Rows to train on."""
 
     source: Text
-    """A run folder of `cai generate`, a file (.jsonl, .parquet), a `datasets` folder, or a Hub dataset id."""
+    """A run folder of `cai generate`, a file (JSON lines, JSON, CSV, Parquet), a `datasets` folder, or a Hub dataset id."""
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Its share of the mixture relative to the other sources, which all need one then; null: all of its rows."""
     split: Text = "train"
@@ -94,7 +94,10 @@ class TrainSettings(Part):
 
 
 class SftSettings(TrainSettings):
-    """Supervised fine-tuning on completions: the supervised phase of Bai et al. 2022 (arXiv 2212.08073, section 3)."""
+    """Supervised fine-tuning on completions: the supervised phase of Bai et al. 2022 (arXiv 2212.08073, section 3).
+
+    Which completions of a run these are, its `dataset.sft` says.
+    """
 
 
 class RewardSettings(TrainSettings):
