@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cai.cli.train import resolve_settings
+from cai.cli.train import choose_mode, resolve_settings
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
 from cai.training.running import train
@@ -260,10 +260,23 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
         check_installed()
 
 
+@pytest.mark.parametrize(("there", "what"), [("manifest.json", "a trained model"), ("checkpoints", "checkpoints")])
+def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch, there, what):
+    asked = []
+    monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))
+    assert choose_mode(tmp_path, True, False) == "fresh"
+    assert asked == []
+    (tmp_path / there).mkdir()
+    assert (choose_mode(tmp_path, True, True), choose_mode(tmp_path, False, False)) == ("fresh", "continue")
+    assert asked == []
+    choose_mode(tmp_path, True, False)
+    assert asked == [f"{tmp_path} holds {what}. Delete and start over?"]
+
+
 def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):
     file = tmp_path / "sft.yaml"
     file.write_text("model: tiny\nlora: {rnak: 3}\n")
-    with pytest.raises(ConfigError, match=r"sft.yaml:2: lora.rnak: unknown key \(did you mean 'lora.rank'\?|rank"):
+    with pytest.raises(ConfigError, match=r"sft.yaml:2: lora.rnak: unknown key \(did you mean 'rank'\?\)"):
         resolve_settings("sft", str(file), [], {"data": ["x"]})
     with pytest.raises(ConfigError, match=r"no data: name a run folder, for example: cai train sft runs/harmless"):
         resolve_settings("sft", None, [], {})

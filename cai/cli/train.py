@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Fresh, Set, Yes, option
+from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Set, Yes, option
 from cai.errors import ConfigError, Interrupted
 from cai.training import SETTINGS, STAGES, StageName, TrainSettings, check_installed
 
@@ -33,6 +33,7 @@ Model = Annotated[
 Lora = Annotated[bool, option("--lora", panel=MODELS, help="Train adapters (rank 16) in place of all weights.")]
 File = Annotated[str | None, option("--recipe", panel=INPUTS, metavar="FILE", help="The stage's settings as YAML; flags win.")]
 Out = Annotated[str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/STAGE.")]
+Fresh = Annotated[bool, option("--fresh", panel=FOLDER, help="Start over; asks if a model or checkpoints would be lost.")]
 Launch = Annotated[
     str | None,
     option(
@@ -94,9 +95,11 @@ def choose_out(stage: str, out: str | None) -> Path:
 
 
 def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
-    """Continue, or start over; asks where that would delete a trained model."""
-    if fresh and not yes and (out / "manifest.json").exists():
-        typer.confirm(f"{out} holds a trained model. Delete and start over?", abort=True)
+    """Continue, or start over; asks where that would delete something."""
+    there = [name for name in ("manifest.json", "checkpoints") if (out / name).exists()]
+    if fresh and not yes and there:
+        what = "a trained model" if "manifest.json" in there else "checkpoints"
+        typer.confirm(f"{out} holds {what}. Delete and start over?", abort=True)
     return "fresh" if fresh else "continue"
 
 

@@ -67,14 +67,15 @@ class _Bar:
     """A bar of steps, and above it what was noted."""
 
     def __init__(self, bar: Progress) -> None:
-        self._bar, self._pace, self._began = bar, _Pace(), time.monotonic()
+        self._bar, self._pace, self._told = bar, _Pace(), ""
         self._task = bar.add_task("", total=None, state="")
 
     def note(self, text: str) -> None:
         self._bar.update(self._task, description=escape(text), state="")
 
     def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
-        state = _told(measures) + self._pace.left(done, total)
+        self._told = _told(measures) or self._told
+        state = self._told + self._pace.left(done, total)
         self._bar.update(self._task, description=f"step {done:,} of {total:,}", completed=done, total=total, state=state)
 
 
@@ -82,7 +83,7 @@ class _Lines:
     """A line for each note, and for measures every now and then: the first, the last, and one each so many seconds."""
 
     def __init__(self) -> None:
-        self._pace, self._last, self._told = _Pace(), 0.0, ""
+        self._pace, self._last = _Pace(), 0.0
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -90,9 +91,9 @@ class _Lines:
     def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
         left, seconds = self._pace.left(done, total), time.monotonic() - self._last
         told = _told(measures)
-        if not told or told == self._told or not (done == total or seconds >= _LINE_EVERY):
+        if not told or not (done == total or seconds >= _LINE_EVERY):
             return
-        self._told, self._last = told, time.monotonic()
+        self._last = time.monotonic()
         print(f"step {done:,} of {total:,}  {told}{left}", file=sys.stderr, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +73,9 @@ def make_arguments(
         ours["precompute_ref_log_probs"] = True
     given = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
     try:
-        return config(**{**ours, **settings.trl, **given})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
+            return config(**{**ours, **settings.trl, **given})
     except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
         raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
 

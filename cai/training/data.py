@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
-from cai.training.reading import Reading, Row, View, is_run, read_source
+from cai.training.reading import Reading, Row, View, is_run, place, read_source
 from cai.training.settings import SourceSettings, StageName, TrainSettings
 
 VIEWS: dict[StageName, View] = {
@@ -62,7 +62,7 @@ def _some(reading: Reading | None, source: SourceSettings, view: View) -> Readin
         many = f"none of its {reading.left_out} rows is" if reading.left_out > 1 else "its only row is not"
         raise ConfigError(f"data '{source.source}': {many} {_NEEDED[view]}; the first, {reading.first}")
     what = f"has no split '{source.split}'" if reading is None else f"has no rows in its split '{source.split}'"
-    hint = f"; its manifest.json counts what was dropped from '{view}'" if is_run(Path(source.source)) else ""
+    hint = f"; its manifest.json counts what was dropped from '{view}'" if is_run(place(source)) else ""
     raise ConfigError(f"data '{source.source}' {what}{hint}; name another source or split")
 
 
@@ -87,7 +87,7 @@ def _tell(source: SourceSettings, used: int, reading: Reading, held: Reading | N
     told: Row = {"source": source.source, "train": used, "test": len(held.rows) if held else 0}
     if left_out := reading.left_out + (held.left_out if held else 0):
         told |= {"left_out": left_out, "first_left_out": reading.first or (held.first if held else "")}
-    return told | _origin(Path(source.source))
+    return told | _origin(place(source))
 
 
 def _origin(path: Path) -> Row:

@@ -116,7 +116,7 @@ class TrainFolder:
     def drop_broken_checkpoints(self) -> None:
         """Delete those that were not written whole: they take room and nothing can go on from them."""
         for path in self.checkpoints.glob("checkpoint-*"):
-            if not is_whole(path):
+            if self._lock is not None and not is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     @property

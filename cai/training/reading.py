@@ -50,6 +50,11 @@ class Reading(NamedTuple):
     first: str
 
 
+def place(source: SourceSettings) -> Path:
+    """Where a source is, if it is on disk."""
+    return Path(os.path.expanduser(source.source))
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run of `cai generate`."""
     return (path / "manifest.json").is_file() and (path / "data").is_dir()
@@ -58,7 +63,7 @@ def is_run(path: Path) -> bool:
 def read_source(source: SourceSettings, view: View, split: str) -> Reading | None:
     """One split of a source; None where it has no such split. Raises `ConfigError` where there is no such source,
     `PromptSourceError` where it cannot be read."""
-    path = Path(os.path.expanduser(source.source))
+    path = place(source)
     more = MORE[view] if is_run(path) else {}
     try:
         raw = _raw_rows(source, path, view, split)

@@ -28,7 +28,7 @@ class Show(Protocol):
         """What is done next, or has happened."""
 
     def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
-        """So many steps are done, and what was last measured."""
+        """So many steps are done, and what was measured, if anything was."""
 
 
 class Silent:
@@ -55,7 +55,6 @@ class Watch(TrainerCallback):
         """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C."""
         self._log, self._show, self._spare, self._stop_file = log, show, spare, stop_file
         self._saved_at = time.monotonic()
-        self._measures: dict[str, float] = {}
         self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -82,7 +81,7 @@ class Watch(TrainerCallback):
         elif too_soon:
             control.should_save = False
         if state.is_world_process_zero:
-            self._show.step(state.global_step, state.max_steps, self._measures)
+            self._show.step(state.global_step, state.max_steps, {})
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The next checkpoint is so much later."""
@@ -95,7 +94,6 @@ class Watch(TrainerCallback):
         numbers = {key: value for key, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
-        self._measures = numbers
         self._show.step(state.global_step, state.max_steps, numbers)
 
     @contextmanager

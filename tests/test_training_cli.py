@@ -1,0 +1,55 @@
+"""What `cai train` shows while it trains and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cai.cli import training
+from cai.cli.training import progress, show_summary
+
+
+def test_lines_show_the_first_measures_the_last_and_some_between(capsys, monkeypatch):
+    clock = iter(range(10_000))  # a second from one look to the next
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: False, raising=False)
+    with progress() as show:
+        show.note("training")
+        show.step(0, 12, {})
+        for step in range(1, 13):
+            show.step(step, 12, {})
+            show.step(step, 12, {"loss": 1 / step, "rewards/margins": 0.5, "epoch": 1.0})
+        show.step(12, 12, {"train_runtime": 3.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "training"
+    assert lines[-1] == "step 12 of 12  loss 0.08333, margins 0.5"
+    assert 2 < len(lines) < 13
+    assert all("left" in line for line in lines[1:-1])
+
+
+def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys):
+    source = {"source": "data [bold]\x1b[31m.jsonl", "train": 1234, "test": 0, "left_out": 2, "first_left_out": "a:1: [red]no"}
+    manifest = {
+        "stage": "dpo",
+        "steps": 1000,
+        "seconds": 125.0,
+        "data": [source],
+        "too_long": {"train": 3},
+        "measures": {"train_loss": 0.512345},
+    }
+    show_summary(manifest, Path("models/[x]"))
+    out = capsys.readouterr().out
+    assert "data [bold]�[31m.jsonl  1,234  0" in out
+    assert "left out 2 rows that could not be used; the first, a:1: [red]no" in out
+    assert "left out 3 of train: longer than trl.max_length" in out
+    assert "measures after 1,000 steps, 2 min" in out
+    assert "0.5123  train_loss" in out
+    assert "use it:             cai generate -m models/[x]" in out
+
+
+@pytest.mark.parametrize(("stage", "follow"), [("sft", "cai train dpo DATA -m m"), ("reward", "cai reward score m ")])
+def test_what_to_type_next_follows_from_the_stage(capsys, stage, follow):
+    manifest = {"stage": stage, "steps": 1, "seconds": 1.0, "data": [], "too_long": {}, "measures": {}}
+    show_summary(manifest, Path("m"))
+    assert follow in capsys.readouterr().out
