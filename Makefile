@@ -11,7 +11,7 @@ VLLM_NEEDS := aiohttp apache-tvm-ffi cachetools cbor2 compressed-tensors einops 
 .PHONY: demo test check clean
 
 demo: .venv/installed ## a preference dataset from a real 135M model, in runs/demo
-	$(BIN)/cai generate --recipe pipelines/demo.yaml -o runs/demo
+	$(BIN)/cai generate --recipe pipelines/demo-dataset.yaml -o runs/demo
 
 test: .venv/installed ## all tests
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@
 from cai.config import Recipe, load_recipe
 from cai.constitution import Constitution, load_constitution
 from cai.errors import CaiError
-from cai.pipeline import generate
+from cai.pipeline import generate, load_pipeline, run_pipeline
 from cai.types import Completion, Message, PreferencePair, Prompt, Record, Revision, Verdict
 
 __all__ = [
@@ -28,5 +28,7 @@ __all__ = [
     "Verdict",
     "generate",
     "load_constitution",
+    "load_pipeline",
     "load_recipe",
+    "run_pipeline",
 ]

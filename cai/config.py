@@ -11,7 +11,6 @@ dataset: {test_fraction: 0.1}
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +19,9 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cai.documents import Document, Part, Text, dump, parse_scalar
-from cai.errors import ConfigError, nearest
+from cai.errors import ConfigError
+from cai.recipes import generate_document
 from cai.servers import BudgetConfig, ServerConfig, model_problem, without_userinfo
-
-_PACKAGE = Path(__file__).resolve().parent
-_SHIPPED = _PACKAGE / "_shipped" / "pipelines"
-BUILT_IN = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent / "pipelines"
-"""Recipes that come with the package: in a wheel they lie inside it; in a checkout beside it."""
 
 
 class PromptsConfig(Part):
@@ -344,63 +339,17 @@ def _wrong(key: str, problem: str, beside: str | None = None) -> PydanticCustomE
     return PydanticCustomError("value_error", "{problem}", {"problem": problem, **places})
 
 
-def built_in_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-
-
-def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe given by path or by built-in name: `demo`, and where no such file is here, `pipelines/demo.yaml`."""
-    path, names = Path(os.path.expanduser(name)), built_in_recipes()
-    if os.path.isfile(path):
-        return path
-    if str(name) in {spelled for one in names for spelled in (one, f"{one}.yaml", f"pipelines/{one}.yaml")}:
-        return BUILT_IN / f"{path.stem}.yaml"
-    if os.path.exists(path):
-        raise ConfigError(f"recipe '{name}' is a folder; expected a file or a built-in name: {', '.join(names)}")
-    raise ConfigError(
-        f"no recipe '{name}': neither a file nor a built-in name{nearest(path.stem, names)}; built in: {', '.join(names)}"
-    )
-
-
 def load_recipe(path: str | Path | None, overrides: list[tuple[str, object, str]]) -> Recipe:
     """A recipe from a file or by built-in name (or the defaults) with flags on top.
 
     `overrides` are (dotted key, value, the flag they came from). Raises `ConfigError` naming file, line, key and fix.
-    A constitution or prompts that the recipe names by a path are looked for beside the recipe first.
+    A constitution or prompts that the recipe names by a path are looked for beside the recipe first. Of a pipeline
+    (`cai run`) it is the first stage.
     """
-    path = None if path is None else find_recipe(path)
-    document = Document.read(path) if path else Document("{}", "the command line")
-    if path:
-        for dotted in ("constitution", "prompts.source", "judge.calibration", "policy.vllm.adapter", "judge.vllm.adapter"):
-            _beside(document.data, path.parent, dotted)
-        for member in _members(document.data):
-            _beside(member, path.parent, "calibration")
+    document = Document("{}", "the command line") if path is None else generate_document(path)
     for dotted, value, source in overrides:
         document.override(dotted, value, source)
     return document.validate(Recipe)
-
-
-def _members(data: dict[str, Any]) -> list[Any]:
-    """What a document has for `judge.members`, whatever that is."""
-    judge = data.get("judge")
-    members = judge.get("members") if isinstance(judge, dict) else None
-    return members if isinstance(members, list) else []
-
-
-def _beside(target: Any, folder: Path, dotted: str) -> None:
-    """Write out the path under that key of a document where it names a file beside the recipe."""
-    *sections, key = dotted.split(".")
-    for section in sections:
-        target = target.get(section) if isinstance(target, dict) else None
-    value = target.get(key) if isinstance(target, dict) else None
-    if isinstance(value, str) and value != "-" and _is_meant(folder / value, value):
-        target[key] = str(folder / value)
-
-
-def _is_meant(path: Path, value: str) -> bool:
-    """Whether a path is what the recipe names: a plain word is no folder (`benign`, beside a run in `benign/`)."""
-    return os.path.isfile(path) or ("/" in value and os.path.isdir(path))
 
 
 def parse_set(assignment: str) -> tuple[str, object, str]:

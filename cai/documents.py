@@ -114,6 +114,15 @@ class Document:
         self._lines[path] = where
         return path
 
+    def below(self, *path: str) -> Document:
+        """A part of it as a document of its own, whose keys keep their lines."""
+        part = object.__new__(Document)
+        part.name, part.text, part.error, part.data = self.name, self.text, self.error, self.data
+        for key in path:
+            part.data = part.data[key]
+        part._lines = {loc[len(path) :]: where for loc, where in self._lines.items() if loc[: len(path)] == path}
+        return part
+
     def override(self, dotted: str, value: object, source: str) -> None:
         """Set `section.key` to a value that came from `source` (a flag), replacing what the file says."""
         path = tuple(dotted.split("."))
@@ -221,7 +230,9 @@ def _dotted_keys(model: type[BaseModel]) -> Iterator[str]:
 def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
     current: Any = model
     for part in loc:
-        if isinstance(part, str):
+        if isinstance(part, str) and typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+        elif isinstance(part, str):
             fields = _model_in(current)
             current = fields.model_fields[part].annotation if fields and part in fields.model_fields else None
     found = _model_in(current)

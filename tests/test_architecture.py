@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "cai"
 ORDER = [
     {"errors"},
     {"documents"},
-    {"servers"},
+    {"servers", "recipes"},
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},

@@ -30,7 +30,22 @@ def test_keys_tells_every_key_with_its_type_default_and_docstring():
     assert max(map(len, done.stdout.splitlines())) < 80
 
 
-@pytest.mark.parametrize("name", [None, "demo", ROOT / "pipelines" / "demo.yaml"])
+@pytest.mark.parametrize(
+    ("stage", "line"), [("dpo", "reference: null  (text or null)"), ("pipeline", "rounds: 1  (whole number)")]
+)
+def test_keys_of_another_stage(stage: str, line: str):
+    done = command("recipe", "keys", stage)
+    assert done.returncode == 0
+    assert line in done.stdout.splitlines()
+
+
+def test_keys_of_no_stage_are_told_with_the_nearest():
+    done = command("recipe", "keys", "dpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no stage 'dpu' (did you mean 'dpo'?); expected one of generate, pipeline, sft, reward, dpo, kto" in done.stderr
+
+
+@pytest.mark.parametrize("name", [None, "demo-dataset", "demo", ROOT / "pipelines" / "demo.yaml"])
 def test_show_prints_a_recipe_that_is_the_same_again(tmp_path: Path, name: str | None):
     done = command("recipe", "show", *filter(None, [name]))
     assert done.returncode == 0

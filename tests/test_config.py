@@ -73,7 +73,7 @@ def test_a_shipped_recipe_is_found_by_name_from_anywhere(name: str, tmp_path: Pa
 def test_an_unknown_recipe_is_told_with_those_that_there_are(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(name, [])
-    known = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     assert str(caught.value) == (
         f"no recipe '{name}': neither a file nor a built-in name (did you mean 'demo'?); built in: {known}"
     )

@@ -240,6 +240,7 @@ def naive(records: list[Record], config: DatasetConfig) -> dict[str, float]:
     revised = [each.probability for one in records for each in one.verdicts if each.source == "revision"]
     return {
         "candidates_truncated": fmean(each.finish_reason == "length" for one in records for each in one.candidates),
+        "candidate_length": fmean(len(each.text) for one in records for each in one.candidates),
         "order_flips": fmean(
             (each.readings[0][0] - each.readings[0][1]) * (each.readings[1][0] - each.readings[1][1]) < 0 for each in judged
         ),

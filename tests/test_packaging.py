@@ -23,14 +23,14 @@ def test_a_wheel_carries_what_it_needs(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "elsewhere")
     assert "cai/py.typed" in names
-    assert "cai/_shipped/pipelines/demo.yaml" in names
+    assert {"cai/_shipped/pipelines/demo.yaml", "cai/_shipped/pipelines/demo/brief.yaml"} <= set(names)
     assert "cai/training/launch/fsdp.yaml" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "constitutions/"))]
 
     code = (
         "import sys, pathlib, cai, cai.prompts, cai.constitution as c\n"
         "assert str(pathlib.Path(cai.__file__)).startswith(sys.argv[1]), cai.__file__\n"
-        "print(c.built_in_names(), cai.prompts.built_in_sets(), cai.load_recipe('demo', []).prompts.limit)\n"
+        "print(c.built_in_names(), cai.prompts.built_in_sets(), cai.load_recipe('demo-dataset', []).prompts.limit)\n"
         "recipe = cai.Recipe.model_validate({'policy': {'model': sys.argv[2]}, 'prompts': {'limit': 3}})\n"
         "print(cai.generate(recipe, pathlib.Path('run'))['dataset']['records'])\n"
     )

@@ -15,6 +15,7 @@ from cai.cli import constitution, doctor, judge, train
 from cai.cli import recipe as recipes
 from cai.cli.options import (
     FOLDER,
+    INPUTS,
     MODELS,
     Constitution,
     Fresh,
@@ -137,6 +138,56 @@ def generate(
         command.show_dry_run(resolved, folder)
         return
     command.run(resolved, folder, mode)
+
+
+_RUN_EXAMPLES = """
+Examples:
+
+# from constitution to trained model, on a CPU
+cai run demo
+
+# what would run, and with what calls
+cai run demo --dry-run --set stages.data.generate.prompts.limit=8
+
+# a part of your own
+cai run mine.yaml -o runs/mine --from dpo
+"""
+
+
+@app.command(epilog=_RUN_EXAMPLES)
+def run(
+    recipe: Annotated[str, typer.Argument(help="A pipeline: built in (demo) or YAML.", metavar="RECIPE")],
+    set_: Set = None,
+    start: Annotated[
+        str | None, option("--from", panel=INPUTS, metavar="STAGE", help="Begin there; earlier stages stay as they are.")
+    ] = None,
+    until: Annotated[str | None, option("--until", panel=INPUTS, metavar="STAGE", help="End with that stage.")] = None,
+    out: Annotated[
+        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/NAME.")
+    ] = None,
+    fresh: Annotated[bool, option("--fresh", panel=FOLDER, help="Make the stages anew; asks if models would be lost.")] = False,
+    yes: Yes = False,
+    dry_run: Annotated[bool, option("--dry-run", panel=FOLDER, help="Print stages, calls, rows; make nothing.")] = False,
+) -> None:
+    """Run a pipeline: datasets, SFT, reward models, DPO, in the order of its stages.
+
+    The same command again continues. A stage that is finished and has the same inputs is skipped.
+    """
+    from cai.cli import run as command
+    from cai.config import parse_set
+    from cai.pipeline import Choice, load_pipeline
+
+    loaded = load_pipeline(recipe, [parse_set(one) for one in set_ or ()])
+    folder = choose_folder(out, loaded.name)
+    if isinstance(folder, str):
+        raise ConfigError(f"-o {folder}: a pipeline runs in a folder on this machine")
+    choice = Choice(start, until, fresh)
+    if dry_run:
+        command.show_dry_run(loaded, folder, choice)
+        return
+    given = [("-o", out), ("--from", start), ("--until", until), *(("--set", one) for one in set_ or ())]
+    words = ["cai", "run", recipe, *(word for flag, value in given if value for word in (flag, value))]
+    command.run(loaded, folder, choice, yes, [*words, *(["--yes"] if yes else [])])
 
 
 def main() -> None:

@@ -21,18 +21,29 @@ _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "tex
 
 @app.command(epilog="Example: cai recipe show demo > mine.yaml")
 def show(name: Annotated[str | None, typer.Argument(help="A built-in name (demo) or a YAML file.", metavar="")] = None) -> None:
-    """Print a recipe with every key spelled out; without a name, the defaults."""
+    """Print a recipe with every key spelled out; without a name, the defaults. Of a pipeline, what it says."""
     from cai.config import load_recipe
+    from cai.pipeline import load_pipeline
+    from cai.recipes import is_pipeline
 
-    print(load_recipe(name, []).to_yaml(), end="")
+    whole = load_pipeline(name) if name is not None and is_pipeline(name) else load_recipe(name, [])
+    print(whole.to_yaml(), end="")
 
 
-@app.command(epilog="Example: cai generate --set judge.principles=all")
-def keys() -> None:
-    """Print every key of a recipe with its type, its default and what it does, for a YAML file or for --set."""
+@app.command(epilog="Examples: cai recipe keys; cai recipe keys dpo")
+def keys(
+    stage: Annotated[str, typer.Argument(help="generate, pipeline, sft, reward, dpo, ...", metavar="STAGE")] = "generate",
+) -> None:
+    """Print every key of a stage's recipe with its type, its default and what it does, for a YAML file or for --set."""
     from cai.config import Recipe
+    from cai.errors import ConfigError, nearest
+    from cai.pipeline import Pipeline
+    from cai.training import SETTINGS
 
-    print("\n".join(_described(Recipe)))
+    known: dict[str, type[BaseModel]] = {"generate": Recipe, "pipeline": Pipeline, **dict(SETTINGS.items())}
+    if stage not in known:
+        raise ConfigError(f"no stage '{stage}'{nearest(stage, known)}; expected one of {', '.join(known)}")
+    print("\n".join(_described(known[stage])))
 
 
 def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -46,7 +57,8 @@ def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _wrapped(about, "  ")
             yield from _described(type(default), f"{prefix}{name}.")
         else:
-            line = f"{indent}{prefix}{name}: {json.dumps(default)}  ({_type(field.annotation)})"
+            value = "required" if field.is_required() else json.dumps(default)
+            line = f"{indent}{prefix}{name}: {value}  ({_type(field.annotation)})"
             yield from [line] if len(line) <= _WIDTH else _wrapped(line.strip(), indent)
             yield from _wrapped(about, f"{indent}    ")
 

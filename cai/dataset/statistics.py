@@ -43,6 +43,7 @@ class Statistics:
     cleaned: Counter[str] = field(default_factory=Counter)
     revisions: int = 0
     candidates_truncated: Mean = field(default_factory=Mean)
+    candidate_length: Mean = field(default_factory=Mean)
     order_flips: Mean = field(default_factory=Mean)
     first_shown: Mean = field(default_factory=Mean)
     revision_preferred: Mean = field(default_factory=Mean)
@@ -55,6 +56,7 @@ class Statistics:
         self.records += 1
         for candidate in record.candidates:
             self.candidates_truncated.add(candidate.finish_reason == "length")
+            self.candidate_length.add(len(candidate.text))
         texts = [text for candidate in record.candidates if (text := candidate.text.strip())]
         self.dropped["candidates: empty"] += len(record.candidates) - len(texts)
         self.dropped["candidates: the same as an earlier one"] += len(texts) - len(set(texts))
@@ -95,6 +97,7 @@ class Statistics:
                 name: _rounded(getattr(self, name).value)
                 for name in (
                     "candidates_truncated",
+                    "candidate_length",
                     "order_flips",
                     "first_shown",
                     "revision_preferred",

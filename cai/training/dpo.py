@@ -36,7 +36,7 @@ def build(parts: Parts) -> Any:
         _check(arguments)
     given = {
         "model": load_policy(settings),
-        "ref_model": load_reference(settings, arguments),
+        "ref_model": load_reference(settings, arguments, settings.reference),
         "peft_config": adapters(settings),
         **parts.shared,
     }

@@ -32,20 +32,21 @@ JOB, EVENTS, STOP, LOG = "job.json", "events.jsonl", "stop", "log.txt"
 _LAST_LINES = 8
 
 
-def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how: str, show: Show) -> dict[str, Any]:
+def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how: str | None, show: Show) -> dict[str, Any]:
     """Train as `cai.training.running.train` does, in the processes that `how` names: a number of them (each with a copy of the
-    model), the name of a configuration that comes with the package, or a file that `accelerate config` wrote.
+    model), the name of a configuration that comes with the package, or a file that `accelerate config` wrote; None is one
+    process, whose memory and whose libraries' state end with it.
 
     Raises what a process raised, or `EngineError` for one that ended otherwise.
     """
-    config, processes = find_config(how)
+    launcher = [sys.executable] if how is None else _accelerate(*find_config(how))
     find_model(settings)
     make_arguments(stage, settings, out)
     with tempfile.TemporaryDirectory(prefix="cai-launch-") as name:
         folder = Path(name)
         job = {"stage": stage, "settings": settings.model_dump(mode="json"), "out": str(out.absolute()), "mode": mode}
         (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}))
-        code = _run(_command(config, processes, folder), folder, show)
+        code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show)
         _raise_failure(folder, code)
     return dict(json.loads((out / "manifest.json").read_bytes()))
 
@@ -69,10 +70,10 @@ def find_config(how: str) -> tuple[Path, int | None]:
     )
 
 
-def _command(config: Path, processes: int | None, folder: Path) -> list[str]:
+def _accelerate(config: Path, processes: int | None) -> list[str]:
     count = ["--num_processes", str(processes)] if processes else []
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *count]
-    return [*accelerate, "--main_process_port", "0", "-m", "cai.training.worker", str(folder)]
+    return [*accelerate, "--main_process_port", "0"]
 
 
 def _run(command: list[str], folder: Path, show: Show) -> int:

@@ -34,8 +34,11 @@ def load_policy(settings: TrainSettings) -> Any:
     return _load(AutoModelForCausalLM, settings)
 
 
-def load_reference(settings: TrainSettings, arguments: Any) -> Any:
-    """The reference beside a policy of which all weights are trained, unless what it says is computed before; else None."""
+def load_reference(settings: TrainSettings, arguments: Any, named: str | None = None) -> Any:
+    """The reference that is named; else beside a policy of which all weights are trained, unless what it says is computed
+    before; else None."""
+    if named is not None:
+        return load_policy(settings.model_copy(update={"model": named, "revision": None}))
     return None if settings.lora or arguments.precompute_ref_log_probs else load_policy(settings)
 
 

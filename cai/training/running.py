@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cai.documents import dump
 from cai.errors import Interrupted
+from cai.models import locate
 from cai.training.arguments import keeps_own_pace, make_arguments
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data
@@ -30,13 +31,11 @@ from cai.training.folder import Mode, TrainFolder
 from cai.training.loading import find_model, load_tokenizer
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
-from cai.training.settings import StageName, TrainSettings
+from cai.training.settings import QUIET, StageName, TrainSettings
 from cai.training.stage import Parts, build_trainer
 from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
 from cai.weights import context_length, loading, pretrained
 
-_QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
-"""Keys of TRL that change nothing in the model."""
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
 """Parts of the names of measures that say nothing of the model."""
@@ -98,12 +97,14 @@ def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialS
 
 def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData) -> dict[str, Any]:
     """What decides the trained model: the settings, the weights it begins with, the rows."""
+    reference = getattr(settings, "reference", None)
     return {
         "stage": stage,
         **settings.model_dump(mode="json", exclude={"data", "trl"}),
         "model": f"{Path(settings.model).name}@{version}",
+        **({"reference": f"{Path(reference).name}@{locate(reference).version}"} if reference else {}),
         "rows": rows_hash(data),
-        "trl": {key: value for key, value in settings.trl.items() if key not in _QUIET},
+        "trl": {key: value for key, value in settings.trl.items() if key not in QUIET},
     }
 
 

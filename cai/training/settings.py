@@ -17,6 +17,8 @@ from cai.documents import Part, Text
 
 StageName = Literal["sft", "reward", "dpo", "kto", "orpo", "cpo"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "dpo", "kto", "orpo", "cpo")
+QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
+"""Keys of TRL that change nothing in the model."""
 
 
 class SourceSettings(Part):
@@ -126,6 +128,8 @@ class DpoSettings(TrainSettings):
 
     soft_labels: bool = True
     """Each pair counts by its own `chosen_probability`: conservative DPO (Mitchell 2023) with a label of its own."""
+    reference: Text | None = None
+    """The model that the trained one is held near: an alias, a folder, or a Hub id; null: the model it begins with."""
 
 
 class KtoSettings(TrainSettings):

@@ -1,0 +1,167 @@
+"""What `cai run` shows: each stage as it is reached, the dry run, the table at the end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from cai import pipeline
+from cai.cli import progress
+from cai.cli.terminal import console, counted, duration, errors, printable
+from cai.cli.training import progress as training_progress
+from cai.config import Recipe
+from cai.errors import CaiError, PromptSourceError
+from cai.generation.estimate import estimate
+from cai.pipeline import Choice, Pipeline, Watch, Watcher
+from cai.pipeline.forecasting import Entry, Forecast, Verdict, read_manifest
+from cai.pipeline.steps import Step
+from cai.prompts import read_prompts
+from cai.training import TrainSettings
+
+_DOES = {
+    "skip": "finished",
+    "run": "would run",
+    "continue": "would go on",
+    "remake": "would be made anew",
+    "maybe": "would be made anew",
+}
+_BEGINS = {"run": "begins", "continue": "goes on", "remake": "is made anew"}
+_ROWS = {"sft": "sft", "kto": "unpaired"}
+"""What a stage trains on, where that is not `preference`."""
+
+
+def run(loaded: Pipeline, out: Path, choice: Choice, yes: bool, words: Sequence[str]) -> None:
+    """Run a pipeline and show what comes of it; `words` is the command that goes on with it, for errors."""
+    try:
+        manifest = pipeline.run_pipeline(loaded, out, choice, _Shown(yes))
+    except CaiError as exc:
+        if not read_manifest(out).get("stages"):
+            raise
+        raise type(exc)(f"{exc}\nthis command continues: {shlex.join(words)}") from exc
+    _show_table(manifest, out)
+
+
+class _Shown(Watcher):
+    """Shows what happens, and asks."""
+
+    def __init__(self, yes: bool) -> None:
+        self._yes = yes
+
+    def agree(self, lost: list[Step]) -> None:
+        """Asks at a terminal."""
+        if self._yes:
+            return
+        if not sys.stdin.isatty():
+            super().agree(lost)
+        names = ", ".join(str(step.folder) for step in lost)
+        typer.confirm(f"Delete what was made in {names}, and make it anew?", abort=True)
+
+    def begin(self, step: Step, verdict: Verdict) -> None:
+        """One line."""
+        if verdict.does == "skip":
+            said = "finished, skipped"
+        else:
+            said = _BEGINS[verdict.does] + (f" ({verdict.why})" if verdict.does == "remake" else "")
+        console.print(f"[bold]{escape(step.label)}[/] ({step.kind}): {escape(printable(said))}", soft_wrap=True)
+
+    def end(self, step: Step, entry: Entry) -> None:
+        """One line."""
+        told = escape(printable(_result(entry)))
+        console.print(
+            f"[bold]{escape(step.label)}[/] ({step.kind}): done in {duration(entry['seconds'])}; {told}", soft_wrap=True
+        )
+
+    def watch(self, step: Step, settings: Recipe) -> Watch:
+        """The progress of generating."""
+        return progress.watch
+
+    def show(self, step: Step) -> AbstractContextManager[Any]:
+        """The progress of training."""
+        return training_progress()
+
+
+def _result(entry: Entry) -> str:
+    """What came of a stage, in words."""
+    measures = entry.get("measures", {})
+    if entry["kind"] != "generate":
+        return ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in list(measures.items())[:2])
+    parts = [counted(measures["prompts"], "prompt"), counted(measures["preference"], "pair")]
+    if measures.get("sft"):
+        parts.append(counted(measures["sft"], "row") + " for sft")
+    if "candidate_length" in measures:
+        cut = f", {measures['candidates_truncated']:.0%} cut off" if measures["candidates_truncated"] else ""
+        parts.append(f"answers of {measures['candidate_length']:.0f} characters (mean{cut})")
+    return ", ".join(parts)
+
+
+def _show_table(manifest: dict[str, Any], out: Path) -> None:
+    table = Table("stage", "what came of it", "time", "folder", box=None, header_style="bold", pad_edge=False)
+    for entry in manifest["stages"]:
+        name = f"{entry['name']} (round {entry['round']})" if entry["round"] > 1 else entry["name"]
+        told = _result(entry) if entry["state"] == "done" else entry["state"]
+        table.add_row(escape(name), escape(printable(told)), duration(entry["seconds"]), escape(entry["folder"]))
+    console.print()
+    console.print(table)
+    console.print(f"\nall of it is in {escape(printable(str(out)))}", soft_wrap=True)
+    policies = [entry["folder"] for entry in manifest["stages"] if entry["kind"] not in ("generate", "reward")]
+    if policies and manifest["status"] == "done":
+        console.print(f"use the last model:  cai generate -m {escape(printable(str(out / policies[-1])))}", soft_wrap=True)
+
+
+# --- the dry run
+
+
+def show_dry_run(loaded: Pipeline, out: Path, choice: Choice) -> None:
+    """The stages, what would be skipped or run, calls and rows where they are known. Makes nothing."""
+    seen = pipeline.forecast(loaded, out, choice)
+    table = Table("stage", "kind", "would be", "calls or rows", "folder", box=None, header_style="bold", pad_edge=False)
+    for step in seen.steps:
+        verdict = seen.verdicts.get(step)
+        if verdict is None:
+            said = "left as it is"
+        else:
+            said = _DOES[verdict.does] + (f", {verdict.why}" if verdict.why and verdict.does != "continue" else "")
+        table.add_row(escape(step.label), step.kind, escape(said), _size(step, seen), escape(step.folder.name))
+    console.print(table)
+    console.print(f"nothing was made; a run would make it in {escape(printable(str(out)))}", soft_wrap=True)
+
+
+def _size(step: Step, seen: Forecast) -> str:
+    settings = seen.settings.get(step)
+    if isinstance(settings, Recipe):
+        return _calls(step, settings, seen)
+    if isinstance(settings, TrainSettings):
+        return _training_rows(step, seen)
+    return ""
+
+
+def _calls(step: Step, recipe: Recipe, seen: Forecast) -> str:
+    from cai.constitution import load_constitution
+
+    if any(one.kind == "generate" and one not in seen.finished for one in step.reads):
+        return "prompts are not there yet"
+    try:
+        told = estimate(recipe, load_constitution(recipe.constitution), read_prompts(recipe.prompts))
+    except PromptSourceError as exc:
+        errors.print(f"[yellow]note:[/] {escape(printable(str(exc)))}", soft_wrap=True)
+        return ""
+    return f"{counted(told.prompts, 'prompt')}, at most {counted(sum(told.calls.values()), 'call')}"
+
+
+def _training_rows(step: Step, seen: Forecast) -> str:
+    sources = [step.bound.get(one.source) for one in step.section.data]
+    rows = 0
+    for source in sources:
+        if not isinstance(source, Step) or source not in seen.finished:
+            return "" if not isinstance(source, Step) else f"rows of @{source.name}, not there yet"
+        made = read_manifest(source.folder).get("dataset", {}).get("rows", {})
+        rows += made.get(_ROWS.get(step.kind, "preference"), {}).get("train", 0)
+    return counted(rows, "row")

@@ -1,0 +1,57 @@
+"""Every step of a pipeline checked before the first one runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cai.config import Recipe
+from cai.errors import CaiError, ConfigError
+from cai.pipeline.planning import plan
+from cai.pipeline.recipe import Pipeline, Settings
+from cai.pipeline.steps import Step, base_model
+from cai.prompts import read_prompts
+from cai.training import TrainSettings
+
+
+def refuse_ppo(step: Step) -> None:
+    """Raises `ConfigError` for a stage of PPO."""
+    if step.kind == "ppo":
+        raise ConfigError(f"{step.where}: PPO is not in this version of cai; add --until with the stage before it")
+
+
+def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
+    """Check a step as far as that can be without what earlier steps have yet to make, and return its settings, in which the
+    model that an earlier step begins with stands for the one that it will train. Raises `ConfigError`."""
+    settings = step.with_places(lambda one: one.folder if one in finished or one.kind == "generate" else base_model(one))
+    try:
+        if isinstance(settings, Recipe):
+            plan(settings)
+            unmade = any(one.kind == "generate" and one not in finished for one in step.reads)
+            if settings.prompts.source == "-":
+                raise ConfigError("prompts.source: standard input cannot be read again; save the prompts to a file")
+            if not unmade:
+                read_prompts(settings.prompts)
+        else:
+            _check_training(pipeline, step, settings)
+    except CaiError as exc:
+        shown = str(exc)
+        raise ConfigError(shown if shown.startswith(step.where.rpartition(":")[0]) else f"{step.where}: {shown}") from exc
+    return settings
+
+
+def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> None:
+    from cai.training.arguments import check_arguments, make_arguments
+    from cai.training.loading import find_model
+
+    for key, value in settings.trl.items():
+        loc = ("stages", step.name, step.kind, "trl")
+        where = pipeline.where((*loc, key)).removesuffix(f".{key}")
+        check_arguments(step.training, {key: value}, where)
+    make_arguments(step.training, settings, step.folder)
+    find_model(settings)
+    for text, source in zip((one.source for one in step.section.data), settings.data, strict=True):
+        path = Path(os.path.expanduser(source.source))
+        local = source.source.startswith((".", "/", "~")) or source.source.count("/") != 1
+        if text not in step.bound and local and not path.exists():
+            raise ConfigError(f"data '{source.source}': there is no such file or folder")

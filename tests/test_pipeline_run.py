@@ -1,0 +1,495 @@
+"""`cai run`: stages in order, finished ones skipped, what is made of changed inputs made anew, and what goes wrong told."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai.config import load_recipe
+from cai.documents import Document
+from cai.errors import ConfigError, EngineError
+from cai.pipeline import Choice, Pipeline, Watcher, load_pipeline, run_pipeline
+from cai.pipeline.recipe import Stage
+from cai.pipeline.stages import train_apart
+from cai.pipeline.steps import Step, unfold
+from cai.recipes import built_in_recipes
+from cai.training import DpoSettings, SftSettings, StageName, TrainSettings
+from tests.runs import ROOT, SCRIPTED, SMALL, command, log_lines, manifest, start, wait_until
+from tests.test_config import sections
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def data(function: str = "logged", **more: Any) -> dict[str, Any]:
+    return {
+        "constitution": str(SMALL),
+        "policy": {"model": f"scripted:{SCRIPTED}:{function}"},
+        "prompts": {"source": "benign", "limit": 6},
+        "generation": {"concurrency": 4},
+        "dataset": {"test_fraction": 0},
+        **more,
+    }
+
+
+def training(model: Path | str, **more: Any) -> dict[str, Any]:
+    trl = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, **more}
+    return {"model": str(model), "data": "@data", "dtype": "float32", "trl": trl}
+
+
+def stages(tiny: Path) -> dict[str, Any]:
+    return {
+        "data": {"generate": data()},
+        "sft": {"sft": training(tiny)},
+        "reward": {"reward": training(tiny)},
+        "dpo": {"dpo": training("@sft")},
+    }
+
+
+def pipeline(stages: dict[str, Any], **more: Any) -> Pipeline:
+    return Pipeline.model_validate({"name": "test", "stages": stages, **more})
+
+
+def changed(tiny: Path, dotted: str, value: Any) -> Pipeline:
+    """The four stages with one key changed."""
+    given = stages(tiny)
+    *path, key = dotted.split(".")
+    target: Any = given
+    for part in path:
+        target = target[part]
+    target[key] = value
+    return pipeline(given)
+
+
+class Planted:
+    """In place of training: writes a model folder whose content hangs on all that it was told, and notes its calls."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.fails = ""
+
+    def __call__(self, stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
+        self.made.append(out.name)
+        out.mkdir(exist_ok=True)
+        if out.name == self.fails:
+            raise EngineError("out of memory")
+        inputs = [(Path(settings.model) / "config.json").read_text(), manifest(Path(settings.data[0].source))["files"]]
+        told_to = settings.model_dump(mode="json", exclude={"data", "model"})
+        (out / "config.json").write_text(json.dumps([stage, told_to, str(inputs)]))
+        told = {"status": "done", "measures": {"train_loss": 0.5}}
+        (out / "manifest.json").write_text(json.dumps(told))
+        return told
+
+
+class Agreeing(Watcher):
+    """Agrees to every loss; notes what is done about each stage."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
+        self.did: dict[str, str] = {}
+
+    def agree(self, lost: list[Step]) -> None:
+        self.lost = [step.folder.name for step in lost]
+
+    def begin(self, step: Step, verdict: Any) -> None:
+        self.did[step.folder.name] = verdict.does
+
+
+@pytest.fixture
+def train() -> Planted:
+    return Planted()
+
+
+def test_all_stages_train_on_what_those_before_made_and_a_second_call_makes_nothing(tmp_path: Path, tiny: Path, log: Path):
+    def train(stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
+        return running.train(stage, settings, out, show=show)
+
+    from cai.training import running
+
+    out, given = tmp_path / "out", pipeline(stages(tiny))
+    made = run_pipeline(given, out, train=train)
+    assert made == manifest(out)
+    assert made["status"] == "done"
+    assert [(entry["folder"], entry["kind"], entry["state"]) for entry in made["stages"]] == [
+        ("1-data", "generate", "done"),
+        ("2-sft", "sft", "done"),
+        ("3-reward", "reward", "done"),
+        ("4-dpo", "dpo", "done"),
+    ]
+    assert made["stages"][0]["measures"]["preference"] == sum(
+        manifest(out / "1-data")["dataset"]["rows"]["preference"].values()
+    )
+    assert all(entry["measures"]["train_loss"] > 0 for entry in made["stages"][1:])
+    assert manifest(out / "4-dpo")["model"] == str(out / "2-sft")
+    assert load_pipeline(out / "recipe.yaml") == given
+
+    before, calls = (out / "4-dpo" / "model.safetensors").stat().st_mtime_ns, len(log_lines(log))
+    watcher = Agreeing()
+    assert run_pipeline(given, out, watcher=watcher, train=train) == made
+    assert set(watcher.did.values()) == {"skip"}
+    assert ((out / "4-dpo" / "model.safetensors").stat().st_mtime_ns, len(log_lines(log))) == (before, calls)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "remade"),
+    [
+        ("sft.sft.trl.max_steps", 3, ["2-sft", "4-dpo"]),
+        ("dpo.dpo.seed", 7, ["4-dpo"]),
+        ("data.generate.prompts.limit", 5, ["1-data", "2-sft", "3-reward", "4-dpo"]),
+        ("data.generate.dataset.min_probability", 0.51, ["1-data"]),  # every pair is surer, so the rows are the same
+        ("data.generate.generation.concurrency", 2, []),
+        ("sft.sft.trl.logging_steps", 5, []),
+        ("sft.sft.lora", True, ["2-sft", "4-dpo"]),
+    ],
+)
+def test_what_is_made_of_a_changed_input_is_made_anew(tmp_path, tiny, log, train, dotted, value, remade):
+    run_pipeline(pipeline(stages(tiny)), tmp_path / "out", train=train)
+    calls, watcher = len(log_lines(log)), Agreeing()
+    run_pipeline(changed(tiny, dotted, value), tmp_path / "out", watcher=watcher, train=train)
+    assert [name for name, does in watcher.did.items() if does == "remake"] == remade
+    assert train.made == ["2-sft", "3-reward", "4-dpo", *(name for name in remade if name != "1-data")]
+    assert {name for name in remade if name != "1-data"} <= set(watcher.lost)
+    assert len(log_lines(log)) == calls, "no finished call was made again"
+    watcher = Agreeing()
+    run_pipeline(changed(tiny, dotted, value), tmp_path / "out", watcher=watcher, train=train)
+    assert set(watcher.did.values()) == {"skip"}
+
+
+def test_a_changed_file_is_a_changed_input(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(SMALL.read_text())
+    given = changed(tiny, "data.generate.constitution", str(mine))
+    run_pipeline(given, tmp_path / "out", train=train)
+    mine.write_text(SMALL.read_text().replace("not kind", "unkind"))
+    watcher = Agreeing()
+    run_pipeline(given, tmp_path / "out", watcher=watcher, train=train)
+    assert watcher.did["1-data"] == "remake"
+
+
+def test_a_trained_model_is_not_deleted_without_consent(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    run_pipeline(pipeline(stages(tiny)), tmp_path / "out", train=train)
+    before = (tmp_path / "out" / "2-sft" / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"delete what was made in .*2-sft, .*4-dpo; add --yes"):
+        run_pipeline(changed(tiny, "sft.sft.seed", 3), tmp_path / "out", train=train)
+    assert (tmp_path / "out" / "2-sft" / "config.json").read_bytes() == before
+    assert train.made == ["2-sft", "3-reward", "4-dpo"]
+
+
+def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    out, given = tmp_path / "out", pipeline(stages(tiny))
+    with pytest.raises(ConfigError, match=r"--from dpo: 'sft' \(.*2-sft\) is not finished"):
+        run_pipeline(given, out, Choice(start="dpo"), train=train)
+    assert not out.exists()
+    made = run_pipeline(given, out, Choice(until="sft"), train=train)
+    assert (made["status"], [entry["name"] for entry in made["stages"]]) == ("partial", ["data", "sft"])
+    made = run_pipeline(changed(tiny, "data.generate.seed", 1), out, Choice(start="dpo"), train=train)
+    assert [entry["name"] for entry in made["stages"]] == ["data", "sft", "dpo"]
+    assert train.made == ["2-sft", "4-dpo"], "what stands before --from is taken as it is"
+    for choice, problem in (
+        (Choice(start="dop"), r"--from dop: no such stage \(did you mean 'dpo'\?\); stages: data, sft, reward, dpo"),
+        (Choice("dpo", "sft"), "--until sft comes before --from dpo"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            run_pipeline(given, out, choice, train=train)
+
+
+def test_fresh_makes_all_chosen_stages_anew_also_after_it_was_stopped(tmp_path, tiny, log, train):
+    given, watcher = pipeline(stages(tiny)), Agreeing()
+    run_pipeline(given, tmp_path / "out", train=train)
+    train.fails = "3-reward"
+    with pytest.raises(EngineError):
+        run_pipeline(given, tmp_path / "out", Choice("sft", fresh=True), watcher, train)
+    assert watcher.lost == ["2-sft", "3-reward", "4-dpo"]
+    with pytest.raises(ConfigError, match=r"delete what was made in .*1-data; add --yes"):
+        run_pipeline(given, tmp_path / "out", Choice(until="data", fresh=True), train=train)
+    train.made, train.fails = [], ""
+    run_pipeline(given, tmp_path / "out", watcher=watcher, train=train)
+    assert train.made == ["3-reward", "4-dpo"]
+    assert watcher.did == {"1-data": "skip", "2-sft": "skip", "3-reward": "continue", "4-dpo": "remake"}
+
+
+def test_a_stage_that_fails_is_named_and_goes_on_with_the_same_call(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    given, train.fails = pipeline(stages(tiny)), "3-reward"
+    with pytest.raises(EngineError, match=r"^stage 'reward' \(.*3-reward\): out of memory$"):
+        run_pipeline(given, tmp_path / "out", train=train)
+    told = manifest(tmp_path / "out")
+    assert told["status"] == "failed"
+    assert [entry["state"] for entry in told["stages"]] == ["done", "done", "failed"]
+    assert told["stages"][2]["error"] == "out of memory"
+    train.made, train.fails = [], ""
+    assert run_pipeline(given, tmp_path / "out", train=train)["status"] == "done"
+    assert train.made == ["3-reward", "4-dpo"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, tiny: Path, train: Planted):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex, but no pipeline of cai run; use another -o"):
+        run_pipeline(pipeline(stages(tiny)), tmp_path, Choice(until="data"), train=train)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_error_comes_out_of_the_process_that_trains_with_its_type(tmp_path: Path, tiny: Path):
+    settings = SftSettings(model=str(tiny), data=str(tmp_path / "rows.jsonl"))  # type: ignore[arg-type]
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?"}\n')
+    from cai.training.watching import Silent
+
+    with pytest.raises(ConfigError, match="no column 'prompt' or 'completion'; columns here: question"):
+        train_apart("sft", settings, tmp_path / "out", Silent())
+
+
+# --- rounds
+
+
+def rounds(tiny: Path, **dpo: Any) -> Pipeline:
+    begin = {"policy": {"model": f"@dpo or scripted:{SCRIPTED}:respond"}}
+    given = {"data": {"generate": data(**begin)}, "dpo": {"dpo": {**training(f"@dpo or {tiny}"), **dpo}}}
+    return pipeline(given, rounds=3, seed=5)
+
+
+def test_each_round_goes_on_from_the_model_of_the_round_before(tmp_path: Path, tiny: Path):
+    steps = unfold(rounds(tiny, reference=str(tiny)), tmp_path)
+    assert [step.folder.name for step in steps] == ["1-data", "2-dpo", "3-data", "4-dpo", "5-data", "6-dpo"]
+    told = [step.settings.model_dump() for step in steps]
+    assert [one["policy"]["model"] for one in told[::2]] == [
+        f"scripted:{SCRIPTED}:respond",
+        str(tmp_path / "2-dpo"),
+        str(tmp_path / "4-dpo"),
+    ]
+    assert [one["model"] for one in told[1::2]] == [str(tiny), str(tmp_path / "2-dpo"), str(tmp_path / "4-dpo")]
+    assert [one["data"][0]["source"] for one in told[1::2]] == [str(tmp_path / f"{number}-data") for number in (1, 3, 5)]
+    assert [one["seed"] for one in told] == [5, 5, 6, 6, 7, 7]
+    assert {one["reference"] for one in told[1::2]} == {str(tiny)}
+
+
+def test_what_stands_once_runs_in_the_first_round_only(tmp_path: Path, tiny: Path):
+    given = {
+        "first": {"generate": data(), "once": True},
+        "sft": {"sft": {**training(tiny), "data": "@first"}, "once": True},
+        "data": {"generate": data()},
+        "dpo": {"dpo": training("@dpo or @sft")},
+    }
+    steps = unfold(pipeline(given, rounds=2), tmp_path)
+    assert [step.label for step in steps] == ["first", "sft", "data", "dpo", "data (round 2)", "dpo (round 2)"]
+    assert [steps[index].settings.model_dump()["model"] for index in (3, 5)] == [
+        str(tmp_path / "2-sft"),
+        str(tmp_path / "4-dpo"),
+    ]
+
+
+def test_a_stage_of_rounds_is_named_by_its_folder(tmp_path: Path, tiny: Path, train: Planted):
+    with pytest.raises(ConfigError, match="--until dpo: there is one in each round; name 2-dpo, 4-dpo, 6-dpo"):
+        run_pipeline(rounds(tiny), tmp_path / "out", Choice(until="dpo"), train=train)
+    made = run_pipeline(rounds(tiny), tmp_path / "out", Choice(until="2-dpo"), train=train)
+    assert [entry["folder"] for entry in made["stages"]] == ["1-data", "2-dpo"]
+
+
+def test_dpo_is_held_near_the_reference_that_is_named(tmp_path: Path, tiny: Path):
+    """At the first step the policy is where it begins: exactly as near as ln 2 says to itself, and not to another model."""
+    from cai.config import Recipe
+    from cai.pipeline import generate
+    from cai.training.running import train
+
+    generate(Recipe.model_validate(data("respond")), tmp_path / "data")
+    given = training(tiny, max_steps=1) | {"data": str(tmp_path / "data")}
+    trained = train(
+        "dpo", DpoSettings.model_validate(given | {"trl": given["trl"] | {"learning_rate": 0.1}}), tmp_path / "other"
+    )
+    assert trained["measures"]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    named = DpoSettings.model_validate(given | {"reference": str(tmp_path / "other")})
+    assert abs(train("dpo", named, tmp_path / "named")["measures"]["train_loss"] - math.log(2)) > 1e-3
+
+
+# --- what a recipe may say
+
+
+HEAD = 'name: test\nstages:\n  data: {generate: {prompts: {source: benign}}}\n  sft: {sft: {data: "@data"}}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\n", "'stages' is missing, so it is no pipeline"),
+        ("name: a b\nstages: {data: {generate: {}}}\n", "p.yaml:1: name: expected letters, digits, - and _"),
+        ("name: a\nstages: {}\n", "p.yaml:2: stages: "),
+        ("name: a\nstages:\n  x y: {generate: {}}\n", "p.yaml:3: stages.x y: expected letters, digits"),
+        ("name: a\nstages:\n  data: {}\n", "p.yaml:3: stages.data: expected exactly one of generate, sft, "),
+        (f"{HEAD}  x: {{generate: {{}}, sft: {{data: '@data'}}}}\n", "p.yaml:5: stages.x: expected exactly one of "),
+        (f"{HEAD}  x:\n    dpu: {{}}\n", "p.yaml:6: stages.x.dpu: unknown key (did you mean 'dpo'?)"),
+        (
+            f"{HEAD}  x:\n    dpo:\n      data: '@data'\n      modle: y\n",
+            "p.yaml:8: stages.x.dpo.modle: unknown key (did",
+        ),
+        (
+            f"{HEAD}  x:\n    generate:\n      prompts: {{limt: 3}}\n",
+            "p.yaml:7: stages.x.generate.prompts.limt: unknown key",
+        ),
+        (f"{HEAD}  x: {{dpo: {{}}}}\n", "p.yaml:5: stages.x.dpo.data: this key is required"),
+        (
+            f"{HEAD}  x:\n    dpo:\n      model: '@stf'\n      data: '@data'\n",
+            "p.yaml:7: stages.x.dpo.model: '@stf' is no stage; stages before it: @data, @sft (did you mean 'sft'?)",
+        ),
+        (f"{HEAD}  x: {{dpo: {{model: '@x', data: '@data'}}}}\n", "'@x' is this very stage; stages before it: @data, @sft"),
+        (
+            HEAD.replace("benign", "'@sft'"),
+            "p.yaml:3: stages.data.generate.prompts.source: '@sft' comes later; there is no",
+        ),
+        (f"{HEAD}  x: {{dpo: {{data: '@sft'}}}}\n", "'@sft' is a trained model, and rows are read here"),
+        (f"{HEAD}  x: {{dpo: {{model: '@data', data: '@data'}}}}\n", "'@data' is a dataset, and a model is needed here"),
+        (
+            f"{HEAD}  x: {{dpo: {{model: '@sft or y', data: '@data'}}}}\n",
+            "'@sft' is always there before 'x' runs; rem",
+        ),
+        (f"{HEAD}  x: {{dpo: {{model: '@sft y', data: '@data'}}}}\n", "'@sft y': expected '@STAGE', or '@STAGE or MODEL'"),
+        (
+            f"{HEAD}  a: {{sft: {{data: '@data', lora: {{merge: false}}}}}}\n  x: {{dpo: {{model: '@a', data: '@data'}}}}\n",
+            "p.yaml:6: stages.x.dpo.model: '@a' saves adapters alone",
+        ),
+        (
+            f"{HEAD}  r: {{reward: {{data: '@data'}}}}\n  x: {{dpo: {{model: '@r', data: '@data'}}}}\n",
+            "p.yaml:6: stages.x.dpo.model: '@r' is a reward model",
+        ),
+        (
+            f"rounds: 2\n{HEAD.replace('benign', 'benign}, policy: {model: vllm:@sft')}",
+            "in the first round there is no '@sft'",
+        ),
+    ],
+)
+def test_a_bad_pipeline_is_told_with_file_line_and_key(tmp_path: Path, text: str, message: str):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(tmp_path / "p.yaml")
+    assert message in str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
+    (tmp_path / "p.yaml").write_text(HEAD)
+    loaded = load_pipeline(tmp_path / "p.yaml", [("stages.data.generate.prompts.limit", 3, "--set")])
+    assert loaded.stages["data"].section.prompts.limit == 3
+    with pytest.raises(ConfigError, match=r"--set x: no stage 'dta' \(did you mean 'data'\?\); stages: data, sft"):
+        load_pipeline(tmp_path / "p.yaml", [("stages.dta.generate.prompts.limit", 3, "--set x")])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "    dpo:\n      data: '@data'\n      trl:\n        max_stebs: 3\n",
+            "p.yaml:9: stages.x.dpo.trl.max_stebs: DPOConfig",
+        ),
+        ("    dpo: {data: '@data', trl: {beta: x, warmup_steps: -3}}\n", "p.yaml:6: stages.x.dpo: trl: DPOConfig refuses"),
+        ("    dpo: {data: '@data', model: ./nowhere}\n", "p.yaml:6: stages.x.dpo: model './nowhere': there is no such folder"),
+        ("    dpo: {data: nowhere.jsonl}\n", "p.yaml:6: stages.x.dpo: data 'nowhere.jsonl': there is no such file"),
+        ("    generate: {generation: {rounds: 99}}\n", "p.yaml:6: stages.x.generate: generation.rounds: 99 rounds"),
+        (
+            "    generate: {prompts: {source: gone.jsonl}}\n",
+            "p.yaml:6: stages.x.generate: prompts 'gone.jsonl': there is no such",
+        ),
+        ("    generate: {prompts: {source: '-'}}\n", "standard input cannot be read again"),
+        ("    ppo: {}\n", "p.yaml:6: stages.x.ppo: PPO is not in this version of cai; add --until"),
+    ],
+)
+def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: str, message: str, train: Planted):
+    (tmp_path / "p.yaml").write_text(f"{HEAD}  x:\n{more}")
+    with pytest.raises(ConfigError) as caught:
+        run_pipeline(load_pipeline(tmp_path / "p.yaml"), tmp_path / "out", train=train)
+    assert message in str(caught.value).replace(f"{tmp_path}/", "")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", built_in_recipes())
+def test_shipped_pipelines_are_found_and_their_arguments_are_trls(name: str):
+    from cai.training.arguments import check_arguments
+
+    loaded = load_pipeline(name)
+    assert loaded == load_pipeline(ROOT / "pipelines" / f"{name}.yaml")
+    assert loaded.name == name
+    for stage in loaded.stages.values():
+        if isinstance(stage.section, TrainSettings):
+            check_arguments(stage.kind, stage.section.trl)
+    assert load_recipe(name, []).constitution, "its first stage, for cai generate"
+
+
+def test_the_modules_example_is_a_pipeline():
+    import cai.pipeline.recipe
+
+    _, _, example = (cai.pipeline.recipe.__doc__ or "").partition("\n\n")
+    assert list(Document(example.partition("\n\n")[0], "docstring").validate(Pipeline).stages) == ["data", "sft", "dpo"]
+
+
+@pytest.mark.parametrize("section", [*sections(Stage), Pipeline])
+def test_every_key_has_a_docstring(section: Any):
+    assert [name for name, field in section.model_fields.items() if not field.description] == []
+
+
+# --- the command
+
+
+def written(tmp_path: Path, stages: dict[str, Any]) -> Path:
+    (tmp_path / "p.yaml").write_text(json.dumps({"name": "test", "stages": stages}))
+    return tmp_path / "p.yaml"
+
+
+def test_the_command_names_itself_where_a_stage_fails(tmp_path: Path):
+    bad = {"prompts": {"source": str(tmp_path / "bad.jsonl")}}
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fault:raise"}\n')
+    recipe = written(tmp_path, {"data": {"generate": data("faulty", **bad)}})
+    done = command("run", recipe, "-o", tmp_path / "my out", "--set", "seed=3")
+    assert done.returncode == 1
+    assert "cai: stage 'data' (" in done.stderr
+    assert f"this command continues: cai run {recipe} -o '{tmp_path}/my out' --set seed=3" in done.stderr
+
+
+def test_a_dry_run_tells_and_makes_nothing(tmp_path: Path, tiny: Path):
+    recipe = written(tmp_path, {name: stage for name, stage in stages(tiny).items() if name in ("data", "sft")})
+    args = ("run", recipe, "-o", tmp_path / "out")
+    done = command(*args, "--dry-run", "--until", "data", env={"COLUMNS": "200"})
+    assert done.returncode == 0
+    assert "6 prompts, at most 78 calls" in done.stdout
+    assert "left as it is" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_continues(tmp_path: Path, log: Path):
+    recipe = written(tmp_path, {"data": {"generate": data("slow")}})
+    process = start("run", recipe, "-o", tmp_path / "out", env={"SLOW": "0.5"})
+    wait_until(lambda: len(log_lines(log)) >= 4)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"this command continues: cai run {recipe} -o {tmp_path}/out" in told
+    assert manifest(tmp_path / "out")["stages"][0]["state"] == "stopped"
+    finished = len(log_lines(log))
+    done = command("run", recipe, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "data (generate): goes on" in done.stdout
+    assert len(log_lines(log)) == 78, f"{finished} calls were not made again"
+
+
+def test_a_training_that_is_killed_with_its_pipeline_goes_on(tmp_path: Path, tiny: Path, log: Path):
+    sft = training(tiny, max_steps=80, save_steps=10)
+    recipe, out = written(tmp_path, {"data": {"generate": data()}, "sft": {"sft": sft}}), tmp_path / "out"
+    process = start("run", recipe, "-o", out, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = out / "2-sft" / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    wait_until(checkpoint.exists, 120)
+    process.kill()
+    process.wait()
+    assert manifest(out)["stages"][1]["state"] == "running"
+    again = start("run", recipe, "-o", out)
+    said, told = again.communicate(timeout=240)
+    assert again.returncode == 0, told
+    assert "data (generate): finished, skipped" in said
+    assert "sft (sft): goes on" in said
+    steps = [json.loads(line)["step"] for line in (out / "2-sft" / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps.count(1) == 1, "the second process began at a checkpoint"
+    assert manifest(out)["status"] == "done"
