@@ -244,7 +244,7 @@ def test_an_error_comes_out_of_the_process_that_trains_with_its_type(tmp_path: P
     (tmp_path / "rows.jsonl").write_text('{"question": "Why?"}\n')
     from cai.training.watching import Silent
 
-    with pytest.raises(ConfigError, match="no column 'prompt' or 'completion'; columns here: question"):
+    with pytest.raises(ConfigError, match="its only row is not a dialogue that ends with the assistant's turn"):
         train_apart("sft", settings, tmp_path / "out", Silent())
 
 

@@ -161,8 +161,13 @@ class Pipeline(Part):
         if key != "source" and kind == "generate":
             return f"'@{target}' is a dataset, and a model is needed here; name a stage that trains"
         lora = getattr(self.stages[target].section, "lora", None)
-        if key in ("model", "reference") and lora and not lora.merge and kind != "reward":
-            return f"'@{target}' saves adapters alone, which are no model; set lora.merge of '{target}' to true"
+        if (
+            key in ("model", "reference")
+            and lora
+            and not lora.merge
+            and not {kind, self.stages[name].kind} & {"reward", "generate"}
+        ):
+            return f"'@{target}' saves adapters alone, which no training begins with; set lora.merge of '{target}' to true"
         judging = loc[0] == "judge" or self.stages[name].kind in ("reward", "ppo")
         if key in ("model", "reference") and kind == "reward" and not judging:
             return f"'@{target}' is a reward model, which answers nothing; name another stage, or use it as the judge's model"
