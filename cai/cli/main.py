@@ -163,7 +163,7 @@ def run(
     ] = None,
     until: Annotated[str | None, option("--until", panel=INPUTS, metavar="STAGE", help="End with that stage.")] = None,
     out: Annotated[
-        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/NAME.")
+        str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/NAME-pipeline.")
     ] = None,
     fresh: Annotated[bool, option("--fresh", panel=FOLDER, help="Make the stages anew; asks if models would be lost.")] = False,
     yes: Yes = False,
@@ -178,7 +178,7 @@ def run(
     from cai.pipeline import Choice, load_pipeline
 
     loaded = load_pipeline(recipe, [parse_set(one) for one in set_ or ()])
-    folder = choose_folder(out, loaded.name)
+    folder = choose_folder(out, f"{loaded.name}-pipeline")
     if isinstance(folder, str):
         raise ConfigError(f"-o {folder}: a pipeline runs in a folder on this machine")
     choice = Choice(start, until, fresh)

@@ -107,7 +107,7 @@ class Pipeline(Part):
     """All of it."""
 
     name: Text
-    """What the pipeline is called; its default folder is `runs/NAME`."""
+    """What the pipeline is called; its default folder is `runs/NAME-pipeline`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The seed of every stage that has none of its own; each round adds one."""
     rounds: PositiveInt = 1
