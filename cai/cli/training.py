@@ -110,6 +110,10 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
             console.print(f"[yellow]left out[/] {left_out:,} rows that could not be used; the first, {first}", soft_wrap=True)
     for split, count in manifest["too_long"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
+    for split, count in manifest["unlabelled"].items():
+        console.print(f"[yellow]left out[/] {count:,} of {split}: no verdict on any objective")
+    if not any(one["test"] for one in manifest["data"]):
+        console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
     for name, value in manifest["measures"].items():
         if isinstance(value, int | float):
