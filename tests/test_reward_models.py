@@ -27,7 +27,7 @@ from cai.training.heads import ExactHead
 from cai.training.loading import load_tokenizer
 from cai.training.reward_model import RewardModel
 from cai.training.running import train
-from cai.training.settings import RewardSettings
+from cai.training.settings import RewardSettings, SourceSettings
 from cai.training.stage import Parts, build_trainer
 from cai.training.watching import Watch
 from tests.runs import SMALL, command, recipe, rows
@@ -293,6 +293,15 @@ def test_pairs_of_a_file_keep_their_labels_and_may_be_one_objectives(base, run, 
     assert made[-3]["probabilities"] == pytest.approx([0.9, math.nan], nan_ok=True)
     assert [one["margin"] for one in made][-3:] == [0.0, 2.0, 0.0]
     assert set(made["margin"][:-3]) == {0.0}
+    assert load_data("reward", settings(base, file, run)).train["tags"][:3] == [[], [], []], "beside a run, without a tag"
+
+
+def test_a_run_of_before_principles_had_probabilities_needs_a_tag(run):
+    old = Dataset.from_list([{"chosen_probability": 0.9, "principle_ids": ["kind"], "principle_probabilities": None}])
+    source = SourceSettings(source=str(run))
+    with pytest.raises(ConfigError, match="make the dataset anew"):
+        objectives.tag_pairs(old, source, RewardSettings.model_validate({"data": "x", "objectives": BOTH}))
+    assert objectives.tag_pairs(old, source, RewardSettings.model_validate({"data": "x"}))["tags"] == [[]]
 
 
 @pytest.mark.parametrize("objective", [None, 0.05])

@@ -48,11 +48,13 @@ class _Pace:
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None
+        self._last = 0
 
     def left(self, done: int, total: int) -> str:
-        """`, about 6 min left`, or an empty string where that cannot be told."""
+        """`, about 6 min left`, or an empty string where that cannot be told; fewer steps are those of another model."""
         now = time.monotonic()
-        began, before = self._since = self._since or (now, done)
+        began, before = self._since = (now, done) if self._since is None or done < self._last else self._since
+        self._last = done
         if not before < done < total:
             return ""
         return f", about {duration((now - began) * (total - done) / (done - before))} left"
