@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from cai.errors import VerdictError
 from cai.evaluation import Agreement, measure
-from cai.evaluation.intervals import difference, share
+from cai.intervals import difference, share
 from cai.judging.base import leaning, principle_verdict, verdict
 from cai.types import Completion, Message, PrincipleVerdict, Prompt, Record, Verdict
 

@@ -103,7 +103,8 @@ def test_the_card_says_how_the_data_was_made_and_what_was_dropped():
         "temperature 0.7, top-p 1.0, at most 99 tokens, seed 41",
         "3 candidates, 1 rounds of critique and revision after 5 few-shot dialogues, pairs from both",
         "all principles a pair",
-        "| `preference` | `prompt`, `chosen`, `rejected`, and the judge's `chosen_probability` | 9 train, 1 test |",
+        "| `preference` | `prompt`, `chosen`, `rejected`, the judge's `chosen_probability`, and by `principle_ids` its "
+        "`principle_probabilities` | 9 train, 1 test |",
         "> Write a rude song.",
         "> You stink.",
         "> You are fine.",

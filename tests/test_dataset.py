@@ -88,6 +88,7 @@ FEATURES = {
         "prompt_id": datasets.Value("string"),
         "source": datasets.Value("string"),
         "principle_ids": datasets.List(datasets.Value("string")),
+        "principle_probabilities": datasets.List(datasets.Value("float64")),
     },
     "unpaired": {
         "prompt": text_message(),

@@ -244,7 +244,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path, tokenizer):
 def test_prepared_rows_are_read_again_as_they_were(run, tmp_path, tokenizer):
     given = data("dpo", run)
     prepare_rows(given, tokenizer, 10_000, tmp_path / "rows")
-    kept, too_long = read_rows(given, tmp_path / "rows")
-    assert (list(kept.train), list(kept.test), too_long) == (list(given.train), list(given.test), {})
+    kept, left_out = read_rows(given, tmp_path / "rows")
+    assert (list(kept.train), list(kept.test), left_out) == (list(given.train), list(given.test), ({}, {}))
     prepare_rows(data("dpo", run), tokenizer, 1, tmp_path / "rows")  # they are there
     assert read_rows(given, tmp_path / "rows")[0].train._fingerprint == kept.train._fingerprint

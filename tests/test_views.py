@@ -61,6 +61,7 @@ def test_a_preference_row():
         "prompt_id": "a/b",
         "source": "revision",
         "principle_ids": ["q0", "q1"],
+        "principle_probabilities": [one.swap().probability for one in one.verdicts[0].principles],
     }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cai.cli import constitution, doctor, judge, train
+from cai.cli import constitution, doctor, judge, reward, train
 from cai.cli import recipe as recipes
 from cai.cli.options import (
     FOLDER,
@@ -48,6 +48,7 @@ app.add_typer(constitution.app, name="constitution")
 app.add_typer(judge.app, name="judge")
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(train.app, name="train")
+app.add_typer(reward.app, name="reward")
 app.command("doctor")(doctor.doctor)
 
 _EXAMPLES = """

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cai.cli.terminal import duration
 from cai.generation import Tally
 
 _LINE_EVERY = 15.0
 """Seconds between plain lines."""
+_COUNTED = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 @contextmanager
@@ -96,3 +97,22 @@ def _state(tally: Tally, began: float) -> str:
     if tally.quarantined or tally.duplicates:
         parts.append(f"{tally.quarantined.total() + tally.duplicates} left out")
     return ", ".join(parts)
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` are done while the block runs; what it yields is called with how many more are."""
+    with Progress(*_COUNTED, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=total)
+        began = shown = time.monotonic()
+        done = 0
+
+        def more(count: int) -> None:
+            nonlocal done, shown
+            done += count
+            progress.advance(task, count)
+            if (now := time.monotonic()) - shown >= _LINE_EVERY and not sys.stderr.isatty():
+                shown, left = now, (now - began) * (total - done) / max(done, 1)
+                print(f"{what} {done:,} of {total:,}, about {duration(left)} left", file=sys.stderr, flush=True)
+
+        yield more

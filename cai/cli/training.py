@@ -48,11 +48,13 @@ class _Pace:
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None
+        self._last = 0
 
     def left(self, done: int, total: int) -> str:
-        """`, about 6 min left`, or an empty string where that cannot be told."""
+        """`, about 6 min left`, or an empty string where that cannot be told; fewer steps are those of another model."""
         now = time.monotonic()
-        began, before = self._since = self._since or (now, done)
+        began, before = self._since = (now, done) if self._since is None or done < self._last else self._since
+        self._last = done
         if not before < done < total:
             return ""
         return f", about {duration((now - began) * (total - done) / (done - before))} left"
@@ -110,6 +112,10 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
             console.print(f"[yellow]left out[/] {left_out:,} rows that could not be used; the first, {first}", soft_wrap=True)
     for split, count in manifest["too_long"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
+    for split, count in manifest["unlabelled"].items():
+        console.print(f"[yellow]left out[/] {count:,} of {split}: no verdict on any objective")
+    if not any(one["test"] for one in manifest["data"]):
+        console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
     for name, value in manifest["measures"].items():
         if isinstance(value, int | float):

@@ -69,6 +69,7 @@ SCHEMAS = {
             ("prompt_id", pa.string()),
             ("source", pa.string()),
             ("principle_ids", pa.list_(pa.string())),
+            ("principle_probabilities", pa.list_(pa.float64())),
         ]
     ),
     "unpaired": pa.schema(

@@ -5,7 +5,8 @@ A preference row, abridged:
     {"prompt": [{"role": "user", "content": "Write a mean joke about ..."}],
      "chosen": [{"role": "assistant", "content": "How about ..."}],
      "rejected": [{"role": "assistant", "content": "Why did ..."}],
-     "chosen_probability": 0.77, "source": "revision", "principle_ids": ["no-harassment", ...],
+     "chosen_probability": 0.77, "source": "revision",
+     "principle_ids": ["no-harassment", ...], "principle_probabilities": [0.81, ...],
      "pair_id": "red-team-insults-001/candidate-0/revision-1", "prompt_id": "red-team-insults-001"}
 """
 
@@ -146,7 +147,7 @@ def _preferred(record: Record, verdict: Verdict) -> PreferencePair:
 
 
 def preference(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]:
-    """Chosen and rejected, with the judge's probability as a soft label."""
+    """Chosen and rejected, with the judge's probability as a soft label, and that of each principle beside its id."""
     for pair in pairs(record, config):
         if isinstance(pair, Dropped):
             yield pair
@@ -161,6 +162,7 @@ def preference(record: Record, config: DatasetConfig) -> Iterator[Row | Dropped]
             "prompt_id": record.prompt.id,
             "source": pair.verdict.source,
             "principle_ids": [verdict.principle_id for verdict in pair.verdict.principles],
+            "principle_probabilities": [verdict.probability for verdict in pair.verdict.principles],
         }
 
 

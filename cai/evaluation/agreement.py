@@ -33,15 +33,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Struct
 
+from cai import reliability
 from cai.errors import VerdictError
-from cai.evaluation import reliability
-from cai.evaluation.intervals import Estimate, difference, share
 from cai.evaluation.readings import Readings
-from cai.evaluation.reliability import ReliabilityBin
+from cai.intervals import Estimate, difference, share
+from cai.reliability import ReliabilityBin
 from cai.types import Record
 
 if TYPE_CHECKING:
-    from cai.evaluation.intervals import Numbers
+    from cai.intervals import Numbers
 
 
 class LengthGroup(Struct, frozen=True):

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cai.errors import ConfigError, VerdictError
-from cai.evaluation.intervals import Estimate, difference, share
+from cai.intervals import Estimate, difference, share
 from cai.judging.calibration import (
     Calibration,
     CrossValidated,
@@ -39,7 +39,7 @@ from cai.prompts import Row
 from cai.types import Record, Verdict
 
 if TYPE_CHECKING:
-    from cai.evaluation.intervals import Numbers
+    from cai.intervals import Numbers
 
 Kind = Literal["scale", "weights"]
 _PAIRS = 20

@@ -21,7 +21,7 @@ from cai.seeds import derive_seed
 from cai.types import PrincipleVerdict, Record
 
 if TYPE_CHECKING:
-    from cai.evaluation.intervals import Numbers
+    from cai.intervals import Numbers
 
 
 class Table:

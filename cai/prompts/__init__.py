@@ -1,6 +1,6 @@
 """Prompt sources, and the prompt sets that come with the package."""
 
-from cai.prompts.completions import to_completion
+from cai.prompts.completions import read_completions, to_completion
 from cai.prompts.pairs import Pair, read_pairs, to_pair
 from cai.prompts.sources import Row, built_in_sets, count_prompts, read_prompts, read_raw
 
@@ -9,6 +9,7 @@ __all__ = [
     "Row",
     "built_in_sets",
     "count_prompts",
+    "read_completions",
     "read_pairs",
     "read_prompts",
     "read_raw",

@@ -1,16 +1,34 @@
-"""A prompt with one completion, in any of TRL's conversational formats."""
+"""A prompt with one completion, in any of TRL's conversational formats, or with the two of a pair."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cai.config import PromptsConfig
 from cai.errors import RowError, nearest
-from cai.prompts.pairs import answer
-from cai.prompts.rows import to_prompt
-from cai.types import Messages, without_surrogates
+from cai.prompts.pairs import answer, to_pair
+from cai.prompts.rows import _digest, _row_id, to_prompt
+from cai.prompts.sources import Row, read_rows
+from cai.types import Messages, Prompt, without_surrogates
 
 _DIALOGUES = ("messages", "conversations")
+
+
+def read_completions(config: PromptsConfig) -> Iterator[Row]:
+    """The rows of a source, one at a time, up to `limit`; given is one completion, or of a pair the better and the worse one.
+
+    Raises `ConfigError` at once where there is no such source, `PromptSourceError` where it cannot be read.
+    """
+    return read_rows(config, _parts)
+
+
+def _parts(row: Any) -> tuple[Prompt, tuple[str, ...]]:
+    if isinstance(row, Mapping) and row.get("chosen") is not None and row.get("rejected") is not None:
+        pair = to_pair(row)
+        return pair.prompt, (pair.chosen, pair.rejected)
+    before, completion = to_completion(row)
+    return Prompt(_row_id(row) or _digest(before), before), (completion,)
 
 
 def to_completion(row: Any) -> tuple[Messages, str]:

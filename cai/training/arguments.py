@@ -75,9 +75,14 @@ def make_arguments(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
-            return config(**{**ours, **settings.trl, **given})
+            return config(**{**ours, **_without_truth(settings.trl), **given})
     except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
         raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+
+
+def _without_truth(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What YAML reads as false is `no` where a strategy is meant."""
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in given.items()}
 
 
 def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from datasets import Dataset
 
 from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
+from cai.training.objectives import check_objectives, tag_pairs
 from cai.training.reading import Reading, Row, View, is_run, place, read_source
-from cai.training.settings import SourceSettings, StageName, TrainSettings
+from cai.training.settings import RewardSettings, SourceSettings, StageName, TrainSettings
 
 VIEWS: dict[StageName, View] = {
     "sft": "sft",
@@ -44,15 +45,25 @@ def load_data(stage: StageName, settings: TrainSettings) -> StageData:
     """The blended rows of all sources. Raises `ConfigError` for a source that is not there or has nothing for the stage,
     `PromptSourceError` for one that cannot be read."""
     view = VIEWS[stage]
-    train = [_some(read_source(one, view, one.split), one, view) for one in settings.data]
-    test = [read_source(one, view, one.test_split) if one.test_split else None for one in settings.data]
+    train = [_some(_read(one, view, one.split, settings), one, view) for one in settings.data]
+    test = [_read(one, view, one.test_split, settings) if one.test_split else None for one in settings.data]
     counts = _used(train, settings)
     measured = [reading.rows for reading in test if reading and len(reading.rows)]
     told = tuple(
         _tell(one, used, reading, held) for one, used, reading, held in zip(settings.data, counts, train, test, strict=True)
     )
     blended = _blend([reading.rows for reading in train], counts, settings)
+    if isinstance(settings, RewardSettings):
+        check_objectives(blended, settings)
     return StageData(blended, datasets.concatenate_datasets(measured) if measured else None, told)
+
+
+def _read(source: SourceSettings, view: View, split: str, settings: TrainSettings) -> Reading | None:
+    """One split of a source; for a reward model with what each tag says of a pair."""
+    reading = read_source(source, view, split, margins=isinstance(settings, RewardSettings))
+    if reading is None or not isinstance(settings, RewardSettings):
+        return reading
+    return reading._replace(rows=tag_pairs(reading.rows, source, settings))
 
 
 def _some(reading: Reading | None, source: SourceSettings, view: View) -> Reading:

@@ -3,6 +3,7 @@
 OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
 OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
 OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows
+OUT/reward.json, members/N                       what makes one reward of a reward model's outputs; the models of several
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ class TrainFolder:
         manifest = self._read("manifest.json")
         return manifest if manifest and manifest.get("status") == "done" else None
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written whole."""
-        return max(filter(is_whole, self.checkpoints.glob("checkpoint-*")), key=_step, default=None)
+    def last_checkpoint(self, member: str = "") -> Path | None:
+        """The newest checkpoint that was written whole; of one of several reward models, where it has its own."""
+        return max(filter(is_whole, (self.checkpoints / member).glob("checkpoint-*")), key=_step, default=None)
 
     def drop_broken_checkpoints(self) -> None:
         """Delete those that were not written whole: they take room and nothing can go on from them."""
-        for path in self.checkpoints.glob("checkpoint-*"):
+        for path in self.checkpoints.glob("**/checkpoint-*"):
             if self._lock is not None and not is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from cai.errors import ConfigError
 from cai.models import ModelPlace, holds_adapters, locate
 from cai.training.arguments import weights_dtype
 from cai.training.settings import TrainSettings
-from cai.weights import best_device, loading, pretrained
+from cai.weights import best_device, context_length, loading, pretrained
 
 
 def find_model(settings: TrainSettings) -> ModelPlace:
@@ -27,6 +27,13 @@ def find_model(settings: TrainSettings) -> ModelPlace:
             f"model '{settings.model}' holds adapters alone; begin with a model that was saved with lora.merge: true"
         )
     return place
+
+
+def context_of(settings: TrainSettings) -> int | None:
+    """Tokens that the model takes."""
+    source, revision = pretrained(find_model(settings))
+    with loading(f"the configuration of '{settings.model}'"):
+        return context_length(AutoConfig.from_pretrained(source, revision=revision))
 
 
 def load_policy(settings: TrainSettings) -> Any:

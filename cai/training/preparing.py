@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import load_from_disk
 
@@ -26,20 +26,39 @@ def prepare_rows(data: StageData, tokenizer: Any, limit: int | None, place: Path
 
     Raises `ConfigError` where every row is longer.
     """
-    if (place / _TOLD).is_file():
+    if are_written(place):
         return
     kept, too_long = drop_long_rows(neutralize(data, tokenizer), tokenizer, limit)
+    write_rows(kept, LeftOut(too_long, {}), place)
+
+
+class LeftOut(NamedTuple):
+    """Rows that are not trained on, by split, without those that are 0."""
+
+    too_long: dict[str, int]
+    unlabelled: dict[str, int]
+    """Rows that no verdict says anything of what is trained about."""
+
+
+def write_rows(kept: StageData, left_out: LeftOut, place: Path) -> None:
+    """Write rows into the folder `place`, whole or not at all."""
     part = place.with_name(f"{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for name, rows in (("train", kept.train), ("test", kept.test)):
         if rows is not None:
             rows.save_to_disk(str(part / name))
-    (part / _TOLD).write_text(json.dumps({"too_long": too_long, "test": kept.test is not None}))
+    (part / _TOLD).write_text(json.dumps({**left_out._asdict(), "test": kept.test is not None}))
     os.replace(part, place)
 
 
-def read_rows(data: StageData, place: Path) -> tuple[StageData, dict[str, int]]:
-    """The data with the rows that are in `place`, and of each split how many were too long."""
+def are_written(place: Path) -> bool:
+    """Whether rows are in the folder `place`."""
+    return (place / _TOLD).is_file()
+
+
+def read_rows(data: StageData, place: Path) -> tuple[StageData, LeftOut]:
+    """The data with the rows that are in `place`, and what was left out."""
     told = json.loads((place / _TOLD).read_text())
     test = load_from_disk(str(place / "test")) if told["test"] else None
-    return replace(data, train=load_from_disk(str(place / "train")), test=test), told["too_long"]
+    left_out = LeftOut(told["too_long"], told["unlabelled"])
+    return replace(data, train=load_from_disk(str(place / "train")), test=test), left_out

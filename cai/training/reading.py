@@ -6,6 +6,7 @@ also as transcripts (Anthropic's HH). What is no such row is left out and counte
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ MORE: dict[View, dict[str, Any]] = {
     "unpaired": {},
 }
 """Columns of a run folder that some stages use besides."""
+MARGIN = {"margin": Value("float64")}
+"""By how much the chosen completion is better: a column of pairs that a reward model uses."""
 _TOGETHER = 1000
 _NO_SPLIT = re.compile(r"no split|bad split|unknown split", re.IGNORECASE)
 
@@ -60,11 +63,13 @@ def is_run(path: Path) -> bool:
     return (path / "manifest.json").is_file() and (path / "data").is_dir()
 
 
-def read_source(source: SourceSettings, view: View, split: str) -> Reading | None:
-    """One split of a source; None where it has no such split. Raises `ConfigError` where there is no such source,
-    `PromptSourceError` where it cannot be read."""
+def read_source(source: SourceSettings, view: View, split: str, margins: bool = False) -> Reading | None:
+    """One split of a source, with `margin` where `margins` are asked for; None where it has no such split.
+
+    Raises `ConfigError` where there is no such source, `PromptSourceError` where it cannot be read.
+    """
     path = place(source)
-    more = MORE[view] if is_run(path) else {}
+    more = {**(MORE[view] if is_run(path) else {}), **(MARGIN if margins else {})}
     try:
         raw = _raw_rows(source, path, view, split)
         return None if raw is None else _read(raw, _PARSERS[view], Features({**FEATURES[view], **more}))
@@ -125,16 +130,23 @@ def _unpaired(raw: Any) -> Row:
 def _preference(raw: Any) -> Row:
     """A pair without a label of its own counts as certain."""
     pair = to_pair(raw)
-    label = raw.get("chosen_probability")
-    if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+    label, margin = raw.get("chosen_probability"), raw.get("margin")
+    if label is not None and not (_is_number(label) and 0 <= label <= 1):
         raise RowError(f"its chosen_probability is {label!r}; expected a number from 0 to 1")
+    if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
+        raise RowError(f"its margin is {margin!r:.50}; expected a number")
     return {
         "prompt": _turns(pair.prompt.messages),
         "chosen": _turn(pair.chosen),
         "rejected": _turn(pair.rejected),
         "chosen_probability": 1.0 if label is None else float(label),
+        "margin": margin,
         **{name: raw.get(name) for name in MORE["preference"]},
     }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _turns(messages: Messages) -> list[Row]:

@@ -17,7 +17,6 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import PartialState
-from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cai.documents import dump
@@ -28,13 +27,12 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import find_model, load_tokenizer
+from cai.training.loading import context_of, find_model, load_tokenizer
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
-from cai.training.settings import QUIET, StageName, TrainSettings
-from cai.training.stage import Parts, build_trainer
+from cai.training.settings import QUIET, DpoSettings, RewardSettings, StageName, TrainSettings
+from cai.training.stage import Outcome, Parts, build_trainer
 from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
-from cai.weights import context_length, loading, pretrained
 
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
@@ -97,10 +95,12 @@ def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialS
 
 def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData) -> dict[str, Any]:
     """What decides the trained model: the settings, the weights it begins with, the rows."""
-    reference = getattr(settings, "reference", None)
+    bases = settings.bases if isinstance(settings, RewardSettings) else ()
+    reference = settings.reference if isinstance(settings, DpoSettings) else None
     return {
         "stage": stage,
-        **settings.model_dump(mode="json", exclude={"data", "trl"}),
+        **settings.model_dump(mode="json", exclude={"data", "trl", "bases"}),
+        **({"bases": [f"{Path(one).name}@{locate(one).version}" for one in bases]} if bases else {}),
         "model": f"{Path(settings.model).name}@{version}",
         **({"reference": f"{Path(reference).name}@{locate(reference).version}"} if reference else {}),
         "rows": rows_hash(data),
@@ -122,7 +122,35 @@ def _train(
     stage: StageName, settings: TrainSettings, data: StageData, folder: TrainFolder, watch: Watch, show: Show
 ) -> dict[str, Any]:
     began, processes = time.time(), PartialState()
-    context = _context(settings)
+    if isinstance(settings, RewardSettings):
+        from cai.training.members import train_members
+
+        outcome = train_members(settings, data, folder, watch, show)
+    else:
+        outcome = _train_one(stage, settings, data, folder, watch, show)
+    manifest = {
+        "status": "done",
+        "stage": stage,
+        "model": settings.model,
+        "data": list(data.sources),
+        **outcome.left_out._asdict(),
+        "steps": outcome.steps,
+        "measures": outcome.measures,
+        "seconds": round(time.time() - began, 1),
+        "versions": {name: version for name in _VERSIONS if (version := _version(name))},
+    }
+    if processes.is_main_process:
+        _finish(stage, settings, folder, manifest)
+    processes.wait_for_everyone()
+    return manifest
+
+
+def _train_one(
+    stage: StageName, settings: TrainSettings, data: StageData, folder: TrainFolder, watch: Watch, show: Show
+) -> Outcome:
+    """Train and save the one model of a stage."""
+    processes = PartialState()
+    context = context_of(settings)
     arguments = make_arguments(stage, settings, folder.checkpoints, data.test is not None, context)
     with failures(folder, arguments):
         tokenizer = load_tokenizer(settings)
@@ -130,7 +158,7 @@ def _train(
         if processes.is_main_process:
             prepare_rows(data, tokenizer, getattr(arguments, "max_length", None) or context, folder.rows)
         processes.wait_for_everyone()
-        data, too_long = read_rows(data, folder.rows)
+        data, left_out = read_rows(data, folder.rows)
         if data.test is None:
             arguments.eval_strategy = "no"
         show.note(_loading(settings, arguments))
@@ -140,21 +168,7 @@ def _train(
         show.note("measuring on held-out rows" if data.test else "saving the model")
         measures = measure(trainer, data)
         save_model(trainer, settings, folder.path)
-    manifest = {
-        "status": "done",
-        "stage": stage,
-        "model": settings.model,
-        "data": list(data.sources),
-        "too_long": too_long,
-        "steps": trainer.state.global_step,
-        "measures": measures,
-        "seconds": round(time.time() - began, 1),
-        "versions": {name: version for name in _VERSIONS if (version := _version(name))},
-    }
-    if processes.is_main_process:
-        _finish(stage, settings, folder, manifest)
-    processes.wait_for_everyone()
-    return manifest
+    return Outcome(trainer.state.global_step, measures, left_out)
 
 
 def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, manifest: dict[str, Any]) -> None:
@@ -174,13 +188,6 @@ def _loading(settings: TrainSettings, arguments: Any) -> str:
 
 def _precomputes(arguments: Any) -> bool:
     return bool(getattr(arguments, "precompute_ref_log_probs", False))
-
-
-def _context(settings: TrainSettings) -> int | None:
-    """Tokens that the model takes."""
-    source, revision = pretrained(find_model(settings))
-    with loading(f"the configuration of '{settings.model}'"):
-        return context_length(AutoConfig.from_pretrained(source, revision=revision))
 
 
 def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None:

@@ -9,9 +9,9 @@ trl: {learning_rate: 1.0e-4, num_train_epochs: 1}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cai.documents import Part, Text
 
@@ -19,6 +19,8 @@ StageName = Literal["sft", "reward", "dpo", "kto", "orpo", "cpo"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "dpo", "kto", "orpo", "cpo")
 QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
 """Keys of TRL that change nothing in the model."""
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+Combine = Literal["mean", "min", "mean-variance"]
 
 
 class SourceSettings(Part):
@@ -38,6 +40,8 @@ class SourceSettings(Part):
     """The revision of a Hub dataset (branch, tag or commit)."""
     limit: PositiveInt | None = None
     """Use only the first so many rows of a split."""
+    tag: Text | None = None
+    """Of pairs without a verdict for each principle: the one of the reward model's `objectives` that their labels are for."""
 
 
 class LoraSettings(Part):
@@ -108,19 +112,46 @@ class RewardSettings(TrainSettings):
     soft_labels: bool = True
     """Cross-entropy against each pair's `chosen_probability`; else every chosen completion counts as preferred for certain."""
     members: PositiveInt = 1
-    """How many reward models are trained, each with a seed and a draw of the rows of its own."""
+    """How many reward models are trained, each with a seed and a draw of the rows of its own. With `lora` each of several is
+    saved as adapters, whatever `lora.merge` says, so that they share one base."""
+    member_share: float = Field(default=0.8, gt=0, le=1)
+    """The share of the rows that each of several members draws, without any row twice."""
     bases: tuple[Text, ...] = ()
-    """The models that members begin with, one each; empty: all with `model`."""
-    combine: Literal["mean", "min", "mean-variance"] = "mean"
+    """The models that members begin with, one each, `model` being the first; empty: all with `model`."""
+    combine: Combine = "mean"
     """How the rewards of several members become one: their mean, the least, or the mean less `variance_weight` times their
     variance (Coste et al. 2023, arXiv 2310.02743)."""
     variance_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """The lambda of `mean-variance`."""
-    objectives: dict[Text, float] = Field(default={})
+    objectives: dict[Text, Weight] = Field(default={})
     """One output for each of these tags of the constitution, trained on the verdicts of its principles, and its weight in the
     reward; empty: one output, trained on the whole verdict."""
     length: Literal["none", "fitted"] = "none"
-    """`fitted`: what the reward gains by length alone, as a line fitted on completions of the data, is taken out of it."""
+    """`fitted`: what the reward gains by length alone, as a line over the characters of completions of the data, is taken out
+    of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begins_with_the_first(cls, values: Any) -> Any:
+        bases = values.get("bases") if isinstance(values, Mapping) else None
+        return {"model": bases[0], **values} if bases and isinstance(bases, list | tuple) else values
+
+    @model_validator(mode="after")
+    def _agrees(self) -> RewardSettings:
+        if self.bases and self.bases[0] != self.model:
+            raise ValueError(f"model: with bases it is the first of them, {self.bases[0]!r}; remove it")
+        if self.bases and len(self.bases) != self.members:
+            raise ValueError(f"bases: expected one for each of the {self.members} members, found {len(self.bases)}")
+        if self.bases and self.revision:
+            raise ValueError("revision is that of 'model', and members begin with 'bases'; remove one of them")
+        if self.objectives and not any(self.objectives.values()):
+            raise ValueError("objectives: every weight is 0, so that every reward would be; give one of them another weight")
+        return self
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The outputs' names."""
+        return tuple(self.objectives) or ("reward",)
 
 
 class DpoSettings(TrainSettings):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cai.training.data import StageData
+from cai.training.preparing import LeftOut
 from cai.training.settings import StageName, TrainSettings
 
 
@@ -29,6 +30,14 @@ class Parts:
             "processing_class": self.tokenizer,
             "callbacks": list(self.callbacks),
         }
+
+
+class Outcome(NamedTuple):
+    """What came of a stage: what its manifest tells of it."""
+
+    steps: int
+    measures: dict[str, float]
+    left_out: LeftOut
 
 
 def build_trainer(stage: StageName, parts: Parts) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from cai.evaluation.intervals import Numbers
+    from cai.intervals import Numbers
 
 _BINS = 10
 _LEAST = 2.0**-40

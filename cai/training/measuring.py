@@ -1,0 +1,135 @@
+"""What a trained reward model is worth on held-out pairs, and what its outputs are normalised by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+from scipy import special
+
+from cai.intervals import share
+from cai.reliability import bins, expected_error
+from cai.training.combining import RewardSpec, Scores, combine, length_correlation, length_line, normalised
+from cai.training.data import StageData
+from cai.training.dialogues import completion_length
+from cai.training.objectives import LABELS, all_tags
+from cai.training.reward_model import RewardModel
+from cai.training.settings import RewardSettings
+
+if TYPE_CHECKING:
+    from cai.intervals import Numbers
+
+_REFERENCE = 256
+"""Pairs of the training rows whose completions are the reference."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a model says of n pairs: the n chosen completions, then the n rejected ones."""
+
+    rows: Dataset
+    outputs: Numbers
+    """2n x members x objectives."""
+    tokens: Numbers
+    lengths: Numbers
+    prompts: Numbers
+    """2n: numbers of the prompts."""
+
+    def scores(self, spec: RewardSpec) -> Scores:
+        return combine(spec, self.outputs, self.lengths, self.tokens)
+
+
+def finish(model: RewardModel, settings: RewardSettings, data: StageData) -> tuple[RewardSpec, dict[str, float]]:
+    """The model's spec with its normalisation and line of length, and its measures.
+
+    Completions of training rows are the reference; measures are of the held-out rows. Where there are none, only the
+    correlation with length is told, of the reference completions.
+    """
+    reference = _read(model, data.train.shuffle(seed=settings.seed).select(range(min(_REFERENCE, len(data.train)))))
+    spec = normalised(model.spec, reference.outputs)
+    if settings.length == "fitted":
+        line = length_line(reference.scores(spec).reward, reference.lengths, reference.prompts)
+        spec = spec.model_copy(update={"length": line})
+    if data.test is None:
+        return spec, {f"reference_{name}": value for name, value in _length_measures(spec, reference).items()}
+    held_out = _read(model, data.test)
+    return spec, _measures(spec, held_out, settings)
+
+
+def _read(model: RewardModel, rows: Dataset) -> _Read:
+    dialogues = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
+    numbers: dict[str, int] = {}
+    prompts = [numbers.setdefault(repr(row["prompt"]), len(numbers)) for row in rows]
+    outputs, tokens = model.outputs(dialogues)
+    lengths = np.array([completion_length(one) for one in dialogues])
+    return _Read(rows, outputs, tokens, lengths, np.array([*prompts, *prompts]))
+
+
+def _measures(spec: RewardSpec, read: _Read, settings: RewardSettings) -> dict[str, float]:
+    scores, pairs = read.scores(spec), len(read.rows)
+    label = np.array(read.rows["chosen_probability"])
+    right = _right(scores.reward, label)
+    found: dict[str, float] = {"held_out_pairs": pairs}
+    if (told := label != 0.5).any():
+        estimate = share(right[told], read.prompts[:pairs][told], settings.seed)
+        ends = {"accuracy_low": estimate.low, "accuracy_high": estimate.high}
+        found |= {"accuracy": estimate.value} | {name: end for name, end in ends.items() if end is not None}
+        if len(spec.members) > 1:
+            each = [_right(scores.members[:, place], label)[told].mean() for place in range(len(spec.members))]
+            found |= {f"accuracy/member-{place}": float(value) for place, value in enumerate(each)}
+    return found | _calibration(spec, read) | _tag_accuracies(scores, read, settings) | _length_measures(spec, read)
+
+
+def _right(reward: Numbers, label: Numbers) -> Numbers:
+    """Of each pair 1 where what the label prefers has the higher reward, 0 where it has the lower one, 0.5 between."""
+    chosen, rejected = np.split(reward, 2)
+    right: Numbers = (np.sign(chosen - rejected) * np.sign(label - 0.5) + 1) / 2
+    return right
+
+
+def _calibration(spec: RewardSpec, read: _Read) -> dict[str, float]:
+    """Expected calibration error: how far the probabilities that the outputs stand for are from the labels.
+
+    A pair's probability is the mean over members and, by their weights, over the objectives that it has labels for: as a
+    verdict is one over principles. Where an objective's weight is negative, both are turned.
+    """
+    chosen, rejected = np.split(read.outputs, 2)
+    probability = special.expit(chosen - rejected).mean(axis=1)
+    label, weight = np.array(read.rows[LABELS]), np.array(list(spec.objectives.values()))
+    weights = np.where(np.isnan(label), 0.0, abs(weight))
+    counted = (total := weights.sum(axis=1)) > 0
+    if not counted.any():
+        return {}
+
+    def mixed(values: Numbers) -> Numbers:
+        turned = np.where(weight < 0, 1 - values, values)
+        whole: Numbers = (np.nan_to_num(turned) * weights).sum(axis=1)[counted] / total[counted]
+        return whole
+
+    predicted, actual = mixed(probability), mixed(label)
+    correct = np.where(predicted >= 0.5, actual, 1 - actual)
+    return {"calibration_error": expected_error(bins(abs(predicted - 0.5) + 0.5, correct))}
+
+
+def _tag_accuracies(scores: Scores, read: _Read, settings: RewardSettings) -> dict[str, float]:
+    """Of each objective's own output, or, where there is one for all, of the reward for each tag that has verdicts."""
+    said = [dict(zip(row["tags"], row["tag_probabilities"], strict=True)) for row in read.rows]
+    found = {}
+    for place, tag in enumerate(settings.objectives or all_tags(read.rows)):
+        label = np.array([one.get(tag, 0.5) for one in said])
+        reward = scores.objectives[:, place] if settings.objectives else scores.reward
+        if (told := label != 0.5).any():
+            found[f"accuracy/{tag}"] = float(_right(reward, label)[told].mean())
+    return found
+
+
+def _length_measures(spec: RewardSpec, read: _Read) -> dict[str, float]:
+    """Pearson's correlation of the reward with the completion's characters; where a line is taken out, also before that."""
+    found = length_correlation(read.scores(spec).reward, read.lengths, read.prompts)
+    named = {f"length_correlation_{name}": value for name, value in found.items()}
+    if spec.length is None:
+        return named
+    before = length_correlation(read.scores(spec.model_copy(update={"length": None})).reward, read.lengths, read.prompts)
+    return {f"length_correlation_{name}_before": value for name, value in before.items()} | named
