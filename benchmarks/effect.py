@@ -29,9 +29,9 @@ from cai.training.running import train
 
 TRAIN, HELD_OUT, WORDS = 200, 100, 50
 STEPS: dict[StageName, dict[str, Any]] = {
-    "sft": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
-    "reward": {"num_train_epochs": 2, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
-    "dpo": {"num_train_epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 4},
+    "sft": {"num_train_epochs": 2, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
+    "reward": {"num_train_epochs": 1, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
+    "dpo": {"num_train_epochs": 1, "learning_rate": 2e-4, "per_device_train_batch_size": 4},
 }
 TEST_FRACTION = 0.2
 """Of the training prompts, for the reward model's held-out accuracy."""
