@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from cai.evaluation.intervals import difference, share
 
 import cai
+from cai.intervals import difference, share
 from cai.pipeline import read_records
 from cai.prompts import read_prompts
 from cai.training import SETTINGS, StageName
