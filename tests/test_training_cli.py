@@ -36,6 +36,7 @@ def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys)
         "seconds": 125.0,
         "data": [source],
         "too_long": {"train": 3},
+        "unlabelled": {},
         "measures": {"train_loss": 0.512345},
     }
     show_summary(manifest, Path("models/[x]"))
@@ -50,6 +51,6 @@ def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys)
 
 @pytest.mark.parametrize(("stage", "follow"), [("sft", "cai train dpo DATA -m m"), ("reward", "cai reward score m ")])
 def test_what_to_type_next_follows_from_the_stage(capsys, stage, follow):
-    manifest = {"stage": stage, "steps": 1, "seconds": 1.0, "data": [], "too_long": {}, "measures": {}}
+    manifest = {"stage": stage, "steps": 1, "seconds": 1.0, "data": [], "too_long": {}, "unlabelled": {}, "measures": {}}
     show_summary(manifest, Path("m"))
     assert follow in capsys.readouterr().out

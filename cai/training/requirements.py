@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from cai.errors import ConfigError
 
-REQUIREMENTS = ("torch", "transformers", "gguf", "trl", "accelerate", "peft")
+REQUIREMENTS = ("torch", "transformers", "gguf", "trl", "accelerate", "peft", "scipy")
 
 
 def check_installed() -> None:
