@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from cai.documents import Part, Text
 
 _OURS = {"model", "messages", "prompt", "n", "stream"}
+_CALL = re.compile(r"(/chat)?/completions/*$|/models/*$")
+"""Paths of calls, which come below a base URL."""
 _USERINFO = re.compile(r"://[^/\s]*@")
 
 
@@ -93,7 +95,7 @@ class BudgetConfig(Part):
 
 def is_url(model: str) -> bool:
     """Whether a model's name is the address of a server."""
-    return model.lower().startswith(("http://", "https://"))
+    return model.lower().startswith(("http:", "https:"))
 
 
 def url_problem(url: str) -> str | None:
@@ -107,6 +109,8 @@ def url_problem(url: str) -> str | None:
         return "expected the base URL of a server, such as http://127.0.0.1:8000/v1"
     if parts.username is not None or parts.password is not None or "@" in parts.netloc:
         return "a URL with a user or a password in it is refused; give the key by server.key_env or server.key_file"
+    if call := _CALL.search(parts.path):
+        return f"expected the base URL of a server, without '{call[0]}' at its end"
     if parts.query or parts.fragment:
         return "a URL with '?' or '#' is refused; give the key by server.key_env or server.key_file"
     return None

@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from cai.engines.balancing import Balancer, Endpoint
 from cai.engines.pacing import Rates
-from cai.engines.replies import Refused, Transient, decode, message_of, retry_after, total_tokens
+from cai.engines.replies import Refused, Transient, body_of, decode, message_of, retry_after, total_tokens
 from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError, VerdictError
 from cai.servers import ServerConfig
 
@@ -144,7 +144,7 @@ class Client:
         began, overloaded = time.monotonic(), False
         try:
             async with self._open().post(endpoint.at(call.path), data=call.body, allow_redirects=False) as response:
-                raw = await response.read()
+                raw = await body_of(response)
             if response.status != 200:
                 overloaded = response.status in _OVERLOADED
                 self._refuse(response.status, raw, response.headers, endpoint, call.path)
@@ -200,7 +200,7 @@ class Client:
             async with self._open().request(
                 method, endpoint.at(path), data=body, allow_redirects=False, timeout=timeout
             ) as response:
-                raw = await response.read()
+                raw = await body_of(response)
         except aiohttp.ConnectionTimeoutError:
             raise
         except TimeoutError as exc:
