@@ -11,7 +11,7 @@ from tenacity import wait_none
 
 from cai.config import ModelConfig
 from cai.engines import GenerateRequest, build_engine
-from cai.engines.replies import counted, retry_after
+from cai.engines.replies import Transient, counted, read_ids, read_texts, retry_after
 from cai.errors import ConfigError, RequestError
 from cai.servers import url_problem
 from cai.types import Completion, Message
@@ -91,6 +91,12 @@ def test_a_list_of_models_that_is_none_is_told(models: Any) -> None:
             assert one.fingerprint
 
 
+def test_a_models_name_that_no_request_can_carry_is_mended() -> None:
+    models = {"data": [{"id": "odd\ud800", "root": "\ud800"}]}
+    with answering(lambda path, body: Odd(form(models if path.endswith("/models") else GOOD))) as url:
+        assert build_engine(ModelConfig.model_validate({"model": url})).fingerprint.isprintable()
+
+
 @pytest.mark.parametrize("api", ["chat", "completions"])
 @pytest.mark.parametrize(
     "said",
@@ -136,3 +142,18 @@ def test_what_is_no_base_url_is_refused(url: str, problem: str) -> None:
 def test_a_retry_after_that_is_no_number_is_none() -> None:
     assert retry_after("nan") == 0.0
     assert retry_after("inf") == 3600.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5, 1e308, 2**70])
+def test_what_no_log_probability_can_be_is_none(value: float) -> None:
+    top = [{"token": "A", "logprob": value}, {"token": "B", "logprob": -1.0}]
+    said = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+    by_id = json.loads(json.dumps(said).replace('"A"', '"token_id:7"'))
+    for read in (lambda: read_texts(said, []), lambda: read_ids(by_id, [7], [])):
+        with pytest.raises(Transient) as caught:
+            read()
+        assert caught.value.kind == "no numbers"
+
+
+def test_a_log_probability_that_rounding_lifted_above_0_is_one() -> None:
+    assert read_texts({"choices": [{"logprobs": {"top_logprobs": [{"A": 1e-6, "B": -20.0}]}}]}, []) == {"A": 1e-6, "B": -20.0}

@@ -18,6 +18,7 @@ from cai.engines.http import Client
 from cai.engines.replies import counted, reward_numbers
 from cai.errors import ConfigError, EngineError, nearest
 from cai.servers import ServerConfig
+from cai.types import without_surrogates
 
 PROBE = "Say OK."
 """The dialogue of all questions."""
@@ -84,12 +85,13 @@ async def _identify(client: Client, config: ServerConfig) -> Facts:
 def models_in(status: int, said: Any) -> dict[str, dict[str, Any]]:
     """The models in the answer of `/v1/models`, by their names; empty where it lists none."""
     data = said.get("data") if status == 200 and isinstance(said, dict) else None
-    return {str(one["id"]): one for one in data if isinstance(one, dict) and "id" in one} if isinstance(data, list) else {}
+    there = [one for one in data if isinstance(one, dict) and "id" in one] if isinstance(data, list) else []
+    return {without_surrogates(str(one["id"])): one for one in there}
 
 
 def weights_of(listed: dict[str, Any], otherwise: str = "") -> str:
     """What a server says that one of its models stands for, of a path the last part."""
-    root = str(listed.get("root") or otherwise)
+    root = without_surrogates(str(listed.get("root") or otherwise))
     return root.rstrip("/").rsplit("/", 1)[-1] if root.startswith(("/", "~", ".")) else root
 
 

@@ -27,6 +27,8 @@ _decoder = msgspec.json.Decoder()
 _MOST_BYTES = 100_000_000
 """Of an answer, unpacked; the log-probabilities of a prompt of a million tokens are less."""
 _MOST_TOKENS = 2**53
+_HIGHEST = 0.01
+"""Of a log-probability, which rounding may lift above 0."""
 _ODD = (LookupError, TypeError, AttributeError, ValueError, OverflowError)
 """What reading an answer of another form than expected raises."""
 
@@ -180,8 +182,8 @@ def read_texts(said: Any, spent: list[int]) -> Mapping[str, float]:
         _unusable(said, "an answer without log-probabilities", "no numbers")
     found: dict[str, float] = {}
     for token, value in pairs:
-        if math.isnan(value):
-            raise Transient("a log-probability is not a number (NaN)", kind="no numbers")
+        if not value <= _HIGHEST:
+            raise Transient(f"a log-probability is {value}, which none can be", kind="no numbers")
         if value > -9000:  # vLLM's -9999 and others' -inf stand for none
             found.setdefault(token, value)
     if not found:
@@ -210,8 +212,8 @@ def read_ids(said: Any, tokens: Sequence[int], spent: list[int]) -> Mapping[int,
 
 
 def _all_numbers(values: Any) -> None:
-    if not all(map(math.isfinite, values)):
-        raise Transient("a log-probability is not a finite number", kind="no numbers")
+    if not all(-math.inf < value <= _HIGHEST for value in values):
+        raise Transient("a log-probability is above 0, or not a finite number", kind="no numbers")
 
 
 def read_token_list(said: Any) -> list[int]:
