@@ -13,6 +13,8 @@ from cai.documents import Part, Text
 _OURS = {"model", "messages", "prompt", "n", "stream"}
 _CALL = re.compile(r"(/chat)?/completions/*$|/models/*$")
 """Paths of calls, which come below a base URL."""
+_SECRET = re.compile(r"(x[-_])?api[-_]?key|authorization|(auth|access|bearer)?[-_]?token|secret|password", re.I)
+"""Fields that hold a key."""
 _USERINFO = re.compile(r"://[^/\s]*@")
 
 
@@ -67,6 +69,10 @@ class ServerConfig(Part):
     def _adds(cls, value: dict[str, Any]) -> dict[str, Any]:
         if own := sorted(_OURS & value.keys()):
             raise ValueError(f"'{own[0]}' is not for extra_body; the engine sets it")
+        if secret := next(filter(_SECRET.fullmatch, value), None):
+            raise ValueError(
+                f"'{secret}' is not for extra_body, which stands in recipe.yaml; give a key by key_env or key_file"
+            )
         return value
 
     @field_validator("replicas")
