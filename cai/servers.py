@@ -48,7 +48,8 @@ class ServerConfig(Part):
     retries: int = Field(default=6, ge=0, le=1000)
     """How often a request that failed is sent again, where that can help."""
     give_up: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    """Seconds that an overloaded or unreachable server is waited for, before the run stops."""
+    """Seconds that an overloaded or unreachable server is waited for, before the run stops; so it does where the server asks
+    for a longer pause (`Retry-After`)."""
     batch: bool = False
     """Send calls through the server's batch API (`/v1/batches`), which hosted providers offer at a lower price within 24 hours.
     At least 10,000 prompts are worked on at once, whatever `generation.concurrency` says. A run can change to and fro; calls
