@@ -11,6 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from cai.documents import Part, Text
 
 _OURS = {"model", "messages", "prompt", "n", "stream"}
+_CALL = re.compile(r"(/chat)?/completions/*$|/models/*$")
+"""Paths of calls, which come below a base URL."""
+_SECRET = re.compile(r"(x[-_])?api[-_]?key|authorization|(auth|access|bearer)?[-_]?token|secret|password", re.I)
+"""Fields that hold a key."""
 _USERINFO = re.compile(r"://[^/\s]*@")
 
 
@@ -44,7 +48,8 @@ class ServerConfig(Part):
     retries: int = Field(default=6, ge=0, le=1000)
     """How often a request that failed is sent again, where that can help."""
     give_up: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    """Seconds that an overloaded or unreachable server is waited for, before the run stops."""
+    """Seconds that an overloaded or unreachable server is waited for, before the run stops; so it does where the server asks
+    for a longer pause (`Retry-After`)."""
     batch: bool = False
     """Send calls through the server's batch API (`/v1/batches`), which hosted providers offer at a lower price within 24 hours.
     At least 10,000 prompts are worked on at once, whatever `generation.concurrency` says. A run can change to and fro; calls
@@ -65,6 +70,10 @@ class ServerConfig(Part):
     def _adds(cls, value: dict[str, Any]) -> dict[str, Any]:
         if own := sorted(_OURS & value.keys()):
             raise ValueError(f"'{own[0]}' is not for extra_body; the engine sets it")
+        if secret := next(filter(_SECRET.fullmatch, value), None):
+            raise ValueError(
+                f"'{secret}' is not for extra_body, which stands in recipe.yaml; give a key by key_env or key_file"
+            )
         return value
 
     @field_validator("replicas")
@@ -93,7 +102,7 @@ class BudgetConfig(Part):
 
 def is_url(model: str) -> bool:
     """Whether a model's name is the address of a server."""
-    return model.lower().startswith(("http://", "https://"))
+    return model.lower().startswith(("http:", "https:"))
 
 
 def url_problem(url: str) -> str | None:
@@ -107,6 +116,8 @@ def url_problem(url: str) -> str | None:
         return "expected the base URL of a server, such as http://127.0.0.1:8000/v1"
     if parts.username is not None or parts.password is not None or "@" in parts.netloc:
         return "a URL with a user or a password in it is refused; give the key by server.key_env or server.key_file"
+    if call := _CALL.search(parts.path):
+        return f"expected the base URL of a server, without '{call[0]}' at its end"
     if parts.query or parts.fragment:
         return "a URL with '?' or '#' is refused; give the key by server.key_env or server.key_file"
     return None

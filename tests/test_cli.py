@@ -529,6 +529,13 @@ def test_where_there_is_no_pair_to_show_the_summary_says_so(tmp_path):
     assert "labels" not in done.stdout, "nothing was compared"
 
 
+def test_where_answers_are_empty_the_summary_says_what_may_help(tmp_path):
+    empty = model(tmp_path, "def respond(request):\n    return '' if hasattr(request, 'seed') else [0.0, 0.0]\n")
+    done = command("generate", "benign", "-n", 2, "-c", SMALL, "-m", empty, "-o", tmp_path / "run")
+    told = " ".join(done.stdout.split())
+    assert "no pair was made, mostly for 'candidates: empty': where a model's thoughts take up all of" in told
+
+
 def test_where_the_labels_follow_the_order_the_summary_says_so_with_no_pair_too(tmp_path):
     source = "def respond(request):\n    return usual(request) if hasattr(request, 'seed') else [-0.1, -2.0]\n"
     asked = ("generate", "benign", "-n", 2, "-c", SMALL, "-m", model(tmp_path, source), "-o", tmp_path / "run")

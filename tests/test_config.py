@@ -395,6 +395,11 @@ def test_a_judge_on_the_policys_server_is_asked_as_the_policy_is_and_another_ser
             "policy: {model: 'http://h/v1', server: {extra_body: {messages: []}}}",
             "r.yaml:1: policy.server.extra_body: 'messages' is not for extra_body; the engine sets it",
         ),
+        (
+            "policy: {model: 'http://h/v1', server: {extra_body: {X-Api-Key: abc}}}",
+            "r.yaml:1: policy.server.extra_body: 'X-Api-Key' is not for extra_body, which stands in recipe.yaml; "
+            "give a key by key_env or key_file",
+        ),
         ("budget: {tokens: 0}", "r.yaml:1: budget.tokens: expected greater than 0, found 0"),
     ],
 )

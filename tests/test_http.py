@@ -130,6 +130,19 @@ async def test_a_retry_after_holds_back_every_call_and_only_at_its_url() -> None
         await one.close()
 
 
+async def test_a_retry_after_beyond_what_is_waited_for_stops_the_run_where_there_is_no_other_url() -> None:
+    with served() as good, served() as full:
+        one, both = engine(full, give_up=30.0), engine(full, good, give_up=30.0)
+        full.control(overload=1.0, retry_after="86400")
+        with pytest.raises(EngineError, match=r"asks to wait 3600 s, more than policy\.server\.give_up; the same command"):
+            await asyncio.wait_for(ask(one), 10)
+        assert full.stats()["calls"] <= 20
+        answers = await asyncio.wait_for(asyncio.gather(*(ask(both, seed=seed) for seed in range(8))), 20)
+        assert all(answer.text for answer in answers)
+        await one.close()
+        await both.close()
+
+
 # -- finding out ------------------------------------------------------------------------------------------------------------
 
 

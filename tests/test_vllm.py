@@ -17,7 +17,7 @@ from cai.config import ModelConfig, Recipe, VllmConfig
 from cai.engines import GenerateRequest, LoglikelihoodRequest, RewardRequest, build_engine
 from cai.engines.transformers import TransformersEngine
 from cai.engines.vllm import VllmEngine, _next_tokens
-from cai.engines.vllm_process import adapter_rank
+from cai.engines.vllm_process import VllmProcess, _watch, adapter_rank
 from cai.errors import CapabilityError, ConfigError, ContextLengthError, EngineError, RequestError
 from cai.types import Message, Messages
 from tests.tiny_model import make_tiny_model
@@ -224,12 +224,30 @@ async def test_the_fingerprint_follows_what_changes_an_answer(folders: Folders) 
     assert len({plain, *(one.fingerprint for one in others)}) == 5
 
 
+async def test_an_engine_that_was_stopped_does_nothing_when_it_is_collected() -> None:
+    class Engine:
+        stopped = 0
+
+        def shutdown(self) -> None:
+            self.stopped += 1
+
+        def __del__(self) -> None:
+            self.shutdown()
+
+    process = VllmProcess.__new__(VllmProcess)
+    process.engine, (process._watch, _) = Engine(), _watch()
+    process.stop()
+    process.engine.__del__()
+    assert process.engine.stopped == 1
+
+
 @installed
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"vllm": {"args": {"tensor_paralel_size": 2}}}, "no such argument (did you mean 'tensor_parallel_size'?)"),
         ({"vllm": {"args": {"model": "x"}}}, "vllm.args.model: this is set by the model's name"),
+        ({"vllm": {"args": {"hf_token": "x"}}}, "vllm.args.hf_token: this is set by the environment variable HF_TOKEN"),
         ({"vllm": {"adapter": "nowhere"}}, "nowhere/adapter_config.json cannot be read"),
         ({"device": "cuda:1"}, "'cuda:1' cannot be chosen"),
     ],

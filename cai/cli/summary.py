@@ -24,6 +24,7 @@ _HINTS = {
     "less sure than dataset.min_probability": "lower dataset.min_probability, which costs no call",
     "tie": "try another --judge-model",
     "chosen is cut off by the token limit": _LONGER,
+    "candidates: empty": "where a model's thoughts take up all of generation.max_tokens, raise it or switch them off",
     "candidates: the same as an earlier one": "raise generation.temperature",
     "revisions: truncated": _LONGER,
 }

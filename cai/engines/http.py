@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from cai.engines.balancing import Balancer, Endpoint
 from cai.engines.pacing import Rates
-from cai.engines.replies import Refused, Transient, decode, message_of, retry_after, total_tokens
+from cai.engines.replies import Refused, Transient, body_of, decode, message_of, retry_after, total_tokens
 from cai.errors import ConfigError, ContextLengthError, EngineError, RequestError, VerdictError
 from cai.servers import ServerConfig
 
@@ -129,10 +129,11 @@ class Client:
             return await tries.retrying(again)
         except Transient as exc:
             waited = time.monotonic() - max(self._last_success, tries.began)
-            if exc.kind in _WAITED_FOR and waited > self._config.give_up / 2:  # else it is this request, and no other
-                raise EngineError(
-                    f"{self.quoted(exc)}; no request succeeded for {waited:.0f} s; the same command continues"
-                ) from exc
+            asked, most = exc.after, self._config.give_up
+            if exc.kind in _WAITED_FOR and (waited > most / 2 or asked > most):  # else it is this request, and no other
+                too_long = f"it asks to wait {asked:.0f} s, more than {self.section}.give_up"
+                told = too_long if asked > most else f"no request succeeded for {waited:.0f} s"
+                raise EngineError(f"{self.quoted(exc)}; {told}; the same command continues") from exc
             final = VerdictError if exc.kind == "no numbers" else RequestError
             raise final(f"{self.quoted(exc)}; tried {tries.made} times") from exc
 
@@ -144,7 +145,7 @@ class Client:
         began, overloaded = time.monotonic(), False
         try:
             async with self._open().post(endpoint.at(call.path), data=call.body, allow_redirects=False) as response:
-                raw = await response.read()
+                raw = await body_of(response)
             if response.status != 200:
                 overloaded = response.status in _OVERLOADED
                 self._refuse(response.status, raw, response.headers, endpoint, call.path)
@@ -156,6 +157,8 @@ class Client:
         except Transient as exc:
             if exc.after:
                 self._balancer.rest(endpoint, exc.after)
+                if exc.after > self._config.give_up and any(not (one.dead or one.not_before) for one in self.endpoints):
+                    exc.after = 0.0  # the next attempt is made there
             if exc.kind == "away":
                 self._balancer.miss(endpoint, str(exc))
             raise
@@ -200,7 +203,7 @@ class Client:
             async with self._open().request(
                 method, endpoint.at(path), data=body, allow_redirects=False, timeout=timeout
             ) as response:
-                raw = await response.read()
+                raw = await body_of(response)
         except aiohttp.ConnectionTimeoutError:
             raise
         except TimeoutError as exc:
@@ -357,7 +360,7 @@ class _Tries:
         if failure.kind == "absent":
             return now - max(self.began, self._last_success()) > self._give_up
         if failure.kind in _WAITED_FOR:
-            return passed > self._give_up
+            return max(passed, failure.after) > self._give_up
         self._failed += 1
         self._unreadable += failure.kind == "no numbers"
         return self._failed > self._retries or self._unreadable >= UNREADABLE

@@ -9,14 +9,16 @@ an error means no, where the server still answers the plain one: an overload cha
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
 from cai.engines.http import Client
-from cai.engines.replies import reward_numbers
+from cai.engines.replies import counted, reward_numbers
 from cai.errors import ConfigError, EngineError, nearest
 from cai.servers import ServerConfig
+from cai.types import without_surrogates
 
 PROBE = "Say OK."
 """The dialogue of all questions."""
@@ -28,6 +30,8 @@ _TRIES = 2
 """How often what is not there is asked for: an answer may lack for once what the server has."""
 _SHOWN = 20
 """Models that an error lists."""
+_NAME = 100
+"""Characters of their names that it shows."""
 
 
 class Facts(Struct, frozen=True):
@@ -65,8 +69,7 @@ async def probe(client: Client, config: ServerConfig, reward: bool) -> Facts:
 
 async def _identify(client: Client, config: ServerConfig) -> Facts:
     status, said = await client.exchange("/v1/models")
-    listed = said.get("data") if status == 200 and isinstance(said, dict) else None
-    found = {str(one["id"]): one for one in listed or () if isinstance(one, dict) and "id" in one}
+    found = models_in(status, said)
     client.models = list(found)
     name = config.name
     if name is None:
@@ -74,19 +77,31 @@ async def _identify(client: Client, config: ServerConfig) -> Facts:
             base = client.endpoints[0].base
             silent = "does not list its models" if status == 200 else f"does not list its models (HTTP {status}: {said})"
             there = f"has {len(found)} models: {_some(found)}" if found else silent
-            raise ConfigError(f"{base} {there}; name one by {client.section}.name")
+            raise ConfigError(f"{base} {there}{'' if found else _lacks(base)}; name one by {client.section}.name")
         name = next(iter(found))
     return Facts(name, weights_of(found.get(name, {}), name))
 
 
+def models_in(status: int, said: Any) -> dict[str, dict[str, Any]]:
+    """The models in the answer of `/v1/models`, by their names; empty where it lists none."""
+    data = said.get("data") if status == 200 and isinstance(said, dict) else None
+    there = [one for one in data if isinstance(one, dict) and "id" in one] if isinstance(data, list) else []
+    return {without_surrogates(str(one["id"])): one for one in there}
+
+
 def weights_of(listed: dict[str, Any], otherwise: str = "") -> str:
     """What a server says that one of its models stands for, of a path the last part."""
-    root = str(listed.get("root") or otherwise)
+    root = without_surrogates(str(listed.get("root") or otherwise))
     return root.rstrip("/").rsplit("/", 1)[-1] if root.startswith(("/", "~", ".")) else root
 
 
+def _lacks(base: str) -> str:
+    """What the URL of a server may lack whose API is not found there."""
+    return "" if urlsplit(base).path.strip("/") else f"; most servers have their API at {base}/v1"
+
+
 def _some(names: Any) -> str:
-    shown = list(names)[:_SHOWN]
+    shown = [name[:_NAME] for name in list(names)[:_SHOWN]]
     return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
@@ -101,7 +116,7 @@ class _Questions:
         body = with_extra({"model": self._facts.model, **fields}, self._config.extra_body)
         status, said = await self._client.exchange(path, body)
         self._has_failed = self._has_failed or status >= 500
-        return status, said
+        return status, said if status != 200 or isinstance(said, dict) else {}
 
     async def _plain(self) -> Any:
         """What a server answers that is there. Raises `ConfigError` where it does not."""
@@ -139,7 +154,8 @@ class _Questions:
                 f"{self._client.endpoints[0].base} has no model '{name}'{nearest(name, models)}; there: {_some(models)}; "
                 f"set {self._client.section}.name"
             )
-        return ConfigError(f"{self._client.endpoints[0].base}: model '{name}' answers HTTP {status}: {said}")
+        base = self._client.endpoints[0].base
+        return ConfigError(f"{base}: model '{name}' answers HTTP {status}: {said}{_lacks(base) if status == 404 else ''}")
 
     async def _top(self) -> int:
         for count in (_MOST, _MOST, _FEW, _FEW):
@@ -165,8 +181,8 @@ class _Questions:
 
     async def _has_token_ids(self) -> bool:
         status, said = await self._ask("/tokenize", prompt="B", add_special_tokens=False)
-        ids = said.get("tokens") if status == 200 and isinstance(said, dict) else None
-        if not ids:
+        ids = said.get("tokens") if status == 200 else None
+        if not (isinstance(ids, list) and ids):
             return False
         asked = {"logprobs": True, "logprob_token_ids": ids[-1:], "return_tokens_as_token_ids": True}
         for _ in range(_TRIES):
@@ -178,7 +194,7 @@ class _Questions:
     async def _has_prompt_logprobs(self) -> bool:
         for _ in range(_TRIES):
             status, said = await self._chat(PROBE, "Sure", **CONTINUE, prompt_logprobs=0)
-            if status == 200 and len(said.get("prompt_logprobs") or ()) > 1:
+            if status == 200 and _is_long(said.get("prompt_logprobs")):
                 return True
         return False
 
@@ -191,8 +207,7 @@ class _Questions:
             if status == 200 and (top := min(count, len(_text_top(said)))):
                 break
         status, said = await self._ask(_TEXT, prompt=PROBE, max_tokens=0, echo=True, logprobs=1)
-        logprobs = said["choices"][0].get("logprobs") if status == 200 and said.get("choices") else None
-        echoes = bool(logprobs and len(logprobs.get("token_logprobs") or ()) > 1)
+        echoes = status == 200 and _is_long(_inside(said, "choices", 0, "logprobs", "token_logprobs"))
         if self._has_failed:
             await self._plain()
         return msgspec.structs.replace(self._facts, top=top if top > 1 else 0, prefill="default", prompt_logprobs=echoes)
@@ -220,20 +235,30 @@ def with_extra(fields: dict[str, Any], extra: dict[str, Any]) -> bytes:
 
 
 def _prompt_tokens(said: Any) -> int:
-    return int((said.get("usage") or {}).get("prompt_tokens") or 0) if isinstance(said, dict) else 0
+    return counted(said, "prompt_tokens")
+
+
+def _inside(said: Any, *steps: str | int) -> Any:
+    """What lies there in an answer; None where nothing does."""
+    try:
+        for step in steps:
+            said = said[step]
+    except (LookupError, TypeError):
+        return None
+    return said
+
+
+def _is_long(found: Any) -> bool:
+    return isinstance(found, list) and len(found) > 1
 
 
 def _first_top(said: Any) -> list[dict[str, Any]]:
     """The alternatives for the first token of a chat completion; empty where there are none."""
-    try:
-        return list(said["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
-    except (KeyError, IndexError, TypeError):
-        return []
+    found = _inside(said, "choices", 0, "logprobs", "content", 0, "top_logprobs")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _text_top(said: Any) -> dict[str, float]:
     """The same of a plain completion."""
-    try:
-        return dict(said["choices"][0]["logprobs"]["top_logprobs"][0])
-    except (KeyError, IndexError, TypeError):
-        return {}
+    found = _inside(said, "choices", 0, "logprobs", "top_logprobs", 0)
+    return found if isinstance(found, dict) else {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from cai.engines.http import Client
-from cai.engines.probe import weights_of
+from cai.engines.probe import models_in, weights_of
 from cai.errors import ConfigError, EngineError
 from cai.servers import ServerConfig
 
@@ -47,5 +46,4 @@ async def _models(url: str, config: ServerConfig, section: str) -> Models:
         return {}
     finally:
         await client.close()
-    listed: Any = said.get("data") if status == 200 and isinstance(said, dict) else None
-    return {str(one["id"]): weights_of(one) for one in listed or () if isinstance(one, dict) and "id" in one}
+    return {name: weights_of(one) for name, one in models_in(status, said).items()}

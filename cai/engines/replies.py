@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -20,7 +20,17 @@ from cai.engines.base import GenerateRequest, Loglikelihood, Reward
 from cai.errors import RequestError
 from cai.types import Completion
 
+if TYPE_CHECKING:
+    import aiohttp
+
 _decoder = msgspec.json.Decoder()
+_MOST_BYTES = 100_000_000
+"""Of an answer, unpacked; the log-probabilities of a prompt of a million tokens are less."""
+_MOST_TOKENS = 2**53
+_HIGHEST = 0.01
+"""Of a log-probability, which rounding may lift above 0."""
+_ODD = (LookupError, TypeError, AttributeError, ValueError, OverflowError)
+"""What reading an answer of another form than expected raises."""
 
 
 class Transient(Exception):
@@ -39,23 +49,40 @@ class Refused(RequestError):
     """A request that is refused for what is in it, which says nothing about the next one."""
 
 
+async def body_of(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer. Raises `Transient` where there is no end of it, or it unpacks to too much for the memory."""
+    parts, size = [], 0
+    while part := await response.content.readany():
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise Transient(f"an answer of more than {_MOST_BYTES / 1e6:.0f} MB, which no call can have")
+    return b"".join(parts)
+
+
 def decode(raw: bytes) -> Any:
     """JSON; NaN and Infinity, which Python's servers write and JSON has not, are read as such. Raises `Transient`."""
     try:
         return _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
         return json.loads(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         said = raw.decode("utf-8", "replace")
         raise Transient(f"the answer is not JSON, or cut off after {len(raw)} bytes: {said}") from exc
 
 
 def total_tokens(said: Any) -> float:
     """The tokens that an answer says it cost; 0 where it says nothing."""
+    return float(counted(said, "total_tokens"))
+
+
+def counted(said: Any, kind: str, otherwise: int = 0) -> int:
+    """How many tokens of a kind an answer says that it cost; `otherwise` where it says nothing that can be a count."""
     usage = said.get("usage") if isinstance(said, dict) else None
-    return float((usage or {}).get("total_tokens") or 0)
+    value = usage.get(kind) if isinstance(usage, dict) else None
+    return int(value) if isinstance(value, (int, float)) and 0 <= value < _MOST_TOKENS else otherwise
 
 
 def message_of(raw: bytes) -> str:
@@ -74,7 +101,8 @@ def retry_after(header: str | None) -> float:
     if not header:
         return 0.0
     try:
-        return min(max(float(header), 0.0), 3600.0)
+        seconds = float(header)
+        return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), 3600.0)
     except ValueError:
         pass
     try:
@@ -97,13 +125,13 @@ def read_completions(said: Any, request: GenerateRequest, size: int, count: int 
     """
     try:
         read = [_text_of(choice) for choice in said["choices"][:count]]
-        first, usage = read[0], said.get("usage") or {}
+        first = read[0]
         good = [one for one in read if isinstance(one, tuple)]
-        prompt, lengths = int(usage.get("prompt_tokens", size // 4)), [len(text) + 1 for text, _ in good]
-        made = _shared_out(int(usage.get("completion_tokens", sum(lengths) // 4)), lengths)
+        prompt, lengths = counted(said, "prompt_tokens", size // 4), [len(text) + 1 for text, _ in good]
+        made = _shared_out(counted(said, "completion_tokens", sum(lengths) // 4), lengths)
         tokens = zip([prompt, *[0] * len(good)], made, strict=False)
         whole = [one if isinstance(one, Exception) else Completion(*one, *next(tokens), request.seed) for one in read]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except _ODD:
         _unusable(said, "an answer without a completion in it (no 'choices')")
     if isinstance(first, Exception) and not good:
         raise first
@@ -114,6 +142,8 @@ def _text_of(choice: Any) -> tuple[str, Any] | RequestError | Transient:
     """A completion's text, and why it ended; or why there is none."""
     message = choice.get("message")
     text = choice["text"] if message is None else message.get("content") or message.get("refusal") or ""
+    if isinstance(text, list):  # in parts, of which a model's thinking is none of the answer
+        text = "".join(part["text"] for part in text if part["type"] == "text")
     try:
         return str(text).strip(), _finish(choice.get("finish_reason"))
     except (RequestError, Transient) as exc:
@@ -136,8 +166,7 @@ def _finish(reason: Any) -> Any:
 
 def _spend(said: Any, spent: list[int]) -> None:
     """Prompt tokens, and the one that every such question generates."""
-    usage = said.get("usage") or {}
-    spent.append(int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0))
+    spent.append(counted(said, "prompt_tokens") + counted(said, "completion_tokens"))
 
 
 def read_texts(said: Any, spent: list[int]) -> Mapping[str, float]:
@@ -149,12 +178,12 @@ def read_texts(said: Any, spent: list[int]) -> Mapping[str, float]:
             pairs = [(_token_text(one), float(one["logprob"])) for one in top]
         else:
             pairs = [(token, float(value)) for token, value in logprobs["top_logprobs"][0].items()]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except _ODD:
         _unusable(said, "an answer without log-probabilities", "no numbers")
     found: dict[str, float] = {}
     for token, value in pairs:
-        if math.isnan(value):
-            raise Transient("a log-probability is not a number (NaN)", kind="no numbers")
+        if not value <= _HIGHEST:
+            raise Transient(f"a log-probability is {value}, which none can be", kind="no numbers")
         if value > -9000:  # vLLM's -9999 and others' -inf stand for none
             found.setdefault(token, value)
     if not found:
@@ -175,7 +204,7 @@ def read_ids(said: Any, tokens: Sequence[int], spent: list[int]) -> Mapping[int,
         top = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found = {str(one["token"]).removeprefix("token_id:"): float(one["logprob"]) for one in top}
         values = {token: found[str(token)] for token in tokens}
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except _ODD:
         _unusable(said, "an answer without the log-probabilities that were asked for", "no numbers")
     _all_numbers(values.values())
     _spend(said, spent)
@@ -183,15 +212,15 @@ def read_ids(said: Any, tokens: Sequence[int], spent: list[int]) -> Mapping[int,
 
 
 def _all_numbers(values: Any) -> None:
-    if not all(map(math.isfinite, values)):
-        raise Transient("a log-probability is not a finite number", kind="no numbers")
+    if not all(-math.inf < value <= _HIGHEST for value in values):
+        raise Transient("a log-probability is above 0, or not a finite number", kind="no numbers")
 
 
 def read_token_list(said: Any) -> list[int]:
     """What `/tokenize` answers."""
     try:
         return [int(one) for one in said["tokens"]]
-    except (KeyError, TypeError, ValueError):
+    except _ODD:
         _unusable(said, "no tokens in the answer of /tokenize")
 
 
@@ -201,7 +230,7 @@ def read_prompt_sum(said: Any, alone: list[int]) -> Loglikelihood:
         entries = [next(iter(one.items())) if one else None for one in said["prompt_logprobs"]]
         same = next((i for i, one in enumerate(entries) if one and (i >= len(alone) or int(one[0]) != alone[i])), len(entries))
         values = [float(one[1]["logprob"]) for one in entries[same:] if one]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except _ODD:
         _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
     return _summed(values, said)
 
@@ -212,7 +241,7 @@ def read_echo_sum(said: Any, start: int) -> Loglikelihood:
         logprobs = said["choices"][0]["logprobs"]
         ends = [*logprobs["text_offset"][1:], math.inf]
         values = [float(value) for value, end in zip(logprobs["token_logprobs"], ends, strict=True) if end > start]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except _ODD:
         _unusable(said, "an answer without the prompt's log-probabilities", "no numbers")
     return _summed(values, said)
 
@@ -231,7 +260,7 @@ def read_reward(said: Any) -> Reward:
     numbers = reward_numbers(said)
     if len(numbers) != 1 or not math.isfinite(numbers[0]):
         _unusable(said, f"expected one reward, got {numbers[:4]}", "no numbers")
-    return Reward(numbers[0], int((said.get("usage") or {}).get("prompt_tokens") or 0))
+    return Reward(numbers[0], counted(said, "prompt_tokens"))
 
 
 def reward_numbers(said: Any) -> list[float]:
@@ -242,5 +271,5 @@ def reward_numbers(said: Any) -> list[float]:
         while values and isinstance(values[0], list):
             values = values[0]
         return [float(value) for value in values]
-    except (KeyError, IndexError, TypeError, ValueError):
+    except _ODD:
         return []

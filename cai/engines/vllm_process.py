@@ -37,6 +37,7 @@ _SAID_ELSEWHERE = {
     "revision": "revision",
     "dtype": "dtype",
     "enable_lora": "vllm.adapter",
+    "hf_token": "the environment variable HF_TOKEN: a recipe is written into the run folder",
     "logprobs_mode": "nothing: judging needs the model's own log-probabilities",
     "runner": "judge.method",
 }
@@ -122,6 +123,7 @@ class VllmProcess:
     def stop(self) -> None:
         """End the process; blocks for a second or so."""
         self.engine.shutdown()
+        self.engine.shutdown = lambda: None  # called again by its __del__, by when vLLM's modules may be gone
         self._watch.communicate()
 
 
