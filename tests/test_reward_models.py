@@ -352,6 +352,14 @@ def test_the_line_of_length_is_fitted_within_prompts():
     assert after["within_prompts"] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_line_of_length_ends_with_the_lengths_that_it_was_fitted_on():
+    reward, lengths, prompts = planted(0.01)
+    line = length_line(reward, lengths, prompts)
+    assert (line.shortest, line.longest) == tuple(np.quantile(lengths, (0.05, 0.95)))
+    worth = line.worth(np.array([0.0, line.shortest, line.mean, line.longest, 10 * line.longest]))
+    assert worth[0] == worth[1] < worth[2] == 0 < worth[3] == worth[4]
+
+
 def test_lengths_that_never_differ_within_a_prompt_tell_nothing():
     line = length_line(np.array([1.0, 2.0, 3.0, 4.0]), np.array([5, 5, 9, 9]), np.array([0, 0, 1, 1]))
     assert (line.slope, line.mean) == (0.0, 7.0)
@@ -507,8 +515,11 @@ def test_rows_are_scored_and_bad_ones_are_named_by_line(trained, tmp_path):
     for one in lines:
         assert one["reward"] == pytest.approx(min(one["members"]))
         assert one["objectives"].keys() == BOTH.keys()
-    for word in ("helpful", "harmless", "member 1", "tokens", "chosen ahead", "correlation with length"):
+    for word in ("helpful", "harmless", "member 1", "tokens", "chosen ahead"):
         assert word in done.stdout
+    assert "correlation" not in done.stdout, "of four completions"
+    file.write_text("".join(json.dumps(one) + "\n" for one in given[:3] * 4))
+    assert "correlation with length" in command("reward", "score", trained("objectives"), file).stdout
 
 
 def test_what_holds_no_row_to_score_is_an_error(trained, tmp_path):

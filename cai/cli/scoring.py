@@ -19,6 +19,10 @@ from cai.prompts import read_completions
 
 _SHOWN = 10
 """Rows of the table, and bad rows that are named."""
+_TELLING = 10
+"""From so many completions on, a correlation says something."""
+_MEMBERS = 5
+"""The most members whose rewards the table shows; a file has those of all."""
 
 
 def score(model_name: str, file: str, limit: int | None, out: Path | None) -> None:
@@ -81,17 +85,19 @@ def _passing(lines: Iterable[dict[str, Any]], output: IO[str] | None) -> Iterato
 def _table(lines: list[dict[str, Any]], has_length: bool) -> Table:
     first = lines[0]
     names = list(first["objectives"]) if len(first["objectives"]) > 1 else []
-    members = [f"member {number}" for number in range(len(first["members"]))] if len(first["members"]) > 1 else []
+    members = [f"member {number}" for number in range(len(first["members"]))] if 1 < len(first["members"]) <= _MEMBERS else []
     numbers = ["reward", *names, *members, *(["for length"] if has_length else []), "tokens"]
-    table = Table("row", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("row", no_wrap=True, min_width=9, max_width=24)
     for name in numbers:
-        table.add_column(escape(printable(name)), justify="right")
-    table.add_column("completion", ratio=1, no_wrap=True)
+        shown_name = printable(name)
+        table.add_column(escape(shown_name), justify="right", no_wrap=True, min_width=max(len(shown_name), 5))
+    table.add_column("completion", ratio=1, no_wrap=True, min_width=12)
     for one in lines:
         parts = [one["reward"], *(one["objectives"][name] for name in names), *(one["members"] if members else [])]
         shown = [f"{part:+.2f}" for part in [*parts, *([one["length"]] if has_length else [])]]
         side = "" if one["side"] == "completion" else f" {one['side']}"
-        where = escape(printable(one["origin"])) + side
+        where = escape(printable(Path(one["origin"]).name)) + side
         table.add_row(where, *shown, f"{one['tokens']:,}", escape(shortened(one["completion"], 60)))
     return table
 
@@ -103,5 +109,5 @@ def _show_summary(found: dict[str, float]) -> None:
     console.print(f"\n{said}")
     names = {"overall": "correlation with length", "within_prompts": "within prompts"}
     parts = [f"{name} {found[key]:+.2f}" for one, name in names.items() if (key := f"length_correlation_{one}") in found]
-    if parts:
+    if parts and found["completions"] >= _TELLING:
         console.print(", ".join(parts))

@@ -41,10 +41,19 @@ class MemberSpec(Part):
 
 
 class LengthLine(Part):
-    """What length alone is worth: `slope` times the characters of a completion beyond `mean`."""
+    """What length alone is worth: `slope` times the characters of a completion beyond `mean`.
+
+    Beyond `longest`, or below `shortest`, it is worth no more: a line says nothing of lengths that it was not fitted on.
+    """
 
     slope: Weight
     mean: Weight
+    shortest: Weight = 0.0
+    longest: Weight = 1e9
+
+    def worth(self, lengths: Numbers) -> Numbers:
+        """Of completions of so many characters."""
+        return self.slope * (np.clip(lengths, self.shortest, self.longest) - self.mean)
 
 
 class RewardSpec(Part):
@@ -99,8 +108,7 @@ def combine(spec: RewardSpec, outputs: Numbers, lengths: Numbers, tokens: Number
             reward = members.min(axis=1)
         case "mean-variance":
             reward = members.mean(axis=1) - spec.variance_weight * members.var(axis=1)
-    line = spec.length or LengthLine(slope=0.0, mean=0.0)
-    taken = line.slope * (lengths - line.mean)
+    taken = spec.length.worth(lengths) if spec.length else np.zeros(len(lengths))
     return Scores(reward - taken, members, normal.mean(axis=1), taken, tokens)
 
 
@@ -119,11 +127,13 @@ def normalised(spec: RewardSpec, outputs: Numbers) -> RewardSpec:
 def length_line(reward: Numbers, lengths: Numbers, prompts: Numbers) -> LengthLine:
     """The least-squares line of reward on length within prompts (numbers beside each completion).
 
-    Within them, since a prompt that asks for long completions may be one that gets good ones.
+    Within them, since a prompt that asks for long completions may be one that gets good ones. It ends where the shortest
+    and the longest twentieth of the completions begin.
     """
     within, of = _within(lengths, prompts), _within(reward, prompts)
     slope = float(stats.linregress(within, of).slope) if within.any() else 0.0
-    return LengthLine(slope=slope, mean=float(lengths.mean()))
+    shortest, longest = np.quantile(lengths, (0.05, 0.95))
+    return LengthLine(slope=slope, mean=float(lengths.mean()), shortest=float(shortest), longest=float(longest))
 
 
 def length_correlation(reward: Numbers, lengths: Numbers, prompts: Numbers) -> dict[str, float]:
