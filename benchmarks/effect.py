@@ -64,24 +64,32 @@ def answer(folder: Path, model: str, prompts: str, candidates: int, name: str, s
     return folder / name
 
 
-def satisfied(run: Path) -> numpy.ndarray:
-    """For each prompt, whether its answers satisfy the check: shape (prompts, candidates)."""
-    return numpy.array([[len(one.text.split()) <= WORDS for one in record.candidates] for record in read_records(run)], float)
+Found = dict[str, list[int]]
+"""The words of each answer, by prompt."""
 
 
-def show(name: str, found: numpy.ndarray, base: numpy.ndarray, seconds: float) -> None:
-    """The share, and how many points it rose."""
-    prompts = numpy.repeat(numpy.arange(len(found)), found.shape[1])
-    now, rise = share(found.ravel(), prompts, 0), difference((found - base).ravel(), prompts, 0)
+def count_words(run: Path) -> Found:
+    """Of each answer of a run; one without a word has 0."""
+    return {record.prompt.id: [len(one.text.split()) for one in record.candidates] for record in read_records(run)}
+
+
+def show(name: str, found: Found, base: Found, seconds: float) -> float:
+    """The share of answers with 1 to 50 words and how many points it rose, with what an average would hide."""
+    both = sorted(found.keys() & base.keys())
+    now, before = (numpy.array([one[prompt] for prompt in both]) for one in (found, base))
+    kept, kept_before = (((words >= 1) & (words <= WORDS)).astype(float) for words in (now, before))
+    prompts = numpy.repeat(numpy.arange(len(both)), now.shape[1])
+    whole, rise = share(kept.ravel(), prompts, 0), difference((kept - kept_before).ravel(), prompts, 0)
     interval = "" if rise.low is None else f" ({100 * rise.low:+.0f} to {100 * rise.high:+.0f})"
-    print(
-        f"{name:<12} {100 * now.value:5.1f} %   {100 * rise.value:+5.1f} points{interval}   {seconds / 60:.1f} min", flush=True
-    )
+    told = f"{now.mean():.0f} words on average, {(now == 0).mean():.0%} empty, {len(both)} prompts, {seconds / 60:.1f} min"
+    print(f"{name:<12} {100 * whole.value:5.1f} %   {100 * rise.value:+5.1f} points{interval}   {told}", flush=True)
+    return 100 * rise.value
 
 
-def one_seed(folder: Path, model: str, seed: int, began: float) -> None:
-    """Everything, with one seed."""
-    base = satisfied(answer(folder, model, "held-out", 2, f"base-{seed}", seed))
+def one_seed(folder: Path, model: str, seed: int, began: float) -> dict[str, float]:
+    """Everything, with one seed: the points that SFT and DPO won, and the reward model's accuracy."""
+    won: dict[str, float] = {}
+    base = count_words(answer(folder, model, "held-out", 2, f"base-{seed}", seed))
     data = answer(folder, model, "train", 4, f"data-{seed}", seed)
     print(f"seed {seed}: data after {(time.perf_counter() - began) / 60:.1f} min", flush=True)
     show("before", base, base, 0)
@@ -92,10 +100,13 @@ def one_seed(folder: Path, model: str, seed: int, began: float) -> None:
         manifest = train(stage, SETTINGS[stage].model_validate(settings), out)
         if stage == "reward":
             measures = {key: value for key, value in manifest["measures"].items() if "accuracy" in key}
-            print(f"{stage:<12} {measures}   {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+            told = ", ".join(f"{key} {value:.3f}" for key, value in measures.items())
+            print(f"{stage:<12} {told}   {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+            won[stage] = manifest["measures"]["accuracy"]
             continue
-        found = satisfied(answer(folder, str(out), "held-out", 2, f"held-out-{stage}-{seed}", seed))
-        show(stage, found, base, time.perf_counter() - started)
+        found = count_words(answer(folder, str(out), "held-out", 2, f"held-out-{stage}-{seed}", seed))
+        won[stage] = show(stage, found, base, time.perf_counter() - started)
+    return won
 
 
 def main() -> None:
@@ -105,10 +116,13 @@ def main() -> None:
         folder = Path(kept or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         write_prompts(folder)
+        won: list[dict[str, float]] = []
         for seed in range(seeds):
             began = time.perf_counter()
-            one_seed(folder, model, seed, began)
+            won.append(one_seed(folder, model, seed, began))
             print(f"seed {seed}: {(time.perf_counter() - began) / 60:.1f} min in all", flush=True)
+    for stage in STEPS:
+        print(f"{stage:<12} by seed: {', '.join(f'{one[stage]:.3g}' for one in won)}")
 
 
 if __name__ == "__main__":

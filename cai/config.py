@@ -39,6 +39,8 @@ class PromptsConfig(Part):
     """The revision of a Hub dataset (branch, tag or commit)."""
     subset: Text | None = None
     """The configuration of a Hub dataset."""
+    data_dir: Text | None = None
+    """The folder of a Hub dataset that is read (of `Anthropic/hh-rlhf`: `helpful-base`)."""
 
 
 class VllmConfig(Part):

@@ -264,6 +264,7 @@ SETTINGS = {
 TEXTS = {
     "prompts.column",
     "prompts.subset",
+    "prompts.data_dir",
     "prompts.revision",
     "policy.revision",
     "policy.device",

@@ -371,7 +371,7 @@ def test_a_source_that_is_not_there(name: str) -> None:
     assert ("did you mean 'benign'?" in str(caught.value)) == (name == "bening")
 
 
-def test_a_hub_dataset_is_asked_for_with_its_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_asked_for_with_its_subset_folder_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Hub is reached here: `datasets` is asked, and answers with rows that name what it was asked for."""
     import datasets
 
@@ -380,8 +380,8 @@ def test_a_hub_dataset_is_asked_for_with_its_subset_split_and_revision(monkeypat
         return datasets.Dataset.from_list([row]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    asked = {"split": "test", "revision": "abc123", "streaming": True}
-    assert texts("owner/name", subset="easy", split="test", revision="abc123") == [
+    asked = {"split": "test", "revision": "abc123", "data_dir": "helpful", "streaming": True}
+    assert texts("owner/name", subset="easy", split="test", revision="abc123", data_dir="helpful") == [
         json.dumps(["owner/name", "easy", asked], sort_keys=True)
     ]
 

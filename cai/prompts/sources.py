@@ -100,7 +100,7 @@ def _dataset_folder(path: Path, config: PromptsConfig) -> Iterator[Raw]:
 
     with _failures(f"{path}: no prompts could be read from this folder"):
         if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            data = datasets.load_dataset(str(path), config.subset, split=config.split, streaming=True)
+            data = datasets.load_dataset(str(path), config.subset, data_dir=config.data_dir, split=config.split, streaming=True)
         else:
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict) and config.split not in data:
@@ -113,7 +113,8 @@ def _hub(name: str, config: PromptsConfig) -> Iterator[Raw]:
     import datasets
 
     with _failures(f"prompts '{name}': neither a file nor a built-in set, and no such dataset could be had from the Hub"):
-        data = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision, streaming=True)
+        where = {"data_dir": config.data_dir, "revision": config.revision}
+        data = datasets.load_dataset(name, config.subset, split=config.split, streaming=True, **where)
     return _each(name, data)
 
 

@@ -87,7 +87,7 @@ def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Ite
     if is_one_split and split != source.split:
         return None
     return read_raw(
-        PromptsConfig(source=source.source, split=split, subset=source.subset, revision=source.revision, limit=source.limit)
+        PromptsConfig(split=split, **source.model_dump(include={"source", "subset", "data_dir", "revision", "limit"}))
     )
 
 

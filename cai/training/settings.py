@@ -36,6 +36,8 @@ class SourceSettings(Part):
     """The split to measure on, where there is such a one; null: none."""
     subset: Text | None = None
     """The configuration of a Hub dataset; of a run folder the one that the stage needs is taken."""
+    data_dir: Text | None = None
+    """The folder of a Hub dataset that is read (of `Anthropic/hh-rlhf`: `helpful-base`)."""
     revision: Text | None = None
     """The revision of a Hub dataset (branch, tag or commit)."""
     limit: PositiveInt | None = None
