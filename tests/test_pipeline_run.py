@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cai.cli import run as cli_run
 from cai.config import load_recipe
 from cai.documents import Document
 from cai.errors import ConfigError, EngineError
@@ -246,6 +247,23 @@ def test_an_error_comes_out_of_the_process_that_trains_with_its_type(tmp_path: P
 
     with pytest.raises(ConfigError, match="its only row is not a dialogue that ends with the assistant's turn"):
         train_apart("sft", settings, tmp_path / "out", Silent())
+
+
+def test_launch_is_passed_to_each_training_and_checked_before_anything_is_made(tmp_path, tiny, log, monkeypatch, train):
+    from cai.training import launching
+
+    seen = []
+
+    def launch(stage: StageName, settings: TrainSettings, out: Path, mode: str, how: str | None, show: Any) -> dict[str, Any]:
+        seen.append((stage, how))
+        return train(stage, settings, out, show)
+
+    monkeypatch.setattr(launching, "launch", launch)
+    with pytest.raises(ConfigError, match="--launch many: expected a number of processes"):
+        cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "many", [])
+    assert not (tmp_path / "out").exists()
+    cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "2", [])
+    assert seen == [("sft", "2"), ("reward", "2"), ("dpo", "2")]
 
 
 # --- rounds

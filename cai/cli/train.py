@@ -40,7 +40,7 @@ Launch = Annotated[
         "--launch",
         panel=MACHINES,
         metavar="N|NAME|FILE",
-        help="Several processes: how many; fsdp, zero2 or zero3 on all GPUs; or an accelerate config.",
+        help="Train in several processes: how many; fsdp, zero2 or zero3 on all GPUs; or an accelerate config.",
     ),
 ]
 
@@ -113,7 +113,9 @@ def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch
             show.note("loading PyTorch and TRL")
             if launch is None:
                 from cai.training.running import train
+                from cai.weights import one_gpu
 
+                os.environ.update(one_gpu(os.environ))
                 manifest = train(stage, settings, out, mode, show)
             else:
                 from cai.training import launching

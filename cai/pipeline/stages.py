@@ -67,11 +67,11 @@ class Watcher:
         return nullcontext(Silent())
 
 
-def train_apart(stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
-    """In a process of its own, so that its memory is free again for the next stage."""
+def train_apart(stage: StageName, settings: TrainSettings, out: Path, show: Any, how: str | None = None) -> dict[str, Any]:
+    """In a process of its own, so that its memory is free again for the next stage; or in those of `--launch how`."""
     from cai.training.launching import launch
 
-    return launch(stage, settings, out, "continue", None, show)
+    return launch(stage, settings, out, "continue", how, show)
 
 
 class PipelineFolder:
