@@ -187,6 +187,19 @@ def test_a_trained_model_is_not_deleted_without_consent(tmp_path: Path, tiny: Pa
     assert train.made == ["2-sft", "3-reward", "4-dpo"]
 
 
+@pytest.mark.parametrize("kept", ["checkpoints/checkpoint-3", "checkpoints/member-1/checkpoint-3", "members/0/done.json"])
+def test_nor_is_what_a_training_that_was_stopped_has_made(tmp_path: Path, tiny: Path, log: Path, train: Planted, kept: str):
+    train.fails = "3-reward"
+    with pytest.raises(EngineError):
+        run_pipeline(pipeline(stages(tiny)), tmp_path / "out", train=train)
+    file = tmp_path / "out" / "3-reward" / kept
+    file.parent.mkdir(parents=True)
+    file.write_text("kept")
+    with pytest.raises(ConfigError, match=r"delete what was made in .*3-reward; add --yes"):
+        run_pipeline(changed(tiny, "reward.reward.seed", 3), tmp_path / "out", train=train)
+    assert file.read_text() == "kept"
+
+
 def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, train: Planted):
     out, given = tmp_path / "out", pipeline(stages(tiny))
     with pytest.raises(ConfigError, match=r"--from dpo: 'sft' \(.*2-sft\) is not finished"):

@@ -298,7 +298,10 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
         check_installed()
 
 
-@pytest.mark.parametrize(("there", "what"), [("manifest.json", "a trained model"), ("checkpoints", "checkpoints")])
+@pytest.mark.parametrize(
+    ("there", "what"),
+    [("manifest.json", "a trained model"), ("members", "trained reward models"), ("checkpoints", "checkpoints")],
+)
 def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch, there, what):
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))
