@@ -16,6 +16,8 @@ from cai import weights
 from cai.cli import train as command
 from cai.errors import ConfigError, EngineError, Interrupted
 from cai.training import launching, running
+from cai.training.data import load_data
+from cai.training.folder import TrainFolder
 from cai.training.launching import find_config, launch
 from cai.training.running import train
 from tests import runs
@@ -45,6 +47,19 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
     assert show.notes.count("training") == 1, "the first process alone shows"
     assert show.steps[-1] == (3, 3)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_a_training_is_not_gone_on_with_in_another_number_of_processes(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])
+    settings = make_settings("sft", tiny, rows)
+    told = running.identity("sft", settings, "1", load_data("sft", settings), 4)
+    with TrainFolder(tmp_path / "out", told):
+        pass
+    alone = running.identity("sft", settings, "1", load_data("sft", settings))
+    with pytest.raises(ConfigError, match=r"holds another training:\n  processes: 4 there, 1 now\nuse another -o, or --fresh"):
+        TrainFolder(tmp_path / "out", alone)
+    with TrainFolder(tmp_path / "out", told) as folder:
+        assert folder.finished is None
 
 
 @pytest.mark.slow
