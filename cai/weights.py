@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def best_device() -> str:
 def device_count() -> int:
     """How many GPUs there are."""
     return int(torch.cuda.device_count())
+
+
+def one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment of a process that trains alone, so that it sees the first GPU only: TRL refuses several
+    in one process. Nothing where there is one or none, and under a launcher, which gives each process its own. It has to be
+    there before the process first asks CUDA for anything.
+    """
+    if "LOCAL_RANK" in environment or device_count() < 2:
+        return {}
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
+    return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0].strip()}
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:

@@ -58,6 +58,9 @@ def test_a_folder_is_found_and_its_version_changes_with_its_content(tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     assert locate("m") == locate("./m/") == place
     (path / "notes.md").write_text("no part of it")
+    assert locate("m").version == place.version
+    for name in ("manifest.json", "done.json", "trainer_state.json", "training_args.bin", "train_results.json"):
+        (path / name).write_text("how it was trained")
     (path / "sub.json").mkdir()
     assert locate("m") == place
     versions = {place.version}

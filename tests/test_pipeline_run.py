@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from cai.cli import run as cli_run
 from cai.config import load_recipe
 from cai.documents import Document
 from cai.errors import ConfigError, EngineError
-from cai.pipeline import Choice, Pipeline, Watcher, load_pipeline, run_pipeline
+from cai.pipeline import Choice, Pipeline, Watcher, forecast, load_pipeline, run_pipeline
+from cai.pipeline.inputs import inputs_of
 from cai.pipeline.recipe import Stage
 from cai.pipeline.stages import train_apart
 from cai.pipeline.steps import Step, unfold
@@ -186,6 +190,69 @@ def test_a_trained_model_is_not_deleted_without_consent(tmp_path: Path, tiny: Pa
     assert train.made == ["2-sft", "3-reward", "4-dpo"]
 
 
+def does(given: Pipeline, out: Path) -> dict[str, str]:
+    """What would be done about each stage."""
+    return {step.name: verdict.does for step, verdict in forecast(given, out).verdicts.items()}
+
+
+def test_a_changed_folder_of_prompts_or_rows_is_a_changed_input(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    def save(name: str, word: str) -> str:
+        rows = [{"prompt": f"Why {word}?", "completion": "So."}, {"prompt": "What?", "completion": "That."}]
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+        return str(tmp_path / name)
+
+    out, prompts = tmp_path / "out", save("prompts", "now")
+    given = {"data": {"generate": data(prompts={"source": prompts})}, "sft": {"sft": training(tiny)}}
+    given["more"] = {"sft": training(tiny) | {"data": ["@data", save("rows", "now")]}}
+    run_pipeline(pipeline(given), out, train=train)
+    (tmp_path / "rows" / "cache-12ab.arrow").write_text("what datasets keeps")
+    assert does(pipeline(given), out) == {"data": "skip", "sft": "skip", "more": "skip"}
+    save("rows", "then")
+    assert does(pipeline(given), out) == {"data": "skip", "sft": "skip", "more": "remake"}
+    save("prompts", "then")
+    assert does(pipeline(given), out) == {"data": "remake", "sft": "maybe", "more": "maybe"}
+
+
+def test_a_run_elsewhere_counts_by_its_data(tmp_path: Path, tiny: Path, log: Path, train: Planted):
+    from cai.config import Recipe
+    from cai.pipeline import generate
+
+    out, other = tmp_path / "out", tmp_path / "other"
+    generate(Recipe.model_validate(data("respond")), other)
+    given = pipeline({"sft": {"sft": training(tiny) | {"data": str(other)}}})
+    run_pipeline(given, out, train=train)
+    generate(Recipe.model_validate(data("respond")), other)
+    assert does(given, out) == {"sft": "skip"}, "another session changes its manifest alone"
+    generate(Recipe.model_validate(data("respond", prompts={"source": "benign", "limit": 4})), other, "update")
+    assert does(given, out) == {"sft": "remake"}
+
+
+def test_a_changed_adapter_is_a_changed_input(tmp_path: Path, tiny: Path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_model.safetensors").write_text("one")
+    adapter = {"model": f"vllm:{tiny}", "vllm": {"adapter": str(tmp_path / "lora")}}
+    for given in (data(policy=adapter), data(judge=adapter)):
+        (step,) = unfold(pipeline({"data": {"generate": given}}), tmp_path)
+        before = inputs_of(step)
+        (tmp_path / "lora" / "adapter_model.safetensors").write_text(str(len(before)) + given["policy"]["model"])
+        after = inputs_of(step)
+        assert [name for name in after if after[name] != before.get(name)] == [f"adapter {tmp_path / 'lora'}"]
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/checkpoint-3", "checkpoints/member-1/checkpoint-3", "members/0/done.json"])
+def test_nor_is_what_a_training_that_was_stopped_has_made(tmp_path: Path, tiny: Path, log: Path, train: Planted, kept: str):
+    train.fails = "3-reward"
+    with pytest.raises(EngineError):
+        run_pipeline(pipeline(stages(tiny)), tmp_path / "out", train=train)
+    file = tmp_path / "out" / "3-reward" / kept
+    file.parent.mkdir(parents=True)
+    file.write_text("kept")
+    with pytest.raises(ConfigError, match=r"delete what was made in .*3-reward; add --yes"):
+        run_pipeline(changed(tiny, "reward.reward.seed", 3), tmp_path / "out", train=train)
+    assert file.read_text() == "kept"
+
+
 def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, train: Planted):
     out, given = tmp_path / "out", pipeline(stages(tiny))
     with pytest.raises(ConfigError, match=r"--from dpo: 'sft' \(.*2-sft\) is not finished"):
@@ -246,6 +313,23 @@ def test_an_error_comes_out_of_the_process_that_trains_with_its_type(tmp_path: P
 
     with pytest.raises(ConfigError, match="its only row is not a dialogue that ends with the assistant's turn"):
         train_apart("sft", settings, tmp_path / "out", Silent())
+
+
+def test_launch_is_passed_to_each_training_and_checked_before_anything_is_made(tmp_path, tiny, log, monkeypatch, train):
+    from cai.training import launching
+
+    seen = []
+
+    def launch(stage: StageName, settings: TrainSettings, out: Path, mode: str, how: str | None, show: Any) -> dict[str, Any]:
+        seen.append((stage, how))
+        return train(stage, settings, out, show)
+
+    monkeypatch.setattr(launching, "launch", launch)
+    with pytest.raises(ConfigError, match="--launch many: expected a number of processes"):
+        cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "many", [])
+    assert not (tmp_path / "out").exists()
+    cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "2", [])
+    assert seen == [("sft", "2"), ("reward", "2"), ("dpo", "2")]
 
 
 # --- rounds

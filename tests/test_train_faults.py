@@ -143,6 +143,44 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_in_the_weights(tiny, ro
     assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
 
 
+def test_one_infinite_gradient_of_a_late_parameter_stops_before_it_is_in_the_weights(tiny, rows, tmp_path, monkeypatch):
+    """Clipping leaves 0 in all others, so that they look well."""
+    from transformers import Trainer
+
+    create, steps = Trainer.create_optimizer, []
+
+    def poisoned(trainer, *given, **named):
+        last = list(trainer.model.parameters())[-1]
+
+        def hook(gradient):
+            gradient = gradient.clone()
+            if trainer.state.global_step == 1:
+                gradient.view(-1)[-1] = float("inf")
+            return gradient
+
+        last.register_hook(hook)
+        optimizer = create(trainer, *given, **named)
+        optimizer.register_step_pre_hook(lambda *_: steps.append(trainer.state.global_step))
+        return optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", poisoned)
+    with pytest.raises(EngineError, match=r"a gradient is not a finite number at step 2 of 4"):
+        train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")
+    assert steps == [0]
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_element_that_is_no_number_is_found(dtype, value):
+    huge = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    gradients = [huge, torch.zeros(0, dtype=dtype), torch.ones(5)]
+    assert watching._all_finite(gradients)
+    assert watching._all_finite([])
+    gradients[2][3] = value
+    assert not watching._all_finite(gradients)
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")]
 )
@@ -260,7 +298,10 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
         check_installed()
 
 
-@pytest.mark.parametrize(("there", "what"), [("manifest.json", "a trained model"), ("checkpoints", "checkpoints")])
+@pytest.mark.parametrize(
+    ("there", "what"),
+    [("manifest.json", "a trained model"), ("members", "trained reward models"), ("checkpoints", "checkpoints")],
+)
 def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch, there, what):
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from cai import weights
+from cai.cli import train as command
 from cai.errors import ConfigError, EngineError, Interrupted
-from cai.training import launching
+from cai.training import launching, running
+from cai.training.data import load_data
+from cai.training.folder import TrainFolder
 from cai.training.launching import find_config, launch
 from cai.training.running import train
 from tests import runs
@@ -41,6 +47,19 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
     assert show.notes.count("training") == 1, "the first process alone shows"
     assert show.steps[-1] == (3, 3)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_a_training_is_not_gone_on_with_in_another_number_of_processes(tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])
+    settings = make_settings("sft", tiny, rows)
+    told = running.identity("sft", settings, "1", load_data("sft", settings), 4)
+    with TrainFolder(tmp_path / "out", told):
+        pass
+    alone = running.identity("sft", settings, "1", load_data("sft", settings))
+    with pytest.raises(ConfigError, match=r"holds another training:\n  processes: 4 there, 1 now\nuse another -o, or --fresh"):
+        TrainFolder(tmp_path / "out", alone)
+    with TrainFolder(tmp_path / "out", told) as folder:
+        assert folder.finished is None
 
 
 @pytest.mark.slow
@@ -115,3 +134,43 @@ def test_processes_that_could_tell_nothing(tmp_path):
     with pytest.raises(EngineError, match=r"(?s)ended with exit code -9 .*the same command continues.*line 12\n.*line 19$"):
         launching._raise_failure(tmp_path, -9)
     launching._raise_failure(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "added"),
+    [
+        ({}, 4, {"CUDA_VISIBLE_DEVICES": "0"}),
+        ({"CUDA_VISIBLE_DEVICES": "3,1"}, 2, {"CUDA_VISIBLE_DEVICES": "3"}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937, GPU-1a2b3c4d"}, 2, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, 1, {}),
+        ({}, 0, {}),
+        ({"LOCAL_RANK": "1"}, 4, {}),
+    ],
+)
+def test_one_process_sees_one_gpu(monkeypatch, given, gpus, added):
+    monkeypatch.setattr(weights, "device_count", lambda: gpus)
+    assert weights.one_gpu(given) == added
+
+
+@pytest.mark.parametrize(("how", "visible"), [(None, "5"), ("2", "5,6")])
+def test_what_a_process_gets_of_several_gpus(tiny, tmp_path, monkeypatch, how, visible):
+    seen = tmp_path / "seen"
+    program = f"import os; open({str(seen)!r}, 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    run = launching._run
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    monkeypatch.setattr(weights, "device_count", lambda: 2)
+    monkeypatch.setattr(launching, "_run", lambda command, *more: run([sys.executable, "-c", program], *more))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    launch("sft", make_settings("sft", tiny, tmp_path / "rows.jsonl"), tmp_path / "out", "continue", how, Shown())
+    assert seen.read_text() == visible
+
+
+def test_a_training_in_the_process_of_the_command_sees_one_gpu(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    monkeypatch.setattr(weights, "device_count", lambda: 2)
+    monkeypatch.setattr(running, "train", lambda *given: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr("cai.cli.training.show_summary", lambda *given: None)
+    command.run("sft", make_settings("sft", tiny, "rows.jsonl"), tmp_path, "continue")
+    assert seen == ["5"]

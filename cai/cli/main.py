@@ -169,6 +169,7 @@ def run(
     fresh: Annotated[bool, option("--fresh", panel=FOLDER, help="Make the stages anew; asks if models would be lost.")] = False,
     yes: Yes = False,
     dry_run: Annotated[bool, option("--dry-run", panel=FOLDER, help="Print stages, calls, rows; make nothing.")] = False,
+    launch: train.Launch = None,
 ) -> None:
     """Run a pipeline: datasets, SFT, reward models, DPO, in the order of its stages.
 
@@ -184,11 +185,11 @@ def run(
         raise ConfigError(f"-o {folder}: a pipeline runs in a folder on this machine")
     choice = Choice(start, until, fresh)
     if dry_run:
-        command.show_dry_run(loaded, folder, choice)
+        command.show_dry_run(loaded, folder, choice, launch)
         return
-    given = [("-o", out), ("--from", start), ("--until", until), *(("--set", one) for one in set_ or ())]
+    given = [("-o", out), ("--from", start), ("--until", until), ("--launch", launch), *(("--set", one) for one in set_ or ())]
     words = ["cai", "run", recipe, *(word for flag, value in given if value for word in (flag, value))]
-    command.run(loaded, folder, choice, yes, [*words, *(["--yes"] if yes else [])])
+    command.run(loaded, folder, choice, yes, launch, [*words, *(["--yes"] if yes else [])])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from cai.errors import CaiError, PromptSourceError
 from cai.generation.estimate import estimate
 from cai.pipeline import Choice, Pipeline, Watch, Watcher
 from cai.pipeline.forecasting import Entry, Forecast, Verdict, read_manifest
+from cai.pipeline.stages import train_apart
 from cai.pipeline.steps import Step
 from cai.prompts import read_prompts
-from cai.training import TrainSettings
+from cai.training import TrainSettings, check_installed
 
 _DOES = {
     "skip": "finished",
@@ -38,15 +40,25 @@ _ROWS = {"sft": "sft", "kto": "unpaired"}
 """What a stage trains on, where that is not `preference`."""
 
 
-def run(loaded: Pipeline, out: Path, choice: Choice, yes: bool, words: Sequence[str]) -> None:
+def run(loaded: Pipeline, out: Path, choice: Choice, yes: bool, launch: str | None, words: Sequence[str]) -> None:
     """Run a pipeline and show what comes of it; `words` is the command that goes on with it, for errors."""
+    check_launch(loaded, launch)
     try:
-        manifest = pipeline.run_pipeline(loaded, out, choice, _Shown(yes))
+        manifest = pipeline.run_pipeline(loaded, out, choice, _Shown(yes), partial(train_apart, how=launch))
     except CaiError as exc:
         if not read_manifest(out).get("stages"):
             raise
         raise type(exc)(f"{exc}\nthis command continues: {shlex.join(words)}") from exc
     _show_table(manifest, out)
+
+
+def check_launch(loaded: Pipeline, launch: str | None) -> None:
+    """Raises `ConfigError` where `--launch` names nothing."""
+    if launch is not None:
+        check_installed()
+        from cai.training.launching import find_config
+
+        find_config(launch)
 
 
 class _Shown(Watcher):
@@ -119,8 +131,9 @@ def _show_table(manifest: dict[str, Any], out: Path) -> None:
 # --- the dry run
 
 
-def show_dry_run(loaded: Pipeline, out: Path, choice: Choice) -> None:
+def show_dry_run(loaded: Pipeline, out: Path, choice: Choice, launch: str | None) -> None:
     """The stages, what would be skipped or run, calls and rows where they are known. Makes nothing."""
+    check_launch(loaded, launch)
     seen = pipeline.forecast(loaded, out, choice)
     table = Table("stage", "kind", "would be", "calls or rows", "folder", box=None, header_style="bold", pad_edge=False)
     for step in seen.steps:

@@ -40,7 +40,7 @@ Launch = Annotated[
         "--launch",
         panel=MACHINES,
         metavar="N|NAME|FILE",
-        help="Several processes: how many; fsdp, zero2 or zero3 on all GPUs; or an accelerate config.",
+        help="Train in several processes: how many; fsdp, zero2 or zero3 on all GPUs; or an accelerate config.",
     ),
 ]
 
@@ -96,9 +96,9 @@ def choose_out(stage: str, out: str | None) -> Path:
 
 def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
     """Continue, or start over; asks where that would delete something."""
-    there = [name for name in ("manifest.json", "checkpoints") if (out / name).exists()]
-    if fresh and not yes and there:
-        what = "a trained model" if "manifest.json" in there else "checkpoints"
+    kept = {"manifest.json": "a trained model", "members": "trained reward models", "checkpoints": "checkpoints"}
+    what = next((what for name, what in kept.items() if (out / name).exists()), None)
+    if fresh and not yes and what:
         typer.confirm(f"{out} holds {what}. Delete and start over?", abort=True)
     return "fresh" if fresh else "continue"
 
@@ -113,7 +113,9 @@ def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch
             show.note("loading PyTorch and TRL")
             if launch is None:
                 from cai.training.running import train
+                from cai.weights import one_gpu
 
+                os.environ.update(one_gpu(os.environ))
                 manifest = train(stage, settings, out, mode, show)
             else:
                 from cai.training import launching

@@ -45,9 +45,12 @@ def settings_told(step: Step) -> dict[str, Any]:
 
 def _of_recipe(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "constitution", load_constitution(recipe.constitution).hash
-    yield from _file("prompts", recipe.prompts.source)
+    yield from _content("prompts", recipe.prompts.source)
     for path in filter(None, (recipe.judge.calibration, *(one.calibration for one in recipe.judge.members))):
-        yield from _file(f"calibration {path}", path)
+        yield from _content(f"calibration {path}", path)
+    for vllm in filter(None, (recipe.policy.vllm, recipe.judge.vllm)):
+        if vllm.adapter and (folder := Path(os.path.expanduser(vllm.adapter))).is_dir():
+            yield f"adapter {vllm.adapter}", folder_version(folder)
     models = {recipe.policy.model, recipe.judge.model, *(one.model for one in recipe.judge.members)}
     for model in sorted(filter(None, models)):
         yield from _model(model)
@@ -58,18 +61,32 @@ def _of_training(settings: TrainSettings) -> Iterator[tuple[str, str]]:
     for model in dict.fromkeys(filter(None, (settings.model, *others))):
         yield from _model(model, settings.revision if model == settings.model else None)
     for source in settings.data:
-        path = Path(os.path.expanduser(source.source))
-        if (path / "data").is_dir():
-            yield f"data {source.source}", _hash(file_hashes(path / "data"))
-        else:
-            yield from _file(f"data {source.source}", source.source)
+        yield from _content(f"data {source.source}", source.source)
 
 
-def _file(name: str, source: str) -> Iterator[tuple[str, str]]:
+def _content(name: str, source: str) -> Iterator[tuple[str, str]]:
+    """The hash of a file, of a run's data, or of any other folder that rows are read from; what is elsewhere has none."""
     path = Path(os.path.expanduser(source))
     if path.is_file():
-        with path.open("rb") as handle:
-            yield name, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+        yield name, _digest(path)[:16]
+    elif (path / "manifest.json").is_file() and (path / "data").is_dir():
+        yield name, _hash(file_hashes(path / "data"))
+    elif path.is_dir():
+        yield (
+            name,
+            _hash({str(file.relative_to(path)): _digest(file) for file in sorted(path.rglob("*")) if _is_data(file, path)}),
+        )
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    """Not what is hidden, and not what `datasets` keeps there of its own computing."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and not file.match("cache-*.arrow")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _model(name: str, revision: str | None = None) -> Iterator[tuple[str, str]]:

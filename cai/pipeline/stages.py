@@ -67,11 +67,11 @@ class Watcher:
         return nullcontext(Silent())
 
 
-def train_apart(stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
-    """In a process of its own, so that its memory is free again for the next stage."""
+def train_apart(stage: StageName, settings: TrainSettings, out: Path, show: Any, how: str | None = None) -> dict[str, Any]:
+    """In a process of its own, so that its memory is free again for the next stage; or in those of `--launch how`."""
     from cai.training.launching import launch
 
-    return launch(stage, settings, out, "continue", None, show)
+    return launch(stage, settings, out, "continue", how, show)
 
 
 class PipelineFolder:
@@ -204,7 +204,8 @@ def _would_lose(step: Step, verdict: Verdict) -> bool:
     """Whether a trained model, or the beginning of one, would be deleted, or calls that were paid for."""
     if step.kind == "generate":
         return verdict.why == ASKED and would_lose(step.folder) is not None
-    holds_model = is_done(step) or any((step.folder / "checkpoints").glob("checkpoint-*"))
+    kept = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*", "members/*/done.json")
+    holds_model = is_done(step) or any(any(step.folder.glob(one)) for one in kept)
     return verdict.does in ("remake", "maybe") and holds_model
 
 

@@ -24,7 +24,7 @@ from cai.training.folder import Mode
 from cai.training.loading import find_model
 from cai.training.settings import StageName, TrainSettings
 from cai.training.watching import STOPPING, Show
-from cai.weights import best_device, device_count
+from cai.weights import best_device, device_count, one_gpu
 
 _FOLDER = Path(__file__).parent / "launch"
 JOB, EVENTS, STOP, LOG = "job.json", "events.jsonl", "stop", "log.txt"
@@ -35,7 +35,7 @@ _LAST_LINES = 8
 def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how: str | None, show: Show) -> dict[str, Any]:
     """Train as `cai.training.running.train` does, in the processes that `how` names: a number of them (each with a copy of the
     model), the name of a configuration that comes with the package, or a file that `accelerate config` wrote; None is one
-    process, whose memory and whose libraries' state end with it.
+    process, on the first GPU, whose memory and whose libraries' state end with it.
 
     Raises what a process raised, or `EngineError` for one that ended otherwise.
     """
@@ -46,7 +46,8 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
         folder = Path(name)
         job = {"stage": stage, "settings": settings.model_dump(mode="json"), "out": str(out.absolute()), "mode": mode}
         (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}))
-        code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show)
+        more = one_gpu(os.environ) if how is None else {}
+        code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
         _raise_failure(folder, code)
     return dict(json.loads((out / "manifest.json").read_bytes()))
 
@@ -76,9 +77,12 @@ def _accelerate(config: Path, processes: int | None) -> list[str]:
     return [*accelerate, "--main_process_port", "0"]
 
 
-def _run(command: list[str], folder: Path, show: Show) -> int:
-    """Run the command to its end, showing what it tells. Raises `Interrupted` at the second Ctrl-C."""
-    env = dict(os.environ)
+def _run(command: list[str], folder: Path, show: Show, more: dict[str, str]) -> int:
+    """Run the command to its end with `more` in its environment, showing what it tells.
+
+    Raises `Interrupted` at the second Ctrl-C.
+    """
+    env = os.environ | more
     if best_device() == "cpu":
         env["ACCELERATE_USE_CPU"] = "true"
     with (folder / LOG).open("wb") as log:

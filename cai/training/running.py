@@ -63,7 +63,8 @@ def train(
         show.note("reading the data")
         data = load_data(stage, settings)
         processes = PartialState()
-        with _opened(out, identity(stage, settings, place.version, data), mode, processes) as folder:
+        told = identity(stage, settings, place.version, data, processes.num_processes)
+        with _opened(out, told, mode, processes) as folder:
             watch = Watch(folder.log, show, 0.0 if keeps_own_pace(settings) else 60.0, stop_file)
             return folder.finished or _train(stage, settings, data, folder, watch, show)
 
@@ -93,8 +94,9 @@ def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialS
         yield folder
 
 
-def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData) -> dict[str, Any]:
-    """What decides the trained model: the settings, the weights it begins with, the rows."""
+def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData, processes: int = 1) -> dict[str, Any]:
+    """What decides the trained model: the settings, the weights it begins with, the rows, and how many processes share a
+    global batch of so many times `trl.per_device_train_batch_size`."""
     bases = settings.bases if isinstance(settings, RewardSettings) else ()
     reference = settings.reference if isinstance(settings, DpoSettings) else None
     return {
@@ -104,6 +106,7 @@ def identity(stage: StageName, settings: TrainSettings, version: str, data: Stag
         "model": f"{Path(settings.model).name}@{version}",
         **({"reference": f"{Path(reference).name}@{locate(reference).version}"} if reference else {}),
         "rows": rows_hash(data),
+        "processes": processes,
         "trl": {key: value for key, value in settings.trl.items() if key not in QUIET},
     }
 

@@ -7,12 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from cai.errors import EngineError
@@ -65,10 +66,10 @@ class Watch(TrainerCallback):
         self._show.step(state.global_step, state.max_steps, {})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Clipping spreads one gradient that is no number over all, so that the first one tells; fp16 skips such steps."""
+        """All gradients are looked at: clipping spreads NaN over all, but of an infinite one it makes NaN in its place and
+        0 elsewhere. fp16 skips such steps."""
         gradients = [one.grad for one in given["model"].parameters() if one.grad is not None]
-        looked_at = gradients[:1] if args.max_grad_norm else gradients
-        if not args.fp16 and not all(torch.isfinite(one).all() for one in looked_at):
+        if not args.fp16 and not _all_finite(gradients):
             raise EngineError(_no_number("a gradient", args, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -129,6 +130,17 @@ def _any_process(args: Any, *flags: bool) -> tuple[bool, ...]:
     shared = torch.tensor([float(one) for one in flags], device=args.device)
     torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
     return tuple(bool(one) for one in shared.tolist())
+
+
+def _all_finite(gradients: Sequence[torch.Tensor]) -> bool:
+    """Whether every element is, told by the largest of each tensor, so that a GPU is waited for once. Of what is spread over
+    processes each looks at its own part."""
+    parts = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
+    parts = [one for one in parts if one.numel()]
+    if not parts:
+        return True
+    largest = torch._foreach_norm(parts, ord=math.inf)
+    return bool(torch.isfinite(torch.stack([one.to(parts[0].device, torch.float32) for one in largest])).all())
 
 
 def check_losses(trainer: Any) -> None:
