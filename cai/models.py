@@ -37,11 +37,11 @@ class ModelPlace(NamedTuple):
     revision: str | None = None
 
 
-def locate(model: str, revision: str | None = None) -> ModelPlace:
+def locate(model: str, revision: str | None = None, rewards: bool = False) -> ModelPlace:
     """Find a model by alias, folder, GGUF file or Hub id (of which only `config.json` is fetched).
 
     Raises `ConfigError` where there is no such model, saying what was looked for. A revision is that of a Hub model: with
-    one, an alias means the model on the Hub.
+    one, an alias means the model on the Hub. A reward model of several members is found where `rewards` are asked for.
     """
     path = Path(os.path.expanduser(model))
     if model in ALIASES:
@@ -50,7 +50,7 @@ def locate(model: str, revision: str | None = None) -> ModelPlace:
     if model and os.path.exists(path):
         if revision is not None:
             raise ConfigError(f"model '{model}': revision '{revision}' is for a Hub model, and this is on disk; remove it")
-        return _gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path)
+        return _gguf(path) if path.suffix == ".gguf" and path.is_file() else _folder(path, rewards)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(
             f"model '{model}': there is no such folder{nearest(model, ALIASES)}; expected an alias ({', '.join(ALIASES)}), "
@@ -69,7 +69,15 @@ def _gguf(path: Path) -> ModelPlace:
     return ModelPlace(str(path.resolve()), _content_version([path]), is_gguf=True)
 
 
-def _folder(path: Path) -> ModelPlace:
+def _folder(path: Path, rewards: bool) -> ModelPlace:
+    if holds_members(path):
+        if not rewards:
+            raise ConfigError(
+                f"model '{path}' is a reward model of several members, which is used by judge.method: reward-model and by "
+                "cai reward score alone; for one of its models, give a folder in its members/"
+            )
+        inside = [*_model_files(path), *(file for one in sorted(path.glob("members/*")) for file in _model_files(one))]
+        return ModelPlace(str(path.resolve()), _content_version(inside))
     if not (path / "config.json").is_file() and not holds_adapters(path):
         raise ConfigError(f"model '{path}': there is no config.json in it; expected a folder that save_pretrained wrote")
     return ModelPlace(str(path.resolve()), folder_version(path))
@@ -80,10 +88,19 @@ def holds_adapters(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
+def holds_members(path: Path) -> bool:
+    """Whether a folder is that of a reward model whose networks are in folders below it."""
+    return (path / "reward.json").is_file() and not (path / "config.json").is_file() and not holds_adapters(path)
+
+
 def folder_version(path: Path) -> str:
     """12 hex digits that change with the weights and settings in a folder, by whatever training they came to be."""
-    files = (one for one in path.iterdir() if one.is_file() and one.suffix in _WEIGHTS_AND_SETTINGS)
-    return _content_version(sorted(one for one in files if not any(map(one.match, _OF_THE_TRAINING))))
+    return _content_version(_model_files(path))
+
+
+def _model_files(path: Path) -> list[Path]:
+    files = (one for one in path.glob("*") if one.is_file() and one.suffix in _WEIGHTS_AND_SETTINGS)
+    return sorted(one for one in files if not any(map(one.match, _OF_THE_TRAINING)))
 
 
 @cache

@@ -19,7 +19,7 @@ ORDER = [
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
     {"weights", "control_tokens", "intervals"},
-    {"reliability"},
+    {"reliability", "rewards"},
     {"engines"},
     {"judging"},
     {"generation"},
@@ -32,7 +32,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "aiohttp"}
-MAY_BE_HEAVY = {"weights", "engines", "training", "evaluation"}
+MAY_BE_HEAVY = {"weights", "rewards", "engines", "training", "evaluation"}
 ONLY_HERE = {"ray": PACKAGE / "distributed" / "cluster.py"}
 """What is imported in one file alone."""
 FILES = [

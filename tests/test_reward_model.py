@@ -50,6 +50,10 @@ def request(text, prompt=ASKED):
     return RewardRequest((*prompt, Message("assistant", text)))
 
 
+def turns(text):
+    return [{"role": turn.role, "content": turn.content} for turn in request(text).messages]
+
+
 async def rewards(one, texts=ANSWERS):
     found = await asyncio.gather(*(one.reward(request(text)) for text in texts))
     return [answer.reward for answer in found]
@@ -60,8 +64,7 @@ async def test_rewards_are_those_of_transformers(tiny):
     model = AutoModelForSequenceClassification.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     for text in ANSWERS:
-        turns = [{"role": turn.role, "content": turn.content} for turn in request(text).messages]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(turns(text), return_tensors="pt", return_dict=True)
         with torch.no_grad():
             expected = float(model(**ids).logits[0, 0])
         answer = await one.reward(request(text))
@@ -93,8 +96,7 @@ async def test_exact_mode_computes_each_alone_and_does_not_depend_on_neighbours(
     crowd = await rewards(one)
     assert batches == [1] * len(ANSWERS)
     assert [await one.reward(request(text)) for text in ANSWERS] == [
-        Reward(reward, len(one._chat.encode(one._chat.render(request(text).messages, answer=False))))
-        for reward, text in zip(crowd, ANSWERS, strict=True)
+        Reward(reward, len(one._model.encode(turns(text))[0])) for reward, text in zip(crowd, ANSWERS, strict=True)
     ]
     await one.close()
 
@@ -131,7 +133,7 @@ async def test_a_dialogue_beyond_the_context_fails_alone(tmp_path):
 
 @pytest.mark.parametrize("labels", [2, 3])
 async def test_a_classifier_of_several_labels_is_refused(tmp_path, labels):
-    with pytest.raises(ConfigError, match=f"has {labels} outputs; a reward model has one"):
+    with pytest.raises(ConfigError, match=f"has {labels} outputs; expected 1, as a reward model has"):
         await engine(make_reward_model(tmp_path, labels=labels)).reward(request("A"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import shutil
@@ -17,20 +18,27 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardTrainer
 
 from cai import generate
+from cai.config import ModelConfig
+from cai.engines import RewardRequest, build_engine
+from cai.engines.reward_model import RewardModelEngine
 from cai.errors import ConfigError, ContextLengthError, Interrupted
+from cai.pipeline import label, read_records
+from cai.rewards.combining import combine, normalised
+from cai.rewards.dialogues import DialogueTokenizer
+from cai.rewards.heads import ExactHead
+from cai.rewards.model import RewardModel
+from cai.rewards.spec import LengthLine, MemberSpec, RewardSpec
 from cai.training import members, objectives
 from cai.training.arguments import make_arguments
-from cai.training.combining import LengthLine, MemberSpec, RewardSpec, combine, length_correlation, length_line, normalised
 from cai.training.data import StageData, load_data
-from cai.training.dialogues import DialogueTokenizer
-from cai.training.heads import ExactHead
+from cai.training.length_effect import length_correlation, length_line
 from cai.training.loading import load_tokenizer
-from cai.training.reward_model import RewardModel
 from cai.training.running import train
-from cai.training.settings import RewardSettings, SourceSettings
+from cai.training.settings import DpoSettings, RewardSettings, SourceSettings
 from cai.training.stage import Parts, build_trainer
 from cai.training.watching import Watch
-from tests.runs import SMALL, command, recipe, rows
+from cai.types import Message
+from tests.runs import SMALL, command, recipe, rows, written_rows
 from tests.test_reward_model import make_reward_model
 from tests.tiny_model import make_tiny_model
 
@@ -88,6 +96,7 @@ def trained(base, run, tmp_path_factory):
                 "trl": {"save_steps": 1},
             },
             "objectives": {"members": 2, "combine": "min", "objectives": BOTH},
+            "whole": {"members": 2, "combine": "min", "objectives": BOTH, "length": "fitted"},
             "unmerged": {"lora": {"merge": False}, "objectives": {"honest": 1.0}},
         },
     )
@@ -190,19 +199,57 @@ def test_members_of_unlike_bases_have_tokenizers_of_their_own(base, run, tmp_pat
     assert model.score(dialogues(run, 1)).tokens[0] == len(first)
 
 
-async def test_one_member_is_a_judge_of_its_own(trained, run):
-    from cai.config import ModelConfig
-    from cai.engines.base import RewardRequest
-    from cai.engines.reward_model import RewardModelEngine
-    from cai.types import Message
+def reward_engine(folder: Path, **options: Any) -> RewardModelEngine:
+    return RewardModelEngine(ModelConfig(model=str(folder), **{"dtype": "float32", "device": "cpu"} | options))
 
-    (dialogue, *_) = dialogues(run, 1)
-    engine = RewardModelEngine(ModelConfig(model=str(trained("one")), dtype="float32", device="cpu"))
-    found = await engine.reward(RewardRequest(tuple(Message(**turn) for turn in dialogue)))
-    outputs, tokens = load(trained("one")).outputs([dialogue])
-    assert found.reward == pytest.approx(outputs[0, 0, 0], abs=1e-4)
-    assert found.computed_tokens == tokens[0]
+
+def asked(dialogue: list[dict[str, str]]) -> RewardRequest:
+    return RewardRequest(tuple(Message(**turn) for turn in dialogue))
+
+
+@pytest.mark.parametrize("name", ["one", "adapters", "whole", "unmerged"])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3, "batch_tokens": 300}, {"exact": True}], ids=repr)
+async def test_a_judge_is_told_the_rewards_of_all_members_objectives_and_length(trained, run, name, options):
+    given, model, engine = dialogues(run, 4), load(trained(name)), reward_engine(trained(name), **options)
+    found = await asyncio.gather(*(engine.reward(asked(one)) for one in given))
+    scores = model.score(given)
+    assert [one.reward for one in found] == pytest.approx(scores.reward.tolist(), abs=1e-4)
+    assert [one.computed_tokens for one in found] == (scores.tokens * len(model.members)).tolist()
+    assert (name in ("one", "whole")) == bool(scores.length.any())
     await engine.close()
+
+
+def test_an_ensemble_with_objectives_and_length_labels_pairs(trained, run, tmp_path):
+    given = rows(run, "preference")[:4]
+    pairs = [{"prompt": one["prompt"], **{side: one[side][0]["content"] for side in ("chosen", "rejected")}} for one in given]
+    judge = {"model": str(trained("whole")), "method": "reward-model"}
+    policy = {"model": "smollm2-135m", "dtype": "float32", "device": "cpu"}
+    prompts = {"source": written_rows(tmp_path, *pairs), "limit": None}
+    label(recipe(judge=judge, prompts=prompts, policy=policy), tmp_path / "run")
+    reward = load(trained("whole")).score(dialogues(run, 4)).reward
+    readings = [one.verdicts[0].principles[0].readings[0] for one in read_records(tmp_path / "run")]
+    assert np.ravel(readings) == pytest.approx(reward, abs=1e-4)
+
+
+def test_what_an_ensemble_is_called_follows_every_member_and_how_they_are_combined(trained, tmp_path):
+    folder = shutil.copytree(trained("whole"), tmp_path / "there" / "whole")
+    before = reward_engine(folder).fingerprint
+    assert before == reward_engine(trained("whole")).fingerprint
+    spec = json.loads((folder / "reward.json").read_text())
+    (folder / "reward.json").write_text(json.dumps({**spec, "combine": "mean"}))
+    combined = reward_engine(folder).fingerprint
+    torch.manual_seed(1)
+    weights = AutoModelForSequenceClassification.from_pretrained(folder / "members" / "1")
+    weights.score.reset_parameters()
+    weights.save_pretrained(folder / "members" / "1")
+    assert len({before, combined, reward_engine(folder).fingerprint}) == 3
+
+
+def test_an_ensemble_is_nothing_but_a_reward_model(trained, base, run, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a reward model of several members, .*judge.method: reward-model"):
+        build_engine(ModelConfig(model=str(trained("whole")), device="cpu"))
+    with pytest.raises(ConfigError, match="is a reward model of several members"):
+        train("dpo", DpoSettings.model_validate({"model": str(trained("whole")), "data": [str(run)]}), tmp_path / "out")
 
 
 def test_one_member_is_a_plain_classifier(trained):

@@ -27,7 +27,7 @@ _MEMBERS = 5
 
 def score(model_name: str, file: str, limit: int | None, out: Path | None) -> None:
     """Score the rows and show what came of it. Raises `PromptSourceError` where no row can be scored."""
-    from cai.training.reward_model import RewardModel
+    from cai.rewards.model import RewardModel
     from cai.training.scoring import candidates, score_candidates, summarize
 
     rows = read_completions(PromptsConfig(source=file, limit=limit))

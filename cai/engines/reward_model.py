@@ -1,45 +1,61 @@
-"""The engine of a reward model: a transformers sequence classifier with one output."""
+"""The engine of a reward model: a folder of `cai train reward`, or any transformers sequence classifier with one output."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from transformers import AutoModelForSequenceClassification
+import numpy as np
 
 from cai.config import ModelConfig
 from cai.engines.base import Capability, Engine, Reward, RewardRequest
 from cai.engines.batching import Batcher
-from cai.engines.chat import ChatTokenizer
-from cai.errors import ConfigError, ContextLengthError, EngineError
+from cai.errors import EngineError
 from cai.models import locate
-from cai.weights import best_device, context_length, loading, resolve_dtype
+from cai.rewards.combining import combine
+from cai.rewards.dialogues import completion_length
+from cai.rewards.model import Encoded, RewardModel
+from cai.weights import resolve_dtype
+
+
+class _Asked(NamedTuple):
+    """A dialogue for each member, and the characters of its completion."""
+
+    rows: Encoded
+    characters: int
+
+    @property
+    def width(self) -> int:
+        """The most tokens that a member reads."""
+        return max(map(len, self.rows))
 
 
 class RewardModelEngine(Engine):
-    """Rewards of whole dialogues, in batches of like length; weights are loaded with the first request."""
+    """Rewards of whole dialogues, in batches of like length; weights are loaded with the first request.
+
+    Of what `cai train reward` made, a reward is all its members' and objectives', normalised, less what length alone is worth;
+    of a classifier from elsewhere it is its output as it is.
+    """
 
     capabilities: frozenset[Capability] = frozenset({"reward"})
+    _model: RewardModel | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         """Find the model and name it; raises `ConfigError` where it is not there."""
         self._config = config
-        self._place = locate(config.model, config.revision)
-        self._model: Any = None
-        self._chat: ChatTokenizer
+        self._place = locate(config.model, config.revision, rewards=True)
+        self._dtype = str(resolve_dtype(config)).removeprefix("torch.")
         self._lock = asyncio.Lock()
-        self._rewarded = Batcher[list[int], Reward](self._choose, self._compute)
+        self._rewarded = Batcher[_Asked, Reward](self._choose, self._compute)
 
     @property
     def fingerprint(self) -> str:
         """Model, content version and dtype."""
-        dtype = str(resolve_dtype(self._config)).removeprefix("torch.")
         exact = " exact" if self._config.exact else ""
         name = Path(self._place.source).name if self._place.revision is None else self._place.source
-        return f"reward-model:{name}@{self._place.version} {dtype}{exact}"
+        return f"reward-model:{name}@{self._place.version} {self._dtype}{exact}"
 
     @property
     def revision(self) -> str | None:
@@ -47,49 +63,42 @@ class RewardModelEngine(Engine):
         return self._place.revision
 
     async def reward(self, request: RewardRequest) -> Reward:
-        """The classifier's one output. Raises `ContextLengthError`."""
+        """The reward, and the tokens that its members read. Raises `ContextLengthError`."""
+        model = await self._loaded()
+        dialogue = [{"role": one.role, "content": one.content} for one in request.messages]
+        return await self._rewarded(_Asked(model.encode(dialogue), completion_length(dialogue)))
+
+    async def _loaded(self) -> RewardModel:
         async with self._lock:
             if self._model is None:
-                await asyncio.to_thread(self._load)
-        tokens = self._chat.encode(self._chat.render(request.messages, answer=False))
-        limit = context_length(self._model.config)
-        if limit is not None and len(tokens) > limit:
-            raise ContextLengthError(f"{len(tokens)} tokens, but the context of '{self._config.model}' is {limit}")
-        return await self._rewarded(tokens)
+                self._model = await asyncio.to_thread(self._load)
+        return self._model
 
-    def _load(self) -> None:
-        with loading(f"reward model '{self._config.model}'"):
-            model: Any = AutoModelForSequenceClassification.from_pretrained(
-                self._place.source, revision=self._place.revision, dtype=resolve_dtype(self._config)
-            )
-            self._chat = ChatTokenizer(self._config, self._place)
-        if model.config.num_labels != 1:
-            raise ConfigError(f"'{self._config.model}' has {model.config.num_labels} outputs; a reward model has one")
-        text_config, tokenizer = model.config.get_text_config(), self._chat.tokenizer
-        if text_config.pad_token_id is None:
-            text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._model = model.to(self._config.device or best_device()).eval().requires_grad_(False)
+    def _load(self) -> RewardModel:
+        model = RewardModel.load(self._config.model, self._config.revision, self._config.device, self._dtype)
+        model.batch_tokens = self._config.batch_tokens
+        return model
 
-    def _choose(self, waiting: Sequence[list[int]]) -> list[int]:
+    def _choose(self, waiting: Sequence[_Asked]) -> list[int]:
         size = 1 if self._config.exact else self._config.batch_size
-        nearest = sorted(range(len(waiting)), key=lambda place: abs(len(waiting[place]) - len(waiting[0])))[:size]
-        width = max(len(waiting[place]) for place in nearest)
+        nearest = sorted(range(len(waiting)), key=lambda place: abs(waiting[place].width - waiting[0].width))[:size]
+        width = max(waiting[place].width for place in nearest)
         return nearest[: max(1, self._config.batch_tokens // width)]
 
-    async def _compute(self, batch: list[list[int]]) -> list[Reward]:
+    async def _compute(self, batch: list[_Asked]) -> list[Reward]:
         rewards = await asyncio.to_thread(self._forward, batch)
-        return [Reward(reward, len(tokens)) for reward, tokens in zip(rewards, batch, strict=True)]
+        return [Reward(reward, sum(map(len, one.rows))) for reward, one in zip(rewards, batch, strict=True)]
 
-    def _forward(self, batch: list[list[int]]) -> list[float]:
-        width = max(map(len, batch))
-        pad = self._model.config.get_text_config().pad_token_id or 0
-        ids = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in batch])
-        mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in batch])
-        device = self._model.device
+    def _forward(self, batch: list[_Asked]) -> list[float]:
+        model = self._model
+        assert model is not None, "it was loaded by the first request"
         try:
-            return list(self._model(ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().tolist())
-        except (RuntimeError, MemoryError) as exc:
-            raise EngineError(f"reward model '{self._config.model}' failed: {exc}; the same command continues") from exc
+            outputs = model.compute([one.rows for one in batch])
+        except EngineError as exc:
+            raise EngineError(f"{exc}; the same command continues") from exc
+        tokens = np.array([len(one.rows[0]) for one in batch])
+        rewards: list[float] = combine(model.spec, outputs, np.array([one.characters for one in batch]), tokens).reward.tolist()
+        return rewards
 
     async def close(self) -> None:
         """Cancel what waits."""

@@ -93,7 +93,7 @@ def _model(name: str, revision: str | None = None) -> Iterator[tuple[str, str]]:
     """The version of the weights, where they are on this machine; what is elsewhere is known by its name."""
     path = name.removeprefix("vllm:")
     if path != "@" and not path.startswith("scripted:") and os.path.exists(os.path.expanduser(path)):
-        yield f"model {name}", locate(path, revision).version
+        yield f"model {name}", locate(path, revision, rewards=True).version
 
 
 def output_of(step: Step) -> str:

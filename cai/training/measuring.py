@@ -11,11 +11,13 @@ from scipy import special
 
 from cai.intervals import share
 from cai.reliability import bins, expected_error
-from cai.training.combining import RewardSpec, Scores, combine, length_correlation, length_line, normalised
+from cai.rewards.combining import Scores, combine, normalised
+from cai.rewards.dialogues import completion_length
+from cai.rewards.model import RewardModel
+from cai.rewards.spec import RewardSpec
 from cai.training.data import StageData
-from cai.training.dialogues import completion_length
+from cai.training.length_effect import length_correlation, length_line
 from cai.training.objectives import LABELS, all_tags
-from cai.training.reward_model import RewardModel
 from cai.training.settings import RewardSettings
 
 if TYPE_CHECKING:

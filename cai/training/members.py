@@ -22,19 +22,19 @@ from datasets import Dataset
 
 from cai.errors import ConfigError, Interrupted
 from cai.models import ALIASES
+from cai.rewards.dialogues import DialogueTokenizer
+from cai.rewards.model import RewardModel
+from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
 from cai.seeds import derive_seed
 from cai.store import write_whole
 from cai.training.arguments import make_arguments
-from cai.training.combining import MemberSpec, RewardSpec
 from cai.training.data import StageData
-from cai.training.dialogues import DialogueTokenizer
 from cai.training.failing import failures, refusals
 from cai.training.folder import TrainFolder
 from cai.training.loading import context_of, find_model, load_tokenizer
 from cai.training.measuring import finish
 from cai.training.objectives import label_pairs
 from cai.training.preparing import LeftOut, are_written, read_rows, write_rows
-from cai.training.reward_model import SPEC, RewardModel
 from cai.training.running import fit
 from cai.training.saving import save_model
 from cai.training.settings import RewardSettings

@@ -12,7 +12,7 @@ from torch import Tensor
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from cai.training.heads import make_exact
+from cai.rewards.heads import make_exact
 from cai.training.loading import adapters, load_classifier
 from cai.training.losses import reward_loss
 from cai.training.objectives import LABELS

@@ -13,8 +13,8 @@ import numpy as np
 
 from cai.errors import RequestError
 from cai.prompts import Row
-from cai.training.combining import length_correlation
-from cai.training.reward_model import RewardModel
+from cai.rewards.model import RewardModel
+from cai.training.length_effect import length_correlation
 
 _AT_ONCE = 256
 """Dialogues that are sorted by length together, and written together."""
@@ -45,7 +45,7 @@ def candidates(model: RewardModel, rows: Iterable[Row], bad: Callable[[str, str]
         ]
         try:
             for one in found:
-                model.check(one.dialogue)
+                model.encode(one.dialogue)
         except RequestError as exc:
             bad(row.origin, str(exc))
             continue

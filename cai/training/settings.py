@@ -9,18 +9,17 @@ trl: {learning_rate: 1.0e-4, num_train_epochs: 1}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cai.documents import Part, Text
+from cai.rewards.spec import Combine, Weight
 
 StageName = Literal["sft", "reward", "dpo", "kto", "orpo", "cpo"]
 STAGES: tuple[StageName, ...] = ("sft", "reward", "dpo", "kto", "orpo", "cpo")
 QUIET = {"report_to", "run_name", "save_total_limit", "save_strategy", "save_steps", "logging_steps", "logging_strategy"}
 """Keys of TRL that change nothing in the model."""
-Weight = Annotated[float, Field(allow_inf_nan=False)]
-Combine = Literal["mean", "min", "mean-variance"]
 
 
 class SourceSettings(Part):

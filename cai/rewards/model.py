@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,19 +26,20 @@ from cai.config import ModelConfig
 from cai.documents import Document
 from cai.errors import ConfigError, ContextLengthError, EngineError
 from cai.models import locate
-from cai.training.combining import MemberSpec, RewardSpec, Scores, combine
-from cai.training.dialogues import Dialogue, DialogueTokenizer, completion_length
-from cai.training.heads import make_exact
+from cai.rewards.combining import Scores, combine
+from cai.rewards.dialogues import Dialogue, DialogueTokenizer, completion_length
+from cai.rewards.heads import make_exact
+from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
 from cai.weights import best_device, context_length, loading, pretrained, resolve_dtype
 
 if TYPE_CHECKING:
     from cai.intervals import Numbers
 
-SPEC = "reward.json"
+Encoded = Sequence[list[int]]
+"""A dialogue as tokens for each member."""
 _Base = tuple[str, str | None]
 """The name and revision of a model that adapters change."""
 _BATCH_TOKENS = 8192
-"""Of a batch, padding and all."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class RewardModel:
     spec: RewardSpec
     name: str
     members: list[_Member] = field(repr=False)
+    batch_tokens: int = _BATCH_TOKENS
+    """Of one batch, padding and all."""
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None, device: str | None = None, dtype: str = "auto") -> Self:
@@ -98,39 +102,41 @@ class RewardModel:
         `told` is called with the number of dialogues after each batch of each member. Raises `ContextLengthError` for a
         dialogue that is too long, `RequestError` for one that the chat template refuses, `EngineError` where a network fails.
         """
-        found = np.empty((len(dialogues), len(self.members), len(self.spec.objectives)))
-        encoded: dict[int, list[list[int]]] = {}
-        for place, member in enumerate(self.members):
-            if id(member.tokenizer) not in encoded:
-                encoded[id(member.tokenizer)] = [member.tokenizer.encode(one) for one in dialogues]
-            rows = encoded[id(member.tokenizer)]
-            self._check_lengths(member, rows)
-            for batch in _batches(rows):
-                found[batch, place] = self._run(member, [rows[index] for index in batch])
-                if told:
-                    told(len(batch))
+        several = len(dialogues) > 1
+        rows = [self.encode(one, f"dialogue {place}: " if several else "") for place, one in enumerate(dialogues)]
+        found = self.compute(rows, told)
         self._check_numbers(found)
-        return found, np.array([len(row) for row in encoded[id(self.members[0].tokenizer)]])
+        return found, np.array([len(row[0]) for row in rows])
 
     def score(self, dialogues: Sequence[Dialogue], told: Callable[[int], object] | None = None) -> Scores:
         """The rewards. Raises as `outputs` does."""
         found, tokens = self.outputs(dialogues, told)
         return combine(self.spec, found, np.array([completion_length(one) for one in dialogues]), tokens)
 
-    def check(self, dialogue: Dialogue) -> None:
-        """Raises `RequestError` for a dialogue that cannot be scored."""
-        for member in {id(one.tokenizer): one for one in self.members}.values():
-            self._check_lengths(member, [member.tokenizer.encode(dialogue)])
-
-    def _check_lengths(self, member: _Member, rows: list[list[int]]) -> None:
-        limit = context_length(member.network.config)
-        for index, row in enumerate(rows):
-            if limit is not None and len(row) > limit:
-                where = f"dialogue {index}: " if len(rows) > 1 else ""
+    def encode(self, dialogue: Dialogue, where: str = "") -> Encoded:
+        """The dialogue for each member. Raises `RequestError`, beginning with `where`, for one that cannot be scored."""
+        by_tokenizer = {id(one.tokenizer): one.tokenizer for one in self.members}
+        tokens = {key: tokenizer.encode(dialogue) for key, tokenizer in by_tokenizer.items()}
+        row = [tokens[id(one.tokenizer)] for one in self.members]
+        for member, own in zip(self.members, row, strict=True):
+            limit = context_length(member.network.config)
+            if limit is not None and len(own) > limit:
                 raise ContextLengthError(
-                    f"{where}{len(row):,} tokens, but the context of reward model '{self.name}' is {limit:,}; leave it out, "
+                    f"{where}{len(own):,} tokens, but the context of reward model '{self.name}' is {limit:,}; leave it out, "
                     "shorten it, or use a reward model with a longer context"
                 )
+        return row
+
+    def compute(self, rows: Sequence[Encoded], told: Callable[[int], object] | None = None) -> Numbers:
+        """What the networks say: dialogues x members x objectives. Raises `EngineError` where one fails."""
+        found = np.empty((len(rows), len(self.members), len(self.spec.objectives)))
+        for place, member in enumerate(self.members):
+            own = [row[place] for row in rows]
+            for batch in _batches(own, self.batch_tokens):
+                found[batch, place] = self._run(member, [own[index] for index in batch])
+                if told:
+                    told(len(batch))
+        return found
 
     def _check_numbers(self, found: Numbers) -> None:
         if not np.isfinite(found).all():
@@ -147,11 +153,11 @@ class RewardModel:
         return found
 
 
-def _batches(rows: list[list[int]]) -> list[list[int]]:
+def _batches(rows: list[list[int]], most: int) -> list[list[int]]:
     """The places of all rows, those of like length together, the longest first, so that memory runs out at once or never."""
     batches: list[list[int]] = []
     for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
-        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > _BATCH_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > most:
             batches.append([])
         batches[-1].append(place)
     return batches
@@ -167,6 +173,8 @@ def _load(
         if network.config.num_labels != outputs:
             raise ConfigError(f"'{source}' has {network.config.num_labels} outputs; expected {outputs}, as a reward model has")
         return _Member(network, _tokenizer(network, source, spec.revision))
+    if find_spec("peft") is None:
+        raise ConfigError(f"reward model '{source}' is adapters, which need peft: pip install 'cai-toolkit[train]'")
     from peft import PeftModel
 
     with loading(f"the adapters of reward model '{source}'"), warnings.catch_warnings():

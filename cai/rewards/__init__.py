@@ -1,0 +1,1 @@
+"""Reward models: networks whose outputs for a whole dialogue become one reward."""
