@@ -6,12 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cai.config import ModelConfig
 from cai.errors import CaiError, EngineError
@@ -95,10 +96,23 @@ def pretrained(place: ModelPlace) -> tuple[str, str | None]:
     return (str(_converted(place)), None) if place.is_gguf else (place.source, place.revision)
 
 
+@cache
+def context_of_place(place: ModelPlace) -> int | None:
+    """Tokens that a model takes; a GGUF file is not converted for that. Raises what transformers does."""
+    if place.is_gguf and not _converted_folder(place).is_dir():
+        gguf = Path(place.source)
+        return context_length(AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name))
+    source, revision = pretrained(place)
+    return context_length(AutoConfig.from_pretrained(source, revision=revision))
+
+
+def _converted_folder(place: ModelPlace) -> Path:
+    return cache_folder() / "models" / f"{Path(place.source).stem}-{place.version}"
+
+
 def _converted(place: ModelPlace) -> Path:
     """A GGUF file's folder in the cache, dequantised to float32 safetensors with its tokenizer; made on first use."""
-    gguf = Path(place.source)
-    target = cache_folder() / "models" / f"{gguf.stem}-{place.version}"
+    gguf, target = Path(place.source), _converted_folder(place)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

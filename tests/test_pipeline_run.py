@@ -491,6 +491,35 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("dpo", {"reference": "./nowhere"}, "reference: model './nowhere': there is no such folder"),
+        (
+            "reward",
+            {"bases": ["TINY", "./nowhere"], "members": 2},
+            "bases: model './nowhere': there is no such folder",
+        ),
+        ("dpo", {"trl": {"max_length": 4096}}, "trl.max_length: 4096 is more than the 2048 tokens"),
+        ("dpo", {"model": "@sft", "trl": {"max_length": 4096}}, "trl.max_length: 4096 is more than the 2048 tokens"),
+        (
+            "reward",
+            {"bases": ["TINY", "SHORT"], "members": 2, "trl": {"max_length": 1024}},
+            "trl.max_length: 1024 is more than the 512 tokens",
+        ),
+    ],
+)
+def test_what_training_alone_reads_is_checked_before_anything_is_generated(tmp_path, tiny, train, kind, more, message):
+    more = {"model": "TINY", **more} if kind == "dpo" else more
+    short = make_tiny_model(tmp_path / "short", context=512)
+    named = json.loads(json.dumps(more).replace("TINY", str(tiny)).replace("SHORT", str(short)))
+    given = {"data": {"generate": data()}, "sft": {"sft": training(tiny)}, "x": {kind: {"data": "@data", **named}}}
+    with pytest.raises(ConfigError) as caught:
+        run_pipeline(pipeline(given), tmp_path / "out", train=train)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", built_in_recipes())
 def test_shipped_pipelines_are_found_and_their_arguments_are_trls(name: str):
     from cai.training.arguments import check_arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
     settings = make_settings("dpo", tiny, rows, trl=trl | {"per_device_train_batch_size": 2})
     manifest = launch("dpo", settings, two, "continue", "2", show)
     assert (manifest["status"], manifest["steps"]) == ("done", 3)
+    assert json.loads((two / "run" / "identity.json").read_text())["processes"] == 2
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5

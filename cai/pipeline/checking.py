@@ -42,7 +42,7 @@ def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
 
 def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> None:
     from cai.training.arguments import check_arguments, make_arguments
-    from cai.training.loading import find_model
+    from cai.training.loading import context_of, find_model
 
     for key, value in settings.trl.items():
         loc = ("stages", step.name, step.kind, "trl")
@@ -50,8 +50,25 @@ def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> 
         check_arguments(step.training, {key: value}, where)
     make_arguments(step.training, settings, step.folder)
     find_model(settings)
+    bases = getattr(settings, "bases", ())
+    for key, models in (("reference", (getattr(settings, "reference", None),)), ("bases", bases)):
+        for model in filter(None, models):
+            _find_other(key, settings.model_copy(update={"model": model, "revision": None}))
+    if "max_length" in settings.trl:
+        for model in bases or (settings.model,):
+            own = settings.model_copy(update={"model": model})
+            make_arguments(step.training, own, step.folder, context=context_of(own))
     for text, source in zip((one.source for one in step.section.data), settings.data, strict=True):
         path = Path(os.path.expanduser(source.source))
         local = source.source.startswith((".", "/", "~")) or source.source.count("/") != 1
         if text not in step.bound and local and not path.exists():
             raise ConfigError(f"data '{source.source}': there is no such file or folder")
+
+
+def _find_other(key: str, settings: TrainSettings) -> None:
+    from cai.training.loading import find_model
+
+    try:
+        find_model(settings)
+    except CaiError as exc:
+        raise ConfigError(f"{key}: {exc}") from exc

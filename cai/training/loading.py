@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from cai.errors import ConfigError
 from cai.models import ModelPlace, holds_adapters, locate
 from cai.training.arguments import weights_dtype
 from cai.training.settings import TrainSettings
-from cai.weights import best_device, context_length, loading, pretrained
+from cai.weights import best_device, context_of_place, loading, pretrained
 
 
 def find_model(settings: TrainSettings) -> ModelPlace:
@@ -31,9 +31,9 @@ def find_model(settings: TrainSettings) -> ModelPlace:
 
 def context_of(settings: TrainSettings) -> int | None:
     """Tokens that the model takes."""
-    source, revision = pretrained(find_model(settings))
+    place = find_model(settings)
     with loading(f"the configuration of '{settings.model}'"):
-        return context_length(AutoConfig.from_pretrained(source, revision=revision))
+        return context_of_place(place)
 
 
 def load_policy(settings: TrainSettings) -> Any:
