@@ -123,6 +123,40 @@ def test_a_configuration_for_gpus_without_any(monkeypatch):
         find_config("fsdp")
 
 
+MERGES = {"lora": {"merge": True}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "message"),
+    [
+        ("sft", MERGES, "adapters are merged in one process, which ZeRO 3 cannot; set lora.merge: false, or use fsdp or zero2"),
+        ("reward", {}, "reward models are measured in one process, which ZeRO 3 cannot; use fsdp or zero2"),
+    ],
+)
+def test_zero_3_with_what_loads_a_model_in_one_process(tiny, tmp_path, monkeypatch, stage, keys, message):
+    monkeypatch.setattr(launching, "device_count", lambda: 2)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"deepspeed_config": {"zero_stage": 3}}))
+    (tmp_path / "named.yaml").write_text(
+        yaml.safe_dump({"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}})
+    )
+    settings = make_settings(stage, tiny, tmp_path / "rows.jsonl", **keys)
+    for how in ("zero3", str(tmp_path / "mine.yaml"), str(tmp_path / "named.yaml")):
+        with pytest.raises(ConfigError, match=f"^--launch {how}: {message}$"):
+            launch(stage, settings, tmp_path / "out", "continue", how, Shown())
+    for how in ("zero2", "fsdp", "2"):
+        launching.check_launch(stage, settings, how)
+
+
+def test_zero_3_with_what_it_can(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "device_count", lambda: 2)
+    (tmp_path / "broken.yaml").write_text("{")
+    for keys in ({}, {"lora": {"merge": False}}):
+        settings = make_settings("dpo", tiny, tmp_path / "rows.jsonl", **keys)
+        for how in ("zero3", str(tmp_path / "broken.yaml")):
+            launching.check_launch("dpo", settings, how)
+
+
 def test_what_was_written_down_is_raised_as_it_was(tmp_path):
     launching.write_failure(tmp_path, 1, Interrupted("stopped after step 3"))
     time.sleep(0.01)

@@ -53,12 +53,15 @@ def run(loaded: Pipeline, out: Path, choice: Choice, yes: bool, launch: str | No
 
 
 def check_launch(loaded: Pipeline, launch: str | None) -> None:
-    """Raises `ConfigError` where `--launch` names nothing."""
+    """Raises `ConfigError` where `--launch` names nothing, or what a stage cannot train in."""
     if launch is not None:
         check_installed()
-        from cai.training.launching import find_config
+        from cai.training import launching
 
-        find_config(launch)
+        launching.find_config(launch)
+        for stage in loaded.stages.values():
+            if isinstance(stage.section, TrainSettings):
+                launching.check_launch(stage.kind, stage.section, launch)
 
 
 class _Shown(Watcher):

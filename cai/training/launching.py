@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cai import errors
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
 from cai.training.arguments import make_arguments
@@ -39,6 +41,8 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
 
     Raises what a process raised, or `EngineError` for one that ended otherwise.
     """
+    if how is not None:
+        check_launch(stage, settings, how)
     launcher = [sys.executable] if how is None else _accelerate(*find_config(how))
     find_model(settings)
     make_arguments(stage, settings, out)
@@ -69,6 +73,33 @@ def find_config(how: str) -> tuple[Path, int | None]:
         f"--launch {how}: expected a number of processes from 2 on, one of {', '.join(built_in)}{nearest(how, built_in)}, or a "
         "file that `accelerate config` wrote"
     )
+
+
+def check_launch(stage: str, settings: TrainSettings, how: str) -> None:
+    """Raises `ConfigError` where `how` names no configuration, and for ZeRO 3 with what loads a model in one process alone:
+    there `from_pretrained` waits for all of them, since it spreads the weights while it reads them.
+    """
+    config, _ = find_config(how)
+    if _zero_stage(config) != 3:
+        return
+    if stage == "reward":
+        raise ConfigError(f"--launch {how}: reward models are measured in one process, which ZeRO 3 cannot; use fsdp or zero2")
+    if settings.lora and settings.lora.merge:
+        raise ConfigError(
+            f"--launch {how}: adapters are merged in one process, which ZeRO 3 cannot; set lora.merge: false, "
+            "or use fsdp or zero2"
+        )
+
+
+def _zero_stage(config: Path) -> int | None:
+    """DeepSpeed's stage in a configuration of accelerate, or in the file that it names; None without one."""
+    try:
+        told = yaml.safe_load(config.read_text()).get("deepspeed_config") or {}
+        if file := told.get("deepspeed_config_file"):
+            told = {"zero_stage": json.loads(Path(os.path.expanduser(file)).read_bytes())["zero_optimization"]["stage"]}
+        return int(told["zero_stage"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # what is wrong, accelerate tells
+        return None
 
 
 def _accelerate(config: Path, processes: int | None) -> list[str]:
