@@ -118,6 +118,10 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
     if not any(one["test"] for one in manifest["data"]):
         console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
+    if told := manifest.get("training"):
+        console.print(
+            f"  learning rate {told['learning_rate']:.4g} ({told['schedule']}), {told['rows_per_step']:,} rows a step"
+        )
     for name, value, ends in gathered(manifest["measures"]):
         interval = f"  ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
         console.print(f"  {value:>10.4g}  {escape(name)}{interval}")

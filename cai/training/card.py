@@ -38,6 +38,8 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         what=_WHAT[stage],
         versions=manifest["versions"],
         sources=[{**_UNKNOWN, **one, "source": public_name(one["source"])} for one in manifest["data"]],
+        training=manifest["training"],
+        steps=manifest["steps"],
         too_long=manifest["too_long"],
         unlabelled=manifest["unlabelled"],
         held_out=sum(one["test"] for one in manifest["data"]),
