@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -73,3 +74,33 @@ def _bootstrap(sums: Numbers, counts: Numbers, seed: int) -> tuple[float, float]
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def numbered(prompts: Iterable[object]) -> Numbers:
+    """A number for each prompt, the same one for those that are written the same."""
+    import numpy as np
+
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(repr(one), len(numbers)) for one in prompts], dtype=int)
+
+
+def named(name: str, estimate: Estimate) -> dict[str, float]:
+    """A measure with its ends, where it has them: `accuracy/helpful`, `accuracy_low/helpful`, `accuracy_high/helpful`."""
+    found = dict(zip((name, *_ends(name)), (estimate.value, estimate.low, estimate.high), strict=True))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def gathered(measures: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[float, float] | None]]:
+    """Each measure that is a number, with the ends of its interval, which are not told again by themselves."""
+    ends = {name: _ends(name) for name in measures}
+    known = {name: pair for name, pair in ends.items() if all(end in measures for end in pair)}
+    told = {end for pair in known.values() for end in pair}
+    for name, value in measures.items():
+        if isinstance(value, int | float) and name not in told:
+            low_high = known.get(name)
+            yield name, value, low_high and (measures[low_high[0]], measures[low_high[1]])
+
+
+def _ends(name: str) -> tuple[str, str]:
+    first, slash, rest = name.partition("/")
+    return f"{first}_low{slash}{rest}", f"{first}_high{slash}{rest}"

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from cai.intervals import Estimate
+
 if TYPE_CHECKING:
     from cai.intervals import Numbers
 
 _BINS = 10
+_RESAMPLES = 2000
 _LEAST = 2.0**-40
 """The step of a verdict's probabilities: the log loss takes 0 for this, or one verdict sure and wrong made it infinite."""
 
@@ -42,6 +45,34 @@ def bins(confidence: Numbers, correct: Numbers) -> tuple[ReliabilityBin, ...]:
 def expected_error(parts: Sequence[ReliabilityBin]) -> float:
     """The gaps between confidence and accuracy, averaged over the pairs: 0 at best (ECE, Naeini et al. 2015, section 2)."""
     return sum(one.pairs * abs(one.accuracy - one.confidence) for one in parts) / sum(one.pairs for one in parts)
+
+
+def calibration_error(confidence: Numbers, correct: Numbers, prompts: Numbers, seed: int) -> Estimate:
+    """The expected calibration error over the same bins, with the 95 % interval of a bootstrap over whole prompts.
+
+    It is biased upwards, and resamples more so. Of a bin, the gap is how far the sum of what is right differs from that of
+    the confidences.
+    """
+    import numpy as np
+    from scipy import stats
+
+    bin_of = np.minimum((2 * _BINS * (confidence - 0.5)).astype(int), _BINS - 1)
+    _, cluster = np.unique(prompts, return_inverse=True)
+    gaps = np.zeros((cluster.max() + 1, _BINS))
+    np.add.at(gaps, (cluster, bin_of), correct - confidence)
+    sizes = np.bincount(cluster)
+
+    def error(drawn: Numbers) -> Numbers:
+        gap: Numbers = abs(gaps[drawn].sum(axis=0)).sum() / sizes[drawn].sum()
+        return gap
+
+    everything = np.arange(len(sizes))
+    value = float(error(everything))
+    if len(sizes) < 2:
+        return Estimate(value, None, None, len(correct))
+    drawn = np.random.default_rng(seed)
+    found = stats.bootstrap((everything,), error, n_resamples=_RESAMPLES, vectorized=False, method="percentile", rng=drawn)
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(correct))
 
 
 def brier(probability: Numbers) -> float:

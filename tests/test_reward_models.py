@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cai.config import ModelConfig
 from cai.engines import RewardRequest, build_engine
 from cai.engines.reward_model import RewardModelEngine
 from cai.errors import ConfigError, ContextLengthError, Interrupted
+from cai.intervals import gathered
 from cai.pipeline import label, read_records
 from cai.rewards.combining import combine, normalised
 from cai.rewards.dialogues import DialogueTokenizer
@@ -440,7 +442,12 @@ def test_held_out_measures_agree_with_plain_code(trained, run, name):
         confidence, right = (one, other) if one >= 0.5 else (1 - one, 1 - other)
         gaps[min(int((confidence - 0.5) * 20), 9)] += right - confidence
     assert measures["calibration_error"] == pytest.approx(sum(map(abs, gaps.values())) / len(given), abs=1e-6)
-    assert {"accuracy/helpful", "accuracy/harmless", "accuracy/honest"} <= measures.keys()
+    shares = ["accuracy", *(f"accuracy/{tag}" for tag in ("helpful", "harmless", "honest"))]
+    shares += [f"accuracy/member-{place}" for place in range(3)] if name == "adapters" else []
+    for one in (*shares, "calibration_error"):
+        (ends,) = (ends for found, value, ends in gathered(measures) if (found, value) == (one, measures[one]))
+        assert 0 <= ends[0] <= measures[one] <= ends[1] <= 1 or one == "calibration_error", one
+        assert ends[0] < ends[1]
     assert "length_correlation_overall" in measures
     assert ("length_correlation_overall_before" in measures) == (name == "one")
     assert "accuracy" in (folder / "README.md").read_text()
@@ -566,7 +573,11 @@ def test_rows_are_scored_and_bad_ones_are_named_by_line(trained, tmp_path):
         assert word in done.stdout
     assert "correlation" not in done.stdout, "of four completions"
     file.write_text("".join(json.dumps(one) + "\n" for one in given[:3] * 4))
-    assert "correlation with length" in command("reward", "score", trained("objectives"), file).stdout
+    several = [{**given[2], "prompt": f"Hi {n}?"} for n in range(4)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in [*given[:2], *several] * 2))
+    told = " ".join(command("reward", "score", trained("objectives"), file).stdout.split())
+    assert "correlation with length" in told
+    assert re.search(r"chosen ahead of rejected in [\d.]+% of the pairs \([\d.]+% to [\d.]+%\)", told)
 
 
 def test_what_holds_no_row_to_score_is_an_error(trained, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from cai import generate
 from cai.errors import ConfigError, PromptSourceError
 from cai.training import SETTINGS
-from cai.training.data import load_data, neutralize
+from cai.training.data import _turned, load_data, neutralize
 from cai.training.lengths import drop_long_rows, row_lengths
 from cai.training.preparing import prepare_rows, read_rows
 from tests import runs
@@ -126,6 +126,32 @@ def test_pairs_of_people_from_transcripts():
 def test_a_pairs_own_label_is_kept(tmp_path):
     found = data("dpo", write_rows(tmp_path / "a.jsonl", [pair(0, 0.75), pair(1)]))
     assert found.train["chosen_probability"][:] == [0.75, 1.0]
+
+
+HARD = [("dpo", {"soft_labels": False}), ("orpo", {}), ("cpo", {}), ("reward", {"soft_labels": False})]
+
+
+@pytest.mark.parametrize(("stage", "keys"), HARD, ids=repr)
+def test_where_labels_are_hard_the_likelier_completion_is_the_chosen_one(tmp_path, stage, keys):
+    given = [pair(0, 0.2), pair(1, 0.5), pair(2, 0.9), pair(3, 0.0), pair(4)]
+    file = write_rows(tmp_path / "a.jsonl", given)
+    found = data(stage, file, **keys)
+    turned = [{**one, "chosen": one["rejected"], "rejected": one["chosen"]} for one in (given[0], given[3])]
+    expected = [turned[0], given[2], turned[1], given[4]]
+    for side in ("prompt", "chosen", "rejected"):
+        assert found.train[side][:] == [one[side] for one in expected]
+    assert found.train["chosen_probability"][:] == [0.8, 0.9, 1.0, 1.0]
+    assert (found.sources[0]["train"], found.sources[0]["left_out"]) == (4, 1)
+    assert found.sources[0]["first_left_out"].startswith("its chosen_probability is 0.5, which prefers neither")
+    soft = {"dpo": {}, "reward": {}}.get(stage)
+    if soft is not None:
+        assert data(stage, file).train["chosen"][:] == [one["chosen"] for one in given]
+
+
+def test_what_principles_say_is_turned_with_the_pair():
+    row = {**pair(0, 0.2), "principle_ids": ["a", "b"], "principle_probabilities": [0.0, 0.75]}
+    assert _turned(row)["principle_probabilities"] == [1.0, 0.25]
+    assert _turned({**row, "principle_probabilities": None})["principle_probabilities"] is None
 
 
 def mixed(tmp_path, lengths, weights, seed=0):

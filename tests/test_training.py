@@ -217,3 +217,20 @@ def test_the_manifest_is_the_one_that_is_given_back(tiny, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(4)])
     given = train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == given
+
+
+@pytest.mark.parametrize(("stage", "lora"), [("sft", None), ("dpo", {"rank": 2, "merge": False}), ("reward", {"rank": 2})])
+def test_what_it_was_trained_by_is_told_whoever_chose_it(tiny, tmp_path, seen, stage, lora):
+    rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) if stage == "sft" else pair(n) for n in range(6)])
+    trl = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
+    given = make_settings(stage, tiny, rows, lora=lora, trl={**FAST, **trl, "warmup_steps": 0.1})
+    given = given.model_copy(update={"trl": {key: value for key, value in given.trl.items() if key != "learning_rate"}})
+    told = train(stage, given, tmp_path / "out")["training"]
+    (used,) = (one.args for one in seen)
+    usual = type(used).__dataclass_fields__["learning_rate"].default
+    assert told["learning_rate"] == used.learning_rate == pytest.approx(usual * (10 if lora else 1))
+    assert (told["rows_per_step"], told["rows_per_device"], told["accumulation"], told["processes"]) == (3, 1, 3, 1)
+    assert (told["epochs"], told["max_steps"], told["schedule"]) == (2, None, used.lr_scheduler_type.value)
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert f"Learning rate {used.learning_rate:.4g} (" in card
+    assert "warm-up 0.1 of all steps); 3 rows a step (1 per device, 3 accumulated, 1 process); 4 steps, 2 epochs." in card

@@ -78,8 +78,6 @@ def _type(annotation: Any) -> str:
         return "keys with values"
     if typing.get_origin(annotation) is tuple:
         return f"list of {_type(parts[0])}" if parts[-1] is ... else f"[{', '.join(map(_type, parts))}]"
-    if typing.get_origin(annotation) is dict:
-        return "mapping"
     if parts:
         return " or ".join(map(_type, parts))
     return _WORDS.get(annotation) or f"section with {', '.join(annotation.model_fields)}"

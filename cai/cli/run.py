@@ -21,6 +21,7 @@ from cai.cli.training import progress as training_progress
 from cai.config import Recipe
 from cai.errors import CaiError, PromptSourceError
 from cai.generation.estimate import estimate
+from cai.intervals import gathered
 from cai.pipeline import Choice, Pipeline, Watch, Watcher
 from cai.pipeline.forecasting import Entry, Forecast, Verdict, read_manifest
 from cai.pipeline.stages import train_apart
@@ -107,7 +108,7 @@ def _result(entry: Entry) -> str:
     """What came of a stage, in words."""
     measures = entry.get("measures", {})
     if entry["kind"] != "generate":
-        return ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in list(measures.items())[:2])
+        return ", ".join(_measured(*one) for one in list(gathered(measures))[:2])
     parts = [counted(measures["prompts"], "prompt"), counted(measures["preference"], "pair")]
     if measures.get("sft"):
         parts.append(counted(measures["sft"], "row") + " for sft")
@@ -115,6 +116,11 @@ def _result(entry: Entry) -> str:
         cut = f", {measures['candidates_truncated']:.0%} cut off" if measures["candidates_truncated"] else ""
         parts.append(f"answers of {measures['candidate_length']:.0f} characters (mean{cut})")
     return ", ".join(parts)
+
+
+def _measured(name: str, value: float, ends: tuple[float, float] | None) -> str:
+    """A measure with its interval where it has one."""
+    return f"{name.removeprefix('eval_')} {value:.3g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else "")
 
 
 def _show_table(manifest: dict[str, Any], out: Path) -> None:

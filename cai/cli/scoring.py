@@ -39,7 +39,7 @@ def score(model_name: str, file: str, limit: int | None, out: Path | None) -> No
     with counting("scored", len(given) * len(model.members)) as more, _written(out) as output:
         lines = list(_passing(score_candidates(model, given, more), output))
     console.print(_table(lines[:_SHOWN], model.spec.length is not None))
-    _show_summary(summarize(lines, [repr(one.dialogue[:-1]) for one in given]))
+    _show_summary(summarize(lines, [one.dialogue[:-1] for one in given]))
     if out:
         console.print(f"\nall scores: {escape(printable(str(out)))}", soft_wrap=True)
 
@@ -106,6 +106,8 @@ def _show_summary(found: dict[str, float]) -> None:
     said = f"{counted(int(found['completions']), 'completion')}: mean {found['mean']:+.3f}, deviation {found['deviation']:.3f}"
     if "chosen_ahead" in found:
         said += f"; chosen ahead of rejected in {found['chosen_ahead']:.1%} of the pairs"
+        if "chosen_ahead_low" in found:
+            said += f" ({found['chosen_ahead_low']:.1%} to {found['chosen_ahead_high']:.1%})"
     console.print(f"\n{said}")
     names = {"overall": "correlation with length", "within_prompts": "within prompts"}
     parts = [f"{name} {found[key]:+.2f}" for one, name in names.items() if (key := f"length_correlation_{one}") in found]

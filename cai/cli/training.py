@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from cai.cli.terminal import console, duration, printable
+from cai.intervals import gathered
 
 if TYPE_CHECKING:
     from cai.training.watching import Show
@@ -117,9 +118,13 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
     if not any(one["test"] for one in manifest["data"]):
         console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
-    for name, value in manifest["measures"].items():
-        if isinstance(value, int | float):
-            console.print(f"  {value:>10.4g}  {escape(name)}")
+    if told := manifest.get("training"):
+        console.print(
+            f"  learning rate {told['learning_rate']:.4g} ({told['schedule']}), {told['rows_per_step']:,} rows a step"
+        )
+    for name, value, ends in gathered(manifest["measures"]):
+        interval = f"  ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
+        console.print(f"  {value:>10.4g}  {escape(name)}{interval}")
     console.print(f"\nmodel: {escape(str(out))}", soft_wrap=True)
     follow = _NEXT.get(manifest["stage"], "use it:             cai generate -m {out}")
     console.print(escape(follow.format(out=out)), soft_wrap=True)

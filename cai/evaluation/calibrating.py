@@ -36,6 +36,7 @@ from cai.judging.calibration import (
     order_prior,
 )
 from cai.prompts import Row
+from cai.reliability import calibration_error
 from cai.types import Record, Verdict
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ _STRENGTHS = [10.0**power for power in range(-4, 2)]
 """Of C, the inverse of the penalty."""
 _COMMON = 10.0
 """How much longer the common column is made: its coefficient is penalised by the square of this less."""
-_BINS = 10
 _LEAST = 2.0**-40
 """The step of probabilities; the log loss takes 0 for this."""
 _COLDEST = 1e-6
@@ -259,7 +259,7 @@ def _measure(probability: Numbers, pairs: _Pairs, seed: int) -> Measures:
     return Measures(
         _range(share(right, pairs.prompts, seed)),
         _range(difference(loss, pairs.prompts, seed)),
-        _calibration_error(probability, right, pairs.prompts, seed),
+        _range(calibration_error(abs(probability - 0.5) + 0.5, right, pairs.prompts, seed)),
     )
 
 
@@ -267,28 +267,6 @@ def _range(estimate: Estimate) -> Range:
     """Without an interval (all prompts have the same mean), the mean stands for its ends."""
     mean, low, high = estimate.value, estimate.low, estimate.high
     return mean, mean if low is None else low, mean if high is None else high
-
-
-def _calibration_error(probability: Numbers, right: Numbers, prompts: Numbers, seed: int) -> Range:
-    """Of a bin, the gap is how far the sum of what is right differs from that of the confidences."""
-    import numpy as np
-    from scipy import stats
-
-    confidence = abs(probability - 0.5) + 0.5
-    bins = np.minimum((2 * _BINS * (confidence - 0.5)).astype(int), _BINS - 1)
-    _, cluster = np.unique(prompts, return_inverse=True)
-    gaps = np.zeros((cluster.max() + 1, _BINS))
-    np.add.at(gaps, (cluster, bins), right - confidence)
-    sizes = np.bincount(cluster)
-
-    def error(drawn: Numbers) -> Numbers:
-        gap: Numbers = abs(gaps[drawn].sum(axis=0)).sum() / sizes[drawn].sum()
-        return gap
-
-    everything = np.arange(len(sizes))
-    drawn = np.random.default_rng(seed)
-    found = stats.bootstrap((everything,), error, n_resamples=2000, vectorized=False, method="percentile", rng=drawn)
-    return float(error(everything)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _points_away(pairs: _Pairs, seed: int) -> bool:

@@ -33,6 +33,8 @@ Train = Callable[[StageName, TrainSettings, Path, Any], dict[str, Any]]
 """Trains a stage into a folder, tells a `cai.training.watching.Show` how far it is, and returns the manifest."""
 _MEASURES = (
     "accuracy",
+    "accuracy_low",
+    "accuracy_high",
     "eval_accuracy",
     "eval_rewards/accuracies",
     "eval_mean_token_accuracy",

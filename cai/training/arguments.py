@@ -80,6 +80,26 @@ def make_arguments(
         raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
 
 
+def effective(arguments: Any) -> dict[str, Any]:
+    """What was trained by, whoever chose it: learning rate and schedule, rows a step and of what they are made, how long.
+
+    `warmup_steps` below 1 are a share of all; `epochs` is null where `max_steps` ends the training, and the other way round.
+    """
+    processes, accumulation = arguments.world_size, arguments.gradient_accumulation_steps
+    limited = arguments.max_steps > 0
+    return {
+        "learning_rate": arguments.learning_rate,
+        "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        "warmup_steps": arguments.warmup_steps,
+        "rows_per_step": arguments.train_batch_size * accumulation * processes,
+        "rows_per_device": arguments.per_device_train_batch_size,
+        "accumulation": accumulation,
+        "processes": processes,
+        "epochs": None if limited else arguments.num_train_epochs,
+        "max_steps": arguments.max_steps if limited else None,
+    }
+
+
 def _without_truth(given: Mapping[str, Any]) -> dict[str, Any]:
     """What YAML reads as false is `no` where a strategy is meant."""
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in given.items()}

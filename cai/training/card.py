@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from cai.documents import dump
+from cai.intervals import gathered
 from cai.models import ALIASES, public_name
 from cai.training.settings import StageName, TrainSettings
 
@@ -27,7 +28,7 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
     """The README.md of a model folder called `name`; nothing in it names a folder of the machine."""
     template = (Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, autoescape=False)
-    measures = {key: _shown(value) for key, value in manifest["measures"].items() if isinstance(value, int | float)}
+    measures = {name: _with_ends(value, ends) for name, value, ends in gathered(manifest["measures"])}
     base = ALIASES[settings.model].hub_id if settings.model in ALIASES else public_name(settings.model)
     return environment.from_string(template).render(
         stage=stage,
@@ -37,6 +38,8 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         what=_WHAT[stage],
         versions=manifest["versions"],
         sources=[{**_UNKNOWN, **one, "source": public_name(one["source"])} for one in manifest["data"]],
+        training=manifest["training"],
+        steps=manifest["steps"],
         too_long=manifest["too_long"],
         unlabelled=manifest["unlabelled"],
         held_out=sum(one["test"] for one in manifest["data"]),
@@ -60,6 +63,10 @@ def _recipe(settings: TrainSettings) -> dict[str, Any]:
     told = settings.model_dump(mode="json", exclude_defaults=True)
     sources = [{**one, "source": public_name(one["source"])} for one in told["data"]]
     return {**told, "model": public_name(settings.model), "data": sources}
+
+
+def _with_ends(value: float, ends: tuple[float, float] | None) -> str:
+    return _shown(value) + (f" ({_shown(ends[0])} to {_shown(ends[1])})" if ends else "")
 
 
 def _shown(value: float) -> str:

@@ -14,7 +14,7 @@ from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
 from cai.training.objectives import check_objectives, tag_pairs
 from cai.training.reading import Reading, Row, View, is_run, place, read_source
-from cai.training.settings import RewardSettings, SourceSettings, StageName, TrainSettings
+from cai.training.settings import DpoSettings, RewardSettings, SourceSettings, StageName, TrainSettings
 
 VIEWS: dict[StageName, View] = {
     "sft": "sft",
@@ -24,6 +24,7 @@ VIEWS: dict[StageName, View] = {
     "orpo": "preference",
     "cpo": "preference",
 }
+_TIE = "its chosen_probability is 0.5, which prefers neither completion, and labels are hard here"
 _NEEDED: dict[View, str] = {
     "sft": "a dialogue that ends with the assistant's turn",
     "preference": "a pair of completions",
@@ -45,8 +46,8 @@ def load_data(stage: StageName, settings: TrainSettings) -> StageData:
     """The blended rows of all sources. Raises `ConfigError` for a source that is not there or has nothing for the stage,
     `PromptSourceError` for one that cannot be read."""
     view = VIEWS[stage]
-    train = [_some(_read(one, view, one.split, settings), one, view) for one in settings.data]
-    test = [_read(one, view, one.test_split, settings) if one.test_split else None for one in settings.data]
+    train = [_some(_read(one, stage, one.split, settings), one, view) for one in settings.data]
+    test = [_read(one, stage, one.test_split, settings) if one.test_split else None for one in settings.data]
     counts = _used(train, settings)
     measured = [reading.rows for reading in test if reading and len(reading.rows)]
     told = tuple(
@@ -58,12 +59,38 @@ def load_data(stage: StageName, settings: TrainSettings) -> StageData:
     return StageData(blended, datasets.concatenate_datasets(measured) if measured else None, told)
 
 
-def _read(source: SourceSettings, view: View, split: str, settings: TrainSettings) -> Reading | None:
+def _read(source: SourceSettings, stage: StageName, split: str, settings: TrainSettings) -> Reading | None:
     """One split of a source; for a reward model with what each tag says of a pair."""
-    reading = read_source(source, view, split, margins=isinstance(settings, RewardSettings))
+    reading = read_source(source, VIEWS[stage], split, margins=isinstance(settings, RewardSettings))
+    if reading is not None and _is_hard(stage, settings):
+        reading = _decided(reading)
     if reading is None or not isinstance(settings, RewardSettings):
         return reading
     return reading._replace(rows=tag_pairs(reading.rows, source, settings))
+
+
+def _is_hard(stage: StageName, settings: TrainSettings) -> bool:
+    """Whether a pair trains for its chosen completion whatever its probability is; objectives have labels of their own."""
+    if isinstance(settings, RewardSettings):
+        return not settings.soft_labels and not settings.objectives
+    return stage in ("orpo", "cpo") or (isinstance(settings, DpoSettings) and not settings.soft_labels)
+
+
+def _decided(reading: Reading) -> Reading:
+    """The pairs with the likelier completion as the chosen one; those that prefer neither are left out."""
+    rows = reading.rows.filter(lambda row: row["chosen_probability"] != 0.5, keep_in_memory=True)
+    rows = rows.map(_turned, features=rows.features, keep_in_memory=True)
+    ties = len(reading.rows) - len(rows)
+    return reading._replace(rows=rows, left_out=reading.left_out + ties, first=reading.first or (_TIE if ties else ""))
+
+
+def _turned(row: Row) -> Row:
+    """The pair with its two sides exchanged, and every probability with them, where the rejected one is preferred."""
+    if row["chosen_probability"] > 0.5:
+        return row
+    said = row.get("principle_probabilities")
+    turned = {"chosen": row["rejected"], "rejected": row["chosen"], "chosen_probability": 1 - row["chosen_probability"]}
+    return {**row, **turned, **({"principle_probabilities": [1 - one for one in said]} if said else {})}
 
 
 def _some(reading: Reading | None, source: SourceSettings, view: View) -> Reading:

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 from scipy import special
 
-from cai.intervals import share
-from cai.reliability import bins, expected_error
+from cai.intervals import named, numbered, share
+from cai.reliability import calibration_error
 from cai.rewards.combining import Scores, combine, normalised
 from cai.rewards.dialogues import completion_length
 from cai.rewards.model import RewardModel
@@ -62,26 +62,28 @@ def finish(model: RewardModel, settings: RewardSettings, data: StageData) -> tup
 
 def _read(model: RewardModel, rows: Dataset) -> _Read:
     dialogues = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in rows]
-    numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(repr(row["prompt"]), len(numbers)) for row in rows]
+    prompts = numbered(row["prompt"] for row in rows)
     outputs, tokens = model.outputs(dialogues)
     lengths = np.array([completion_length(one) for one in dialogues])
     return _Read(rows, outputs, tokens, lengths, np.array([*prompts, *prompts]))
 
 
 def _measures(spec: RewardSpec, read: _Read, settings: RewardSettings) -> dict[str, float]:
-    scores, pairs = read.scores(spec), len(read.rows)
-    label = np.array(read.rows["chosen_probability"])
-    right = _right(scores.reward, label)
-    found: dict[str, float] = {"held_out_pairs": pairs}
-    if (told := label != 0.5).any():
-        estimate = share(right[told], read.prompts[:pairs][told], settings.seed)
-        ends = {"accuracy_low": estimate.low, "accuracy_high": estimate.high}
-        found |= {"accuracy": estimate.value} | {name: end for name, end in ends.items() if end is not None}
-        if len(spec.members) > 1:
-            each = [_right(scores.members[:, place], label)[told].mean() for place in range(len(spec.members))]
-            found |= {f"accuracy/member-{place}": float(value) for place, value in enumerate(each)}
-    return found | _calibration(spec, read) | _tag_accuracies(scores, read, settings) | _length_measures(spec, read)
+    scores, label = read.scores(spec), np.array(read.rows["chosen_probability"])
+    found = {"held_out_pairs": len(read.rows), **_accuracy("accuracy", scores.reward, label, read, settings)}
+    if len(spec.members) > 1:
+        for place in range(len(spec.members)):
+            found |= _accuracy(f"accuracy/member-{place}", scores.members[:, place], label, read, settings)
+    more = _calibration(spec, read, settings) | _tag_accuracies(scores, read, settings) | _length_measures(spec, read)
+    return found | more
+
+
+def _accuracy(name: str, reward: Numbers, label: Numbers, read: _Read, settings: RewardSettings) -> dict[str, float]:
+    """The share of right pairs with its interval; nothing where no label prefers a completion."""
+    told = label != 0.5
+    if not told.any():
+        return {}
+    return named(name, share(_right(reward, label)[told], read.prompts[: len(label)][told], settings.seed))
 
 
 def _right(reward: Numbers, label: Numbers) -> Numbers:
@@ -91,7 +93,7 @@ def _right(reward: Numbers, label: Numbers) -> Numbers:
     return right
 
 
-def _calibration(spec: RewardSpec, read: _Read) -> dict[str, float]:
+def _calibration(spec: RewardSpec, read: _Read, settings: RewardSettings) -> dict[str, float]:
     """Expected calibration error: how far the probabilities that the outputs stand for are from the labels.
 
     A pair's probability is the mean over members and, by their weights, over the objectives that it has labels for: as a
@@ -112,18 +114,18 @@ def _calibration(spec: RewardSpec, read: _Read) -> dict[str, float]:
 
     predicted, actual = mixed(probability), mixed(label)
     correct = np.where(predicted >= 0.5, actual, 1 - actual)
-    return {"calibration_error": expected_error(bins(abs(predicted - 0.5) + 0.5, correct))}
+    prompts = read.prompts[: len(label)][counted]
+    return named("calibration_error", calibration_error(abs(predicted - 0.5) + 0.5, correct, prompts, settings.seed))
 
 
 def _tag_accuracies(scores: Scores, read: _Read, settings: RewardSettings) -> dict[str, float]:
     """Of each objective's own output, or, where there is one for all, of the reward for each tag that has verdicts."""
     said = [dict(zip(row["tags"], row["tag_probabilities"], strict=True)) for row in read.rows]
-    found = {}
+    found: dict[str, float] = {}
     for place, tag in enumerate(settings.objectives or all_tags(read.rows)):
         label = np.array([one.get(tag, 0.5) for one in said])
         reward = scores.objectives[:, place] if settings.objectives else scores.reward
-        if (told := label != 0.5).any():
-            found[f"accuracy/{tag}"] = float(_right(reward, label)[told].mean())
+        found |= _accuracy(f"accuracy/{tag}", reward, label, read, settings)
     return found
 
 

@@ -27,7 +27,7 @@ from cai.rewards.model import RewardModel
 from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
 from cai.seeds import derive_seed
 from cai.store import write_whole
-from cai.training.arguments import make_arguments
+from cai.training.arguments import effective, make_arguments
 from cai.training.data import StageData
 from cai.training.failing import failures, refusals
 from cai.training.folder import TrainFolder
@@ -80,13 +80,13 @@ def train_members(settings: RewardSettings, data: StageData, folder: TrainFolder
         data, left_out = read_rows(data, folder.rows)
         done = [one.done or _train(one, data, list(tokenizers.values()), folder, watch, show) for one in members]
         if not processes.is_main_process:
-            return Outcome(0, {}, left_out)
+            return Outcome(0, {}, left_out, effective(arguments))
         show.note("measuring on held-out rows" if data.test else "measuring on rows that it was trained on")
         spec, measures = finish(RewardModel.open(_spec(members, settings), folder.path), settings, data)
         folder.write(SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
     losses = {f"train_loss{one.name and '/'}{one.name}": told["loss"] for one, told in zip(members, done, strict=True)}
     known = {name: loss for name, loss in losses.items() if loss is not None}
-    return Outcome(sum(one["steps"] for one in done), known | measures, left_out)
+    return Outcome(sum(one["steps"] for one in done), known | measures, left_out, effective(arguments))
 
 
 def _members(settings: RewardSettings, path: Path) -> Iterator[_Member]:

@@ -94,7 +94,7 @@ def label_pairs(rows: Dataset, settings: RewardSettings) -> Dataset:
 
 def _labels(row: Row, settings: RewardSettings) -> list[float]:
     if not settings.objectives:
-        return [row["chosen_probability"] if settings.soft_labels else 1.0]
+        return [row["chosen_probability"] if settings.soft_labels else _certain(row["chosen_probability"])]
     said = dict(zip(row["tags"], row["tag_probabilities"], strict=True))
     found = [said.get(tag, math.nan) for tag in settings.objectives]
     return found if settings.soft_labels else [_certain(one) for one in found]

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from cai.documents import dump
 from cai.errors import Interrupted
 from cai.models import locate
-from cai.training.arguments import keeps_own_pace, make_arguments
+from cai.training.arguments import effective, keeps_own_pace, make_arguments
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
@@ -137,6 +137,7 @@ def _train(
         "model": settings.model,
         "data": list(data.sources),
         **outcome.left_out._asdict(),
+        "training": outcome.training,
         "steps": outcome.steps,
         "measures": outcome.measures,
         "seconds": round(time.time() - began, 1),
@@ -171,7 +172,7 @@ def _train_one(
         show.note("measuring on held-out rows" if data.test else "saving the model")
         measures = measure(trainer, data)
         save_model(trainer, settings, folder.path)
-    return Outcome(trainer.state.global_step, measures, left_out)
+    return Outcome(trainer.state.global_step, measures, left_out, effective(arguments))
 
 
 def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, manifest: dict[str, Any]) -> None:

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cai.errors import RequestError
+from cai.intervals import named, numbered, share
 from cai.prompts import Row
 from cai.rewards.model import RewardModel
 from cai.training.length_effect import length_correlation
 
+_SEED = 0
+"""Of the resamples."""
 _AT_ONCE = 256
 """Dialogues that are sorted by length together, and written together."""
 Line = dict[str, Any]
@@ -73,13 +76,18 @@ def score_candidates(model: RewardModel, given: Sequence[Candidate], told: Calla
             }
 
 
-def summarize(lines: Sequence[Line], prompts: Sequence[str]) -> dict[str, float]:
-    """Mean and deviation of the reward, its correlation with length, and of pairs the share whose chosen one is ahead."""
+def summarize(lines: Sequence[Line], prompts: Sequence[object]) -> dict[str, float]:
+    """Mean and deviation of the reward, and its correlation with length.
+
+    Of pairs also the share whose chosen completion is ahead, with its interval.
+    """
     reward = np.array([one["reward"] for one in lines])
-    numbers: dict[str, int] = {}
-    places = np.array([numbers.setdefault(one, len(numbers)) for one in prompts])
+    places = numbered(prompts)
     lengths = np.array([one["characters"] for one in lines])
     found = {"completions": len(lines), "mean": float(reward.mean()), "deviation": float(reward.std())}
     found |= {f"length_correlation_{name}": value for name, value in length_correlation(reward, lengths, places).items()}
-    chosen, rejected = (reward[[one["side"] == side for one in lines]] for side in ("chosen", "rejected"))
-    return found | ({"chosen_ahead": float((chosen > rejected).mean())} if len(chosen) else {})
+    is_chosen, is_rejected = (np.array([one["side"] == side for one in lines]) for side in ("chosen", "rejected"))
+    if not is_chosen.any():
+        return found
+    ahead = (reward[is_chosen] > reward[is_rejected]).astype(float)
+    return found | named("chosen_ahead", share(ahead, places[is_chosen], _SEED))

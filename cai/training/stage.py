@@ -38,6 +38,8 @@ class Outcome(NamedTuple):
     steps: int
     measures: dict[str, float]
     left_out: LeftOut
+    training: dict[str, Any]
+    """What it was trained by: see `cai.training.arguments.effective`."""
 
 
 def build_trainer(stage: StageName, parts: Parts) -> Any:
