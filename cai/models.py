@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +93,17 @@ def holds_adapters(path: Path) -> bool:
 def holds_members(path: Path) -> bool:
     """Whether a folder is that of a reward model whose networks are in folders below it."""
     return (path / "reward.json").is_file() and not (path / "config.json").is_file() and not holds_adapters(path)
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a folder holds a classifier (or the reward models that one is made of), which cannot speak: loaded as a language
+    model it would get an output layer of random weights."""
+    if (path / "reward.json").is_file():
+        return True
+    with suppress(OSError, ValueError, AttributeError):
+        named = json.loads((path / "config.json").read_bytes()).get("architectures") or ()
+        return any(str(one).endswith("ForSequenceClassification") for one in named)
+    return False
 
 
 def folder_version(path: Path) -> str:

@@ -169,8 +169,6 @@ def test_a_pair_that_could_be_either_way_pulls_neither_way(tiny, rows, tmp_path)
         ({"use_weighting": True}, "trl.use_weighting: with soft labels only False; set soft_labels: false"),
     ],
 )
-def test_what_soft_labels_are_not_defined_for_is_refused(tiny, rows, tmp_path, trl, message):
-    settings = dpo(tiny, rows(LABELS), trl)
-    parts = Parts(settings, load_data("dpo", settings), load_tokenizer(settings), make_arguments("dpo", settings, tmp_path))
+def test_what_soft_labels_are_not_defined_for_is_refused_before_anything_is_loaded(tiny, rows, tmp_path, trl, message):
     with pytest.raises(ConfigError, match=message):
-        build_trainer("dpo", parts)
+        make_arguments("dpo", dpo(tiny, rows(LABELS), trl), tmp_path)

@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from cai.cli.train import choose_mode, resolve_settings
+from cai.config import ModelConfig
+from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
+from cai.training.arguments import make_arguments
+from cai.training.loading import find_model
 from cai.training.running import train
 from tests import runs
 from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
@@ -63,6 +67,14 @@ def at_step(monkeypatch, number, do):
         ({"lr_scheduler_type": "x"}, r"trl: SFTConfig refuses these values: .*x"),
         ({"max_length": 1000}, r"trl.max_length: 1000 is more than the 256 tokens of the model's context; lower it"),
         ({"max_length": 3}, r"all 16 rows are longer than 3 tokens; raise trl.max_length, or use shorter rows"),
+        ({"num_train_epochs": "two"}, "trl.num_train_epochs: expected a number, found 'two'"),
+        ({"num_train_epochs": None}, "trl.num_train_epochs: expected a number, found None"),
+        ({"num_train_epochs": float("nan")}, "trl.num_train_epochs: expected a number, found nan"),
+        ({"max_steps": "3"}, "trl.max_steps: expected a whole number, found '3'"),
+        ({"max_length": "long"}, "trl.max_length: expected a whole number or null, found 'long'"),
+        ({"learning_rate": True}, "trl.learning_rate: expected a number, found True"),
+        ({"learning_rate": -1}, "trl.learning_rate: expected a number from 0 on, found -1"),
+        ({"gradient_accumulation_steps": 0}, "trl.gradient_accumulation_steps: expected a number from 1 on, found 0"),
         ({"report_to": ["wandb"]}, r"trl.report_to: wandb is not installed: pip install wandb"),
         ({"report_to": "trackio"}, r"trl.report_to: trackio is not installed: pip install trackio"),
     ],
@@ -96,6 +108,29 @@ def test_a_trainers_own_refusal_is_told(tiny, tmp_path):
     settings = make_settings("kto", tiny, write_rows(tmp_path / "a.jsonl", rows), trl={"per_device_train_batch_size": 1})
     with pytest.raises(ConfigError, match=r"trl: the kto trainer refuses this: .*batch size"):
         train("kto", settings, tmp_path / "out")
+
+
+def test_a_number_that_yaml_reads_as_a_text(tiny, rows, tmp_path):
+    settings = make_settings("sft", tiny, rows, trl={"learning_rate": "1e-4", "lr_scheduler_kwargs": {"min_lr": "2.5E-6"}})
+    arguments = make_arguments("sft", settings, tmp_path)
+    assert (arguments.learning_rate, arguments.lr_scheduler_kwargs) == (1e-4, {"min_lr": 2.5e-6})
+
+
+def test_trl_takes_values_of_every_type_that_its_class_has(tiny, rows, tmp_path):
+    trl = {"loss_type": "sigmoid", "num_train_epochs": 2, "save_strategy": False, "gradient_checkpointing_kwargs": {"a": True}}
+    assert make_arguments("dpo", make_settings("dpo", tiny, rows, trl=trl), tmp_path).loss_type == ["sigmoid"]
+
+
+def test_a_reward_model_is_no_language_model_to_begin_with_or_to_stay_near(tiny, tmp_path, rows):
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / "classifier" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    with pytest.raises(ConfigError, match=r"model '.*' is a reward model \(a classifier\), which writes nothing"):
+        find_model(make_settings("sft", tmp_path / "classifier", rows))
+    with pytest.raises(ConfigError, match=r"reference '.*' is a reward model"):
+        find_model(make_settings("dpo", tiny, rows, reference=str(tmp_path / "classifier")))
+    assert find_model(make_settings("reward", tmp_path / "classifier", rows)).version
+    with pytest.raises(ConfigError, match="is a reward model"):
+        TransformersEngine(ModelConfig(model=str(tmp_path / "classifier")))
 
 
 def test_a_tokenizer_without_a_chat_template(tmp_path, rows):

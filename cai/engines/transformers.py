@@ -26,7 +26,7 @@ from cai.engines.base import (
 )
 from cai.engines.batching import Batcher
 from cai.errors import CaiError, ConfigError, ContextLengthError, EngineError
-from cai.models import locate
+from cai.models import is_classifier, locate
 from cai.types import Completion, Messages
 
 if TYPE_CHECKING:
@@ -56,11 +56,16 @@ class TransformersEngine(Engine):
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
 
     def __init__(self, config: ModelConfig) -> None:
-        """Find the model and name it; raises `ConfigError` where it is not there."""
+        """Find the model and name it; raises `ConfigError` where it is not there or a classifier."""
         self._config = config
         self._place = locate(config.model, config.revision)
         if self._place.is_gguf and find_spec("gguf") is None:
             raise ConfigError(f"model '{config.model}' is a GGUF file, which needs gguf: pip install 'cai-toolkit[local]'")
+        if is_classifier(Path(self._place.source)):
+            raise ConfigError(
+                f"model '{config.model}' is a reward model (a classifier), which writes nothing; name a language model, or use "
+                "it as a judge with judge.method=reward-model"
+            )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers")
         self._loading: Future[LocalModel] | None = None
         size = 1 if config.exact else config.batch_size

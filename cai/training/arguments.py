@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import typing
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -10,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from cai.config import ModelConfig
 from cai.errors import ConfigError, nearest
-from cai.training.settings import StageName, TrainSettings
+from cai.training.losses import SOFTENED
+from cai.training.settings import DpoSettings, StageName, TrainSettings
 from cai.weights import best_device, resolve_dtype
 
 _OURS = {
@@ -47,7 +52,8 @@ def config_class(stage: StageName) -> Any:
 
 
 def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "trl") -> None:
-    """Raises `ConfigError` for a key that TRL's config class does not have, and for one that follows from something else."""
+    """Raises `ConfigError` for a key that TRL's config class does not have, one that follows from something else, and a value
+    of another type than the class has there."""
     config = config_class(stage)
     known = {field.name for field in dataclasses.fields(config) if field.init} - _OURS.keys()
     for key in given:
@@ -55,6 +61,36 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "tr
             raise ConfigError(f"{where}.{key}: follows from {_OURS[key]}; remove it")
         if key not in known:
             raise ConfigError(f"{where}.{key}: {config.__name__} has no such key{nearest(key, known)}")
+    types = typing.get_type_hints(config)
+    for key, value in _without_truth(given).items():
+        _check_value(f"{where}.{key}", value, types[key])
+        if key in _LEAST and value < _LEAST[key]:
+            raise ConfigError(f"{where}.{key}: expected a number from {_LEAST[key]} on, found {value!r}")
+
+
+_LEAST = {
+    "learning_rate": 0,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
+"""What TRL finds out only when the data has been read and the model loaded."""
+
+
+def _check_value(where: str, value: Any, kind: Any) -> None:
+    """Raises `ConfigError` for a value of another type, and for a number that is none."""
+    found = f"found {value!r:.60}"
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{where}: expected a number, {found}")
+    allowed = str | kind if kind == list[str] else kind  # TRL takes the only one of a list as it is
+    try:
+        TypeAdapter(allowed).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError, ValueError) as exc:
+        named = dict.fromkeys(_NAMES.get(one, str(one)) for one in typing.get_args(kind) or (kind,))
+        raise ConfigError(f"{where}: expected {' or '.join(named)}, {found}") from exc
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null", dict: "a mapping"}
 
 
 def make_arguments(
@@ -75,9 +111,25 @@ def make_arguments(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
-            return config(**{**ours, **_without_truth(settings.trl), **given})
+            made = config(**{**ours, **_without_truth(settings.trl), **given})
     except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
         raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+    if isinstance(settings, DpoSettings) and settings.soft_labels:
+        _check_softened(made)
+    return made
+
+
+def _check_softened(arguments: Any) -> None:
+    """Raises `ConfigError` for a loss that soft labels are not defined for."""
+    unable = [kind for kind in arguments.loss_type if kind not in SOFTENED]
+    if unable:
+        raise ConfigError(
+            f"trl.loss_type: soft labels are defined for {', '.join(SOFTENED)}, not for {', '.join(map(str, unable))}; "
+            "set soft_labels: false"
+        )
+    for key, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False)):
+        if getattr(arguments, key) != usual:
+            raise ConfigError(f"trl.{key}: with soft labels only {usual}; set soft_labels: false")
 
 
 def effective(arguments: Any) -> dict[str, Any]:

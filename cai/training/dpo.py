@@ -18,9 +18,8 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from cai.errors import ConfigError
 from cai.training.loading import adapters, load_policy, load_reference
-from cai.training.losses import SOFTENED, soften_dpo
+from cai.training.losses import soften_dpo
 from cai.training.settings import DpoSettings
 from cai.training.stage import Parts
 
@@ -28,12 +27,10 @@ LABEL = "chosen_probability"
 
 
 def build(parts: Parts) -> Any:
-    """TRL's trainer, or the one with soft labels. Raises `ConfigError` for a loss that soft labels are not defined for."""
+    """TRL's trainer, or the one with soft labels."""
     settings = parts.settings
     assert isinstance(settings, DpoSettings)
     arguments, tokenizer = parts.arguments, parts.tokenizer
-    if settings.soft_labels:
-        _check(arguments)
     given = {
         "model": load_policy(settings),
         "ref_model": load_reference(settings, arguments, settings.reference),
@@ -49,18 +46,6 @@ def build(parts: Parts) -> Any:
         pad_to_multiple_of=arguments.pad_to_multiple_of,
     )
     return SoftDPOTrainer(data_collator=collator, **given)
-
-
-def _check(arguments: Any) -> None:
-    unable = [kind for kind in arguments.loss_type if kind not in SOFTENED]
-    if unable:
-        raise ConfigError(
-            f"trl.loss_type: soft labels are defined for {', '.join(SOFTENED)}, not for {', '.join(unable)}; "
-            "set soft_labels: false"
-        )
-    for key, usual in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False)):
-        if getattr(arguments, key) != usual:
-            raise ConfigError(f"trl.{key}: with soft labels only {usual}; set soft_labels: false")
 
 
 @dataclass

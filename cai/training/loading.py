@@ -9,14 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from cai.errors import ConfigError
-from cai.models import ModelPlace, holds_adapters, locate
+from cai.models import ModelPlace, holds_adapters, is_classifier, locate
 from cai.training.arguments import weights_dtype
-from cai.training.settings import TrainSettings
+from cai.training.settings import DpoSettings, RewardSettings, TrainSettings
 from cai.weights import best_device, context_of_place, loading, pretrained
 
 
 def find_model(settings: TrainSettings) -> ModelPlace:
-    """Where the model is. Raises `ConfigError` for none, for adapters alone, and for quantization that cannot be had."""
+    """Where the model is. Raises `ConfigError` for none, for adapters alone, for a classifier where text is to be written,
+    and for quantization that cannot be had."""
     if settings.quantization and settings.lora is None:
         raise ConfigError("quantization: quantized weights cannot be trained themselves; set lora")
     if settings.quantization and best_device() != "cuda":
@@ -26,7 +27,16 @@ def find_model(settings: TrainSettings) -> ModelPlace:
         raise ConfigError(
             f"model '{settings.model}' holds adapters alone; begin with a model that was saved with lora.merge: true"
         )
+    if not isinstance(settings, RewardSettings):
+        _refuse_classifier("model", settings.model, place)
+    if isinstance(settings, DpoSettings) and settings.reference:
+        _refuse_classifier("reference", settings.reference, locate(settings.reference))
     return place
+
+
+def _refuse_classifier(key: str, name: str, place: ModelPlace) -> None:
+    if is_classifier(Path(place.source)):
+        raise ConfigError(f"{key} '{name}' is a reward model (a classifier), which writes nothing; name a language model")
 
 
 def context_of(settings: TrainSettings) -> int | None:

@@ -8,6 +8,7 @@ trl: {learning_rate: 1.0e-4, num_train_epochs: 1}
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -94,10 +95,25 @@ class TrainSettings(Part):
             raise ValueError("expected a weight for each source or for none")
         return value
 
+    @field_validator("trl")
+    @classmethod
+    def _with_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {key: _as_number(one) for key, one in value.items()}
+
     @field_validator("lora", mode="before")
     @classmethod
     def _with_defaults(cls, value: Any) -> Any:
         return {} if value is True else value
+
+
+def _as_number(value: Any) -> Any:
+    """`1e-4`, which YAML reads as a text, as the number that is meant; also inside a mapping."""
+    if isinstance(value, Mapping):
+        return {key: _as_number(one) for key, one in value.items()}
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class SftSettings(TrainSettings):
