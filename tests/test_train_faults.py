@@ -19,7 +19,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
-from cai.training.loading import find_model
+from cai.training.loading import find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
 from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
@@ -131,6 +131,12 @@ def test_a_reward_model_is_no_language_model_to_begin_with_or_to_stay_near(tiny,
     assert find_model(make_settings("reward", tmp_path / "classifier", rows)).version
     with pytest.raises(ConfigError, match="is a reward model"):
         TransformersEngine(ModelConfig(model=str(tmp_path / "classifier")))
+
+
+def test_a_chat_template_that_is_broken(tmp_path, rows):
+    (make_tiny_model(tmp_path / "broken") / "chat_template.jinja").write_text("{% for message in %}")
+    with pytest.raises(EngineError, match=r"the chat template of '.*broken' could not be loaded: TemplateSyntaxError"):
+        load_tokenizer(make_settings("sft", tmp_path / "broken", rows))
 
 
 def test_a_tokenizer_without_a_chat_template(tmp_path, rows):

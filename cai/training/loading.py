@@ -15,6 +15,10 @@ from cai.training.settings import DpoSettings, RewardSettings, TrainSettings
 from cai.weights import best_device, context_of_place, loading, pretrained
 
 
+_DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+"""What every chat template can write."""
+
+
 def find_model(settings: TrainSettings) -> ModelPlace:
     """Where the model is. Raises `ConfigError` for none, for adapters alone, for a classifier where text is to be written,
     and for quantization that cannot be had."""
@@ -95,6 +99,8 @@ def load_tokenizer(settings: TrainSettings) -> Any:
             f"model '{settings.model}' has no chat template; use an instruct model, or save a chat_template.jinja beside its "
             "tokenizer"
         )
+    with loading(f"the chat template of '{settings.model}'"):
+        tokenizer.apply_chat_template(_DIALOGUE, tokenize=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
