@@ -14,7 +14,6 @@ from cai.training.arguments import weights_dtype
 from cai.training.settings import DpoSettings, RewardSettings, TrainSettings
 from cai.weights import best_device, context_of_place, loading, pretrained
 
-
 _DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 """What every chat template can write."""
 
