@@ -475,7 +475,10 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
             "    dpo:\n      data: '@data'\n      trl:\n        max_stebs: 3\n",
             "p.yaml:9: stages.x.dpo.trl.max_stebs: DPOConfig",
         ),
-        ("    dpo: {data: '@data', trl: {beta: x, warmup_steps: -3}}\n", "p.yaml:6: stages.x.dpo: trl: DPOConfig refuses"),
+        (
+            "    dpo: {data: '@data', trl: {beta: x, warmup_steps: -3}}\n",
+            "p.yaml:6: stages.x.dpo.trl.beta: expected a number, found 'x'",
+        ),
         ("    dpo: {data: '@data', model: ./nowhere}\n", "p.yaml:6: stages.x.dpo: model './nowhere': there is no such folder"),
         ("    dpo: {data: nowhere.jsonl}\n", "p.yaml:6: stages.x.dpo: data 'nowhere.jsonl': there is no such file"),
         ("    generate: {generation: {rounds: 99}}\n", "p.yaml:6: stages.x.generate: generation.rounds: 99 rounds"),

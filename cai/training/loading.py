@@ -33,8 +33,16 @@ def find_model(settings: TrainSettings) -> ModelPlace:
     if not isinstance(settings, RewardSettings):
         _refuse_classifier("model", settings.model, place)
     if isinstance(settings, DpoSettings) and settings.reference:
-        _refuse_classifier("reference", settings.reference, locate(settings.reference))
+        _refuse_classifier("reference", settings.reference, _named("reference", settings.reference))
     return place
+
+
+def _named(key: str, model: str) -> ModelPlace:
+    """Where another model is that a key names."""
+    try:
+        return locate(model)
+    except ConfigError as exc:
+        raise ConfigError(f"{key}: {exc}") from exc
 
 
 def _refuse_classifier(key: str, name: str, place: ModelPlace) -> None:
