@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from cai.training.labels import Labelled, keep_column
 from cai.training.loading import adapters, load_policy, load_reference
 from cai.training.losses import soften_dpo
 from cai.training.settings import DpoSettings
@@ -39,22 +39,13 @@ def build(parts: Parts) -> Any:
     }
     if not settings.soft_labels:
         return DPOTrainer(**given)
-    collator = SoftCollator(
+    collator = DataCollatorForPreference(
         pad_token_id=tokenizer.pad_token_id,
         max_length=arguments.max_length,
         truncation_mode=arguments.truncation_mode,
         pad_to_multiple_of=arguments.pad_to_multiple_of,
     )
-    return SoftDPOTrainer(data_collator=collator, **given)
-
-
-@dataclass
-class SoftCollator(DataCollatorForPreference):
-    """TRL's collator, with the labels beside: `chosen_probability`, shape (pairs,)."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch."""
-        return {**super().torch_call(examples), LABEL: torch.tensor([one[LABEL] for one in examples], dtype=torch.float32)}
+    return SoftDPOTrainer(data_collator=Labelled(collator, LABEL), **given)
 
 
 class SoftDPOTrainer(DPOTrainer):
@@ -62,9 +53,7 @@ class SoftDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns
-        if LABEL not in columns:
-            columns.append(LABEL)
+        keep_column(self, LABEL)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's; the labels are nothing that a model takes."""

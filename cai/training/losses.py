@@ -52,7 +52,7 @@ def soften_dpo(kind: str, ahead: Tensor, probability: Tensor, beta: float) -> Te
         case "ipo":
             cost = 2 * ahead / beta
         case _:
-            raise NotImplementedError(kind)
+            raise ValueError(f"soft labels are not defined for the loss '{kind}'")
     return (1 - probability) * cost
 
 

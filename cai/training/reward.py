@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from cai.rewards.heads import make_exact
+from cai.training.labels import Labelled, keep_column
 from cai.training.loading import adapters, load_classifier
 from cai.training.losses import reward_loss
 from cai.training.objectives import LABELS
@@ -24,7 +24,8 @@ def build(parts: Parts) -> Any:
     """The trainer of one reward model, on rows with `chosen_ids`, `rejected_ids` and labels."""
     settings = parts.settings
     assert isinstance(settings, RewardSettings)
-    collator = SoftCollator(pad_token_id=parts.tokenizer.pad_token_id, pad_to_multiple_of=parts.arguments.pad_to_multiple_of)
+    padding = {"pad_token_id": parts.tokenizer.pad_token_id, "pad_to_multiple_of": parts.arguments.pad_to_multiple_of}
+    collator = Labelled(DataCollatorForPreference(**padding), LABELS)
     model = load_classifier(settings, outputs=len(settings.heads))
     make_exact(model)
     with _as_one_output(model):
@@ -48,23 +49,12 @@ def _as_one_output(model: Any) -> Iterator[None]:
         model.config.num_labels = outputs
 
 
-@dataclass
-class SoftCollator(DataCollatorForPreference):
-    """TRL's collator, with the labels beside: shape (pairs, outputs)."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch."""
-        return {**super().torch_call(examples), LABELS: torch.tensor([one[LABELS] for one in examples], dtype=torch.float32)}
-
-
 class SoftRewardTrainer(RewardTrainer):
     """TRL's trainer with `reward_loss` in place of its loss, which this is where there is one output and each label is 1."""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns
-        if LABELS not in columns:
-            columns.append(LABELS)
+        keep_column(self, LABELS)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
