@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from cai.cli.terminal import console, duration, printable
+from cai.cli.terminal import console, counted, duration, printable
 from cai.intervals import gathered
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
     for one in manifest["data"]:
         if left_out := one.get("left_out"):
             first = escape(printable(one["first_left_out"]))
-            console.print(f"[yellow]left out[/] {left_out:,} rows that could not be used; the first, {first}", soft_wrap=True)
+            console.print(
+                f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used; the first, {first}", soft_wrap=True
+            )
     for split, count in manifest["too_long"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
     for split, count in manifest["unlabelled"].items():
