@@ -1,0 +1,65 @@
+"""The arguments of PPO: those of TRL's GRPO, some with other defaults, and those of the value function and the KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """`beta` is the KL coefficient, `num_iterations` the epochs over a rollout, `epsilon` the clip range of the ratio,
+    `steps_per_generation / gradient_accumulation_steps` the minibatches of an epoch.
+
+    Raises `ValueError` for values that cannot work together.
+    """
+
+    num_generations: int | None = _field(1, "Completions of each prompt; 1 is classic PPO.")
+    num_iterations: int = _field(4, "Epochs over each rollout.")
+    learning_rate: float = _field(3e-6, "Of the policy.")
+    beta: float = _field(0.05, "Coefficient of the KL in the reward; with target_kl where it begins.")
+    disable_dropout: bool = _field(True, "Ratios of probabilities need it off.")
+    gamma: float = _field(1.0, "Discount of rewards.")
+    lam: float = _field(0.95, "Lambda of generalised advantage estimation.")
+    value_function: str = _field(
+        "critic",
+        "critic: a network of its own (under LoRA adapters on the policy's base); head: a layer on the policy's trunk.",
+    )
+    value_learning_rate: float | None = _field(None, "Of the value function; null: 10 times learning_rate, or 1e-3 for a head.")
+    value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
+    vf_coef: float = _field(0.1, "Weight of the value loss where a head shares the policy's trunk.")
+    cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")
+    kl_estimator: str = _field("k1", "k1 (unbiased) or k3 (never negative) for the KL in the reward.")
+    target_kl: float | None = _field(None, "Nats a completion that the coefficient is steered to; null: it is fixed.")
+    kl_horizon: int = _field(10_000, "Completions over which the coefficient is steered.")
+    whiten_advantages: bool = _field(True, "Advantages of a rollout get mean 0 and variance 1.")
+    missing_eos_penalty: float | None = _field(None, "Taken from the reward of a completion without an end.")
+
+    def __post_init__(self) -> None:
+        groups = self.num_generations or 1
+        self.num_generations = max(2, groups)  # GRPO needs groups, PPO does not
+        if groups == 1 and self.num_generations_eval is None:
+            self.num_generations_eval: int | None = 1
+        super().__post_init__()
+        self.num_generations = groups
+        self._check()
+
+    def _check(self) -> None:
+        for name, allowed in (("value_function", ("critic", "head")), ("kl_estimator", ("k1", "k3"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(allowed)}, found {getattr(self, name)!r}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
+        if self.target_kl is not None and not (self.target_kl > 0 and self.beta > 0):
+            raise ValueError("target_kl: needs to be above 0, and so does beta, where the coefficient begins")
+        if self.sync_ref_model:
+            raise ValueError("sync_ref_model: the KL of PPO is to a fixed reference; remove it")
+        if self.fp16:
+            raise ValueError("fp16: not with PPO, whose value function has no loss scaling; use bf16 or float32")

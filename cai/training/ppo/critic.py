@@ -1,0 +1,165 @@
+"""Value functions: what is still to be expected at each token of a completion.
+
+A critic is a network of its own: a backbone and a layer with one output. Its gradients are taken by themselves, before those of
+the policy, and it has an optimizer of its own, so that the policy's trainer (and whatever wraps its model) never meets it. With
+LoRA it is a second set of adapters on the policy's base: policy, reference and critic share one set of weights. A head is
+a layer on the policy's own trunk, and its loss is part of the policy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+CRITIC = "critic"
+"""The name of its adapters."""
+
+
+class Output(NamedTuple):
+    """The layer that a value function begins with: weight (1, width) and bias (1,), of the features as they are."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class ValueLayer(nn.Module):
+    """Values from features, computed in float32: (B, L, width) to (B, L).
+
+    A new one begins at 0, on features that are normalised and scaled by 1/sqrt(width), so that a step of Adam moves a value by
+    about the learning rate times sqrt(width) whatever the size of the features is.
+    """
+
+    def __init__(self, width: int, output: Output | None = None) -> None:
+        """`output`: what it begins with."""
+        super().__init__()
+        self.linear, self._is_new = nn.Linear(width, 1, dtype=torch.float32), output is None
+        with torch.no_grad():
+            self.linear.weight.copy_(output.weight) if output else nn.init.zeros_(self.linear.weight)
+            self.linear.bias.copy_(output.bias) if output else nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The values."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            if self._is_new:
+                features = nn.functional.layer_norm(features, features.shape[-1:]) * features.size(-1) ** -0.5
+            values: Tensor = self.linear(features)
+        return values[..., 0]
+
+
+class Critic(Protocol):
+    """A value function with gradients of its own."""
+
+    layer: ValueLayer
+
+    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What is expected after each token: (B, L), float32. Gradients are to be taken inside of `working`."""
+
+    def working(self) -> Any:
+        """A context in which its weights are those in use."""
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+
+
+class SeparateCritic(nn.Module):
+    """A backbone of its own."""
+
+    def __init__(self, backbone: Any, output: Output | None = None) -> None:
+        """`backbone`: a model of transformers whose answer has a `last_hidden_state`."""
+        super().__init__()
+        self.backbone = backbone.requires_grad_(True)
+        self.layer = ValueLayer(backbone.config.get_text_config().hidden_size, output)
+        self.to(backbone.device)
+
+    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """See `Critic`."""
+        return _values(self.backbone, self.layer, ids, mask)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Nothing is to be done."""
+        yield
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All of them."""
+        return dict(self.named_parameters())
+
+
+class AdapterCritic:
+    """Adapters on the policy's base."""
+
+    def __init__(self, policy: Any, adapters: dict[str, Tensor] | None = None, output: Output | None = None) -> None:
+        """`policy`: a PEFT model whose active adapters are the policy's; `adapters`: the state that the critic's begin with.
+
+        Raises `ValueError` for a state of other layers or ranks.
+        """
+        from peft import set_peft_model_state_dict
+
+        self._policy, self._own = policy, policy.active_adapter
+        base = policy.get_base_model()
+        policy.add_adapter(CRITIC, policy.peft_config[self._own])
+        if adapters is not None:
+            try:
+                found = set_peft_model_state_dict(policy, adapters, adapter_name=CRITIC)
+            except RuntimeError as exc:
+                policy.delete_adapter(CRITIC)
+                raise ValueError(f"its adapters are not shaped like the policy's: {exc}") from exc
+            if found.unexpected_keys:
+                policy.delete_adapter(CRITIC)
+                raise ValueError(f"its adapters have layers that the policy's have not: {found.unexpected_keys[0]}")
+        policy.set_adapter(self._own)
+        self.layer = ValueLayer(base.config.get_text_config().hidden_size, output).to(base.device)
+
+    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """See `Critic`; only inside of `working`."""
+        return _values(self._policy.get_base_model().base_model, self.layer, ids, mask)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The critic's adapters in place of the policy's."""
+        self._policy.set_adapter(CRITIC)
+        try:
+            yield
+        finally:
+            self._policy.set_adapter(self._own)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The adapters' and the layer's."""
+        mine = {name: one for name, one in self._policy.named_parameters() if f".{CRITIC}." in name}
+        return mine | {f"layer.{name}": one for name, one in self.layer.named_parameters()}
+
+
+def _values(backbone: Any, layer: ValueLayer, ids: Tensor, mask: Tensor) -> Tensor:
+    features = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    values: Tensor = layer(features)
+    return values
+
+
+class TrunkHead:
+    """A layer on the policy's trunk: its values come with each pass of the policy that it watches."""
+
+    def __init__(self, policy: Any) -> None:
+        """`policy`: the model, not wrapped."""
+        self._trunk = policy.base_model
+        self.layer = ValueLayer(policy.config.get_text_config().hidden_size).to(policy.device)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """A list to which each pass of the trunk adds its values."""
+        seen: list[Tensor] = []
+        handle = self._trunk.register_forward_hook(
+            lambda _module, _given, answer: seen.append(self.layer(answer.last_hidden_state))
+        )
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The layer's."""
+        return {f"layer.{name}": one for name, one in self.layer.named_parameters()}

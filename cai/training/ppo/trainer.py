@@ -1,0 +1,341 @@
+"""PPO (Schulman et al. 2017, arXiv 1707.06347) on TRL's trainer of GRPO, for language models as in Ziegler et al. 2019.
+
+TRL generates (by transformers or vLLM), asks reward functions, keeps the reference, clips the ratio, logs and saves. Here are
+the value function, the KL as a part of each token's reward, advantages of each token, and what a checkpoint holds of them. The
+value of the state before a token is read at the position before it.
+
+    trainer = PPOTrainer(model, reward_funcs=brevity, args=PPOConfig("out"), train_dataset=prompts, value_model="models/reward")
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from cai.errors import EngineError
+from cai.training.ppo.config import PPOConfig
+from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, SeparateCritic, TrunkHead
+from cai.training.ppo.estimation import (
+    KLControl,
+    Moments,
+    advantages_and_returns,
+    explained_variance,
+    kl_estimate,
+    token_rewards,
+    value_errors,
+    whiten,
+)
+from cai.training.ppo.starting import Start, start_from
+
+_WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
+_HEAD_RATE = 1e-3
+
+
+class Passed(NamedTuple):
+    """What the policy, and a head on its trunk, said of a rollout: (B, T) each."""
+
+    logps: Tensor
+    values: Tensor
+
+
+class PPOTrainer(GRPOTrainer):
+    """Takes what TRL's `GRPOTrainer` takes, and a `value_model`."""
+
+    _tag_names: ClassVar = ["trl", "ppo"]
+    _name = "PPO"
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        *given: Any,
+        value_model: str | Path | None = None,
+        base_version: str | None = None,
+        **named: Any,
+    ) -> None:
+        """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
+        policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
+        adapters of a reward model on the same version are what the critic's begin with.
+        """
+        assert args is not None
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        self._watched: list[Tensor] = []
+        self._scores = torch.empty(0)
+        super().__init__(model, reward_funcs, args, *given, **named)
+        self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
+        self.started_from_reward_model = False
+        self.value = self._build_value(Path(value_model) if value_model else None, base_version)
+        disable_dropout_in_model(self.value) if isinstance(self.value, nn.Module) else None
+        rate = args.value_learning_rate or (_HEAD_RATE if isinstance(self.value, TrunkHead) else 10 * args.learning_rate)
+        with self._of_critic():
+            self._trained = self.value.weights()
+        self._value_optimizer = torch.optim.AdamW(
+            self._trained.values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=0.0
+        )
+        self._value_rate = rate
+
+    # ------------------------------------------------------------------------------------------------ the value function
+    def _build_value(self, reward_model: Path | None, base_version: str | None) -> Critic | TrunkHead:
+        policy, shares = self.accelerator.unwrap_model(self.model), is_peft_model(self.model)
+        base = policy.get_base_model() if shares else policy
+        if self.args.value_function == "head":
+            return TrunkHead(base)
+        start = self._start(reward_model, base.dtype, (base_version or "") if shares else None)
+        self.started_from_reward_model = start is not None
+        if shares:
+            return AdapterCritic(policy, start and start.adapters, start and start.output)
+        backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
+        if start is None:
+            backbone.load_state_dict(base.base_model.state_dict())
+        if self.args.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return SeparateCritic(backbone.to(base.device).train(), start and start.output)
+
+    def _start(self, reward_model: Path | None, dtype: torch.dtype, shared: str | None) -> Start | None:
+        return start_from(reward_model, dtype, shared) if reward_model else None
+
+    @contextmanager
+    def _of_critic(self) -> Iterator[None]:
+        """In here the critic's weights are those in use, where it shares them with the policy."""
+        with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
+            yield
+
+    def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """The critic's values of the state before each of the last `length` tokens."""
+        with self.accelerator.autocast():
+            values: Tensor = cast(Critic, self.value).values(ids, mask)
+        return values[:, -length - 1 : -1]
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
+    ) -> Any:
+        """TRL's; a head's values of each pass of the trunk are kept in `_watched`."""
+        if not isinstance(self.value, TrunkHead) or model is self.ref_model:
+            return super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
+        with self.value.watching() as seen:
+            found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
+        self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
+        return found
+
+    # ------------------------------------------------------------------------------------------------ rollouts
+    def _calculate_rewards(self, *given: Any, **named: Any) -> Tensor:
+        """TRL's; kept, since PPO needs the scores and not what GRPO makes of them."""
+        self._scores = super()._calculate_rewards(*given, **named)
+        return self._scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with (B, T) `advantages`, `returns`, `values` and `value_mask`."""
+        self._watched = []
+        out = super()._generate_and_score_completions(inputs)
+        logps, values = self._passed(out)
+        score, scored = self._local_scores(out, len(inputs))
+        mask = _loss_mask(out) * scored.unsqueeze(1)
+        kl = kl_estimate(logps, out.get("ref_per_token_logps", logps), self.args.kl_estimator) * mask
+        rewards = token_rewards(score, kl, mask, self.kl.coefficient)
+        values = values * mask
+        advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
+        self._tell(kl, score, scored, values, returns, mask)
+        if self.args.whiten_advantages:
+            advantages = whiten(advantages, mask, self._total)
+        more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
+        return {**out, **more, "advantages": advantages}
+
+    def _passed(self, out: dict[str, Any]) -> Passed:
+        """The policy's log-probabilities of a rollout, and the values, before anything is trained on it."""
+        ids, attention = _whole(out)
+        length, logps = out["completion_ids"].size(1), out.get("old_per_token_logps")
+        mode = "train" if self.model.training else "eval"
+        size = getattr(self.args, f"per_device_{mode}_batch_size")
+        watched = self._watched[0] if self._watched and logps is not None else None
+        with torch.no_grad():
+            if logps is None:
+                logps = self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention, length, batch_size=size, **_multimodal(out)
+                )[0]
+                watched = self._watched[-1] if self._watched else None
+            if watched is None:
+                with self._of_critic():
+                    parts = zip(ids.split(size), attention.split(size), strict=True)
+                    watched = torch.cat([self._critic_values(*part, length) for part in parts])
+        self._watched = []
+        return Passed(logps, watched)
+
+    def _local_scores(self, out: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
+        """This process's completions: the weighted sum of what reward functions said, and whether any of them said anything."""
+        first = self.accelerator.process_index * rows
+        table = self._scores[first : first + rows]
+        scored = ~torch.isnan(table).all(dim=1)
+        score = (table * self.reward_weights.to(table.device)).nansum(dim=1)
+        if self.args.missing_eos_penalty is not None:
+            mask = out["completion_mask"]
+            place = (mask * torch.arange(mask.size(1), device=mask.device)).amax(dim=1, keepdim=True)
+            last = out["completion_ids"].gather(1, place)[:, 0]
+            ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
+            score = score - self.args.missing_eos_penalty * ~ended
+        return score * scored, scored
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
+
+    def _tell(self, kl: Tensor, score: Tensor, scored: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Log the rollout and steer the KL."""
+        mode = "train" if self.model.training else "eval"
+        nats, mean_score = (float(Moments.of(one, scored, self._total).mean) for one in (kl.sum(dim=1), score))
+        told = {
+            "kl": float(Moments.of(kl, mask, self._total).mean),
+            "objective/kl": nats,
+            "objective/kl_coef": self.kl.coefficient,
+            "objective/score": mean_score,
+            "objective/rlhf_reward": mean_score - self.kl.coefficient * nats,
+            "value/mean": float(Moments.of(values, mask, self._total).mean),
+            "value/returns": float(Moments.of(returns, mask, self._total).mean),
+            "value/explained_variance": explained_variance(values, returns, mask, self._total),
+        }
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups, which there are none of here
+        for name, value in told.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self.kl.update(nats, int(self._total(scored.sum())))
+
+    # ------------------------------------------------------------------------------------------------ losses
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The clipped surrogate by TRL, without its KL, which is in the reward. A critic's gradients are taken here, before the
+        policy's; a head's loss is added."""
+        trains = torch.is_grad_enabled()
+        if not isinstance(self.value, TrunkHead):
+            ids, attention = _whole(inputs)
+            with self._of_critic():
+                loss = self._value_loss(self._critic_values(ids, attention, inputs["completion_ids"].size(1)), inputs)
+                if trains:
+                    loss.backward()
+        beta, self.beta, self._watched = self.args.beta, 0.0, []
+        try:
+            surrogate: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        if trains and self.state.global_step < self.args.value_warmup_steps:
+            surrogate = surrogate * 0.0
+        if isinstance(self.value, TrunkHead):
+            return surrogate + self.args.vf_coef * self._value_loss(self._watched[-1], inputs)
+        return surrogate
+
+    def _value_loss(self, values: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The mean over the tokens of a step, however many batches and processes these are in."""
+        mask = inputs["value_mask"]
+        errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
+        steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
+        loss = (errors * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps)
+        mode = "train" if self.model.training else "eval"
+        for name, one in (("value/loss", errors.detach()), ("value/clip_fraction", is_clipped.float())):
+            self._metrics[mode][name].append(float(Moments.of(one, mask, self._total).mean))
+        return loss
+
+    def training_step(self, *given: Any, **named: Any) -> Tensor:
+        """TRL's; and a step of the value function with each of the policy's."""
+        loss: Tensor = super().training_step(*given, **named)
+        if self.accelerator.sync_gradients:
+            self._step_value()
+        return loss
+
+    def _step_value(self) -> None:
+        weights = [one for one in self._trained.values() if one.grad is not None]
+        for one in weights:
+            one.grad = self.accelerator.reduce(one.grad, reduction="mean")
+        norm = float(nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm or math.inf))
+        if not math.isfinite(norm):
+            raise EngineError(
+                f"a gradient of the value function is not a finite number at step {self.state.global_step + 1}; "
+                "lower trl.value_learning_rate, or set dtype: float32"
+            )
+        self._metrics["train"]["value/grad_norm"].append(norm)
+        share = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
+        for group in self._value_optimizer.param_groups:
+            group["lr"] = self._value_rate * share
+        self._value_optimizer.step()
+        self._value_optimizer.zero_grad(set_to_none=True)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The policy alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        configs = model.peft_config if isinstance(self.value, AdapterCritic) else {}
+        hidden = configs.pop(CRITIC, None)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if hidden is not None:
+                configs[CRITIC] = hidden
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's, then the value function, its optimizer, the KL coefficient, and the rollout that is being trained on."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        rollout = {"step": self._step, "batches": self._buffered_inputs}
+        torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
+        if self.args.should_save:
+            save_file({name: one.detach().contiguous() for name, one in self._trained.items()}, folder / _WEIGHTS)
+            torch.save(self._value_optimizer.state_dict(), folder / _OPTIMIZER)
+            (folder / _STATE).write_text(json.dumps({"kl_coefficient": self.kl.coefficient}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """TRL's, then what `_save_checkpoint` added."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        folder, device = Path(checkpoint), self.accelerator.device
+        saved = load_file(folder / _WEIGHTS, device=str(device))
+        with torch.no_grad():
+            for name, one in self._trained.items():
+                one.copy_(saved[name])
+        self._value_optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
+        self.kl.coefficient = json.loads((folder / _STATE).read_bytes())["kl_coefficient"]
+        rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
+        if rollout.is_file():
+            kept = torch.load(rollout, map_location=device, weights_only=True)
+            self._step, self._buffered_inputs = kept["step"], kept["batches"]
+
+
+def _whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts with their completions: tokens, and what is no padding."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _loss_mask(batch: dict[str, Any]) -> Tensor:
+    mask: Tensor = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def _multimodal(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: batch[name] for name in _MULTIMODAL if name in batch}
