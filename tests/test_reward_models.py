@@ -32,11 +32,12 @@ from cai.rewards.model import RewardModel
 from cai.rewards.spec import LengthLine, MemberSpec, RewardSpec
 from cai.training import members, objectives
 from cai.training.arguments import make_arguments
+from cai.training.base_settings import SourceSettings
 from cai.training.data import StageData, load_data
 from cai.training.length_effect import length_correlation, length_line
 from cai.training.loading import load_tokenizer
 from cai.training.running import train
-from cai.training.settings import DpoSettings, RewardSettings, SourceSettings
+from cai.training.settings import DpoSettings, RewardSettings
 from cai.training.stage import Parts, build_trainer
 from cai.training.watching import Watch
 from cai.types import Message

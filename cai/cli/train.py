@@ -23,6 +23,10 @@ _ABOUT: dict[StageName, str] = {
     "kto": "KTO on single completions that are labelled good or bad.",
     "orpo": "ORPO on pairs, without a reference model (experimental in TRL).",
     "cpo": "CPO or SimPO on pairs, without a reference model (experimental in TRL).",
+    "ppo": "PPO on prompts, with a learned value function and rewards of any kind.",
+    "rloo": "REINFORCE leave-one-out on prompts, with rewards of any kind.",
+    "grpo": "GRPO on prompts, with rewards of any kind.",
+    "online-dpo": "DPO on pairs that the policy writes and the rewards order (experimental in TRL).",
 }
 Data = Annotated[
     list[str] | None, typer.Argument(metavar="DATA...", help="Run folders, files, `datasets` folders or Hub ids; blended.")

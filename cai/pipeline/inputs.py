@@ -15,7 +15,7 @@ from cai.models import folder_version, locate
 from cai.pipeline.manifest import file_hashes
 from cai.pipeline.steps import Step
 from cai.training import TrainSettings
-from cai.training.settings import QUIET
+from cai.training.base_settings import QUIET
 
 _NEUTRAL = ("ray", "budget", "generation.concurrency", "policy.batch_size", "policy.batch_tokens", "dataset.shard_rows")
 """Keys of a recipe that change nothing in its rows."""

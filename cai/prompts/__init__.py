@@ -2,6 +2,7 @@
 
 from cai.prompts.completions import read_completions, to_completion
 from cai.prompts.pairs import Pair, read_pairs, to_pair
+from cai.prompts.rows import to_prompt
 from cai.prompts.sources import Row, built_in_sets, count_prompts, read_prompts, read_raw
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "read_raw",
     "to_completion",
     "to_pair",
+    "to_prompt",
 ]

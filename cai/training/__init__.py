@@ -1,5 +1,6 @@
 """Training on TRL: SFT, reward models, DPO and its family. Settings load nothing; `cai.training.running.train` loads TRL."""
 
+from cai.training.base_settings import LoraSettings, SourceSettings, TrainSettings
 from cai.training.requirements import REQUIREMENTS, check_installed
 from cai.training.settings import (
     SETTINGS,
@@ -7,13 +8,10 @@ from cai.training.settings import (
     CpoSettings,
     DpoSettings,
     KtoSettings,
-    LoraSettings,
     OrpoSettings,
     RewardSettings,
     SftSettings,
-    SourceSettings,
     StageName,
-    TrainSettings,
 )
 
 __all__ = [

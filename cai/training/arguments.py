@@ -17,8 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from cai.config import ModelConfig
 from cai.errors import ConfigError, nearest
+from cai.training.base_settings import TrainSettings
 from cai.training.losses import SOFTENED
-from cai.training.settings import DpoSettings, StageName, TrainSettings
+from cai.training.online.settings import OnlineSettings
+from cai.training.settings import DpoSettings, StageName
 from cai.weights import best_device, resolve_dtype
 
 _OURS = {
@@ -29,6 +31,8 @@ _OURS = {
     "remove_unused_columns": "nothing: the stage chooses its columns",
     "resume_from_checkpoint": "the same command again",
     "overwrite_output_dir": "--fresh",
+    "reward_weights": "reward: each has its weight",
+    "reward_model_path": "reward",
 }
 """Keys of TRL that follow from something else, and from what."""
 
@@ -48,6 +52,14 @@ def config_class(stage: StageName) -> Any:
             from trl.experimental.orpo import ORPOConfig as Config
         case "cpo":
             from trl.experimental.cpo import CPOConfig as Config
+        case "ppo":
+            from cai.training.ppo.config import PPOConfig as Config
+        case "rloo":
+            from trl import RLOOConfig as Config
+        case "grpo":
+            from trl import GRPOConfig as Config
+        case "online-dpo":
+            from trl.experimental.online_dpo import OnlineDPOConfig as Config
     return Config
 
 
@@ -175,7 +187,22 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
     }
     if settings.lora and isinstance(rate := defaults["learning_rate"], float):
         ours["learning_rate"] = 10 * rate
+    if isinstance(settings, OnlineSettings):
+        ours |= {"eval_strategy": "no", "logging_steps": 1, "reward_weights": [one.weight for one in settings.reward]}
     return ours
+
+
+def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | None) -> int | None:
+    """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion."""
+    if not isinstance(settings, OnlineSettings):
+        longest: int | None = getattr(arguments, "max_length", None)
+        return longest or context
+    completion = getattr(arguments, "max_completion_length", None) or arguments.max_new_tokens
+    if context is not None and completion >= context:
+        raise ConfigError(
+            f"trl: completions of {completion} tokens leave no room for prompts in a context of {context}; lower it"
+        )
+    return None if context is None else context - completion
 
 
 def _lengths(settings: TrainSettings, defaults: Mapping[str, Any], context: int | None) -> dict[str, int]:

@@ -10,7 +10,8 @@ import jinja2
 from cai.documents import dump
 from cai.intervals import gathered
 from cai.models import ALIASES, public_name
-from cai.training.settings import StageName, TrainSettings
+from cai.training.base_settings import TrainSettings
+from cai.training.settings import StageName
 
 _WHAT: dict[StageName, str] = {
     "sft": "supervised fine-tuning",
@@ -19,6 +20,10 @@ _WHAT: dict[StageName, str] = {
     "kto": "Kahneman-Tversky optimisation (KTO)",
     "orpo": "odds ratio preference optimisation (ORPO)",
     "cpo": "contrastive preference optimisation (CPO)",
+    "ppo": "proximal policy optimisation (PPO)",
+    "rloo": "REINFORCE leave-one-out (RLOO)",
+    "grpo": "group relative policy optimisation (GRPO)",
+    "online-dpo": "online direct preference optimisation",
 }
 _UNKNOWN = {"constitution": "", "constitution_hash": "", "judge": "", "left_out": 0}
 """Of a source that is no run folder."""

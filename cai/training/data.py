@@ -12,9 +12,10 @@ from datasets import Dataset
 
 from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
+from cai.training.base_settings import SourceSettings, TrainSettings
 from cai.training.objectives import check_objectives, tag_pairs
 from cai.training.reading import Reading, Row, View, is_run, place, read_source
-from cai.training.settings import DpoSettings, RewardSettings, SourceSettings, StageName, TrainSettings
+from cai.training.settings import DpoSettings, RewardSettings, StageName
 
 VIEWS: dict[StageName, View] = {
     "sft": "sft",
@@ -23,12 +24,17 @@ VIEWS: dict[StageName, View] = {
     "kto": "unpaired",
     "orpo": "preference",
     "cpo": "preference",
+    "ppo": "prompt",
+    "rloo": "prompt",
+    "grpo": "prompt",
+    "online-dpo": "prompt",
 }
 _TIE = "its chosen_probability is 0.5, which prefers neither completion, and labels are hard here"
 _NEEDED: dict[View, str] = {
     "sft": "a dialogue that ends with the assistant's turn",
     "preference": "a pair of completions",
     "unpaired": "a completion with a label",
+    "prompt": "a prompt",
 }
 
 

@@ -22,9 +22,10 @@ import yaml
 from cai import errors
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
 from cai.training.arguments import make_arguments
+from cai.training.base_settings import TrainSettings
 from cai.training.folder import Mode
 from cai.training.loading import find_model
-from cai.training.settings import StageName, TrainSettings
+from cai.training.settings import StageName
 from cai.training.watching import STOPPING, Show
 from cai.weights import best_device, device_count, one_gpu
 

@@ -35,5 +35,5 @@ def _short(rows: Dataset, tokenizer: Any, longest: int) -> Dataset:
 
 def row_lengths(row: dict[str, Any], tokenizer: Any) -> list[int]:
     """Tokens of each dialogue of a row, prompt and all."""
-    dialogues = [[*row["prompt"], *row[name]] for name in _ENDS if name in row]
+    dialogues = [[*row["prompt"], *row[name]] for name in _ENDS if name in row] or [row["prompt"]]
     return [len(tokenizer.apply_chat_template(one, tokenize=True, return_dict=True)["input_ids"]) for one in dialogues]

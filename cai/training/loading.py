@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cai.errors import ConfigError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
 from cai.training.arguments import weights_dtype
-from cai.training.settings import DpoSettings, RewardSettings, TrainSettings
+from cai.training.base_settings import TrainSettings
+from cai.training.settings import DpoSettings, RewardSettings
 from cai.weights import best_device, context_of_place, loading, pretrained
 
 _DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]

@@ -16,7 +16,8 @@ from datasets import Dataset, Features, Value
 
 from cai.constitution import load_constitution
 from cai.errors import ConfigError, nearest
-from cai.training.settings import RewardSettings, SourceSettings
+from cai.training.base_settings import SourceSettings
+from cai.training.settings import RewardSettings
 
 LABELS = "probabilities"
 """The column of labels: for each output the probability that the chosen completion is preferred, NaN where nothing says."""

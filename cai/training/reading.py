@@ -6,10 +6,11 @@ also as transcripts (Anthropic's HH). What is no such row is left out and counte
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,28 +20,32 @@ from datasets import Dataset, Features, Value
 
 from cai.config import PromptsConfig
 from cai.errors import PromptSourceError, RowError
-from cai.prompts import read_raw, to_completion, to_pair
+from cai.prompts import read_raw, to_completion, to_pair, to_prompt
 from cai.prompts.files import Raw, read_file
-from cai.training.settings import SourceSettings
+from cai.training.base_settings import SourceSettings
 from cai.types import Messages
 
-View = Literal["sft", "preference", "unpaired"]
+View = Literal["sft", "preference", "unpaired", "prompt"]
 Row = dict[str, Any]
 _TURNS = [{"role": Value("string"), "content": Value("string")}]
 FEATURES: dict[View, dict[str, Any]] = {
     "sft": {"prompt": _TURNS, "completion": _TURNS},
     "preference": {"prompt": _TURNS, "chosen": _TURNS, "rejected": _TURNS, "chosen_probability": Value("float64")},
     "unpaired": {"prompt": _TURNS, "completion": _TURNS, "label": Value("bool")},
+    "prompt": {"prompt": _TURNS, "columns": Value("string")},
 }
 """The columns of each view, and their types."""
 MORE: dict[View, dict[str, Any]] = {
     "sft": {},
     "preference": {"principle_ids": [Value("string")], "principle_probabilities": [Value("float64")]},
     "unpaired": {},
+    "prompt": {},
 }
 """Columns of a run folder that some stages use besides."""
 MARGIN = {"margin": Value("float64")}
 """By how much the chosen completion is better: a column of pairs that a reward model uses."""
+_FOLDERS: dict[View, str] = {"prompt": "trace"}
+"""Where a run folder has the rows of a view, if not in one of its name."""
 _TOGETHER = 1000
 _NO_SPLIT = re.compile(r"no split|bad split|unknown split", re.IGNORECASE)
 
@@ -81,7 +86,7 @@ def read_source(source: SourceSettings, view: View, split: str, margins: bool = 
 
 def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Iterator[Raw] | None:
     if is_run(path):
-        files = sorted((path / "data" / view).glob(f"{split}-*.parquet"))
+        files = sorted((path / "data" / _FOLDERS.get(view, view)).glob(f"{split}-*.parquet"))
         return islice(chain.from_iterable(map(read_file, files)), source.limit) if files else None
     is_one_split = source.source == "-" or path.is_file() or (path / "state.json").is_file()
     if is_one_split and split != source.split:
@@ -149,6 +154,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _prompt(raw: Any) -> Row:
+    """A prompt, and the other columns of its row as JSON, for functions that reward by them."""
+    prompt = to_prompt(raw)
+    rest = {name: value for name, value in raw.items() if name != "prompt"} if isinstance(raw, Mapping) else {}
+    return {"prompt": _turns(prompt.messages), "columns": json.dumps(rest, default=str)}
+
+
 def _turns(messages: Messages) -> list[Row]:
     return [{"role": one.role, "content": one.content} for one in messages]
 
@@ -157,4 +169,9 @@ def _turn(text: str) -> list[Row]:
     return [{"role": "assistant", "content": text}]
 
 
-_PARSERS: dict[View, Callable[[Any], Row]] = {"sft": _sft, "preference": _preference, "unpaired": _unpaired}
+_PARSERS: dict[View, Callable[[Any], Row]] = {
+    "sft": _sft,
+    "preference": _preference,
+    "unpaired": _unpaired,
+    "prompt": _prompt,
+}

@@ -22,7 +22,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from cai.documents import dump
 from cai.errors import Interrupted
 from cai.models import locate
-from cai.training.arguments import effective, keeps_own_pace, make_arguments
+from cai.training.arguments import effective, keeps_own_pace, make_arguments, room_for_prompts
+from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
@@ -30,7 +31,7 @@ from cai.training.folder import Mode, TrainFolder
 from cai.training.loading import context_of, find_model, load_tokenizer
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
-from cai.training.settings import QUIET, DpoSettings, RewardSettings, StageName, TrainSettings
+from cai.training.settings import DpoSettings, RewardSettings, StageName
 from cai.training.stage import Outcome, Parts, build_trainer
 from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
 
@@ -160,14 +161,14 @@ def _train_one(
         tokenizer = load_tokenizer(settings)
         show.note("preparing the rows")
         if processes.is_main_process:
-            prepare_rows(data, tokenizer, getattr(arguments, "max_length", None) or context, folder.rows)
+            prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, context), folder.rows)
         processes.wait_for_everyone()
         data, left_out = read_rows(data, folder.rows)
         if data.test is None:
             arguments.eval_strategy = "no"
         show.note(_loading(settings, arguments))
         with refusals(stage):
-            trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,)))
+            trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
         fit(trainer, watch, folder.last_checkpoint(), show)
         show.note("measuring on held-out rows" if data.test else "saving the model")
         measures = measure(trainer, data)

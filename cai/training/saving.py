@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from cai.models import locate
-from cai.training.settings import TrainSettings
+from cai.training.base_settings import TrainSettings
 from cai.weights import loading, pretrained
 
 _PICKLED = "training_args.bin"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from cai.training.base_settings import TrainSettings
 from cai.training.data import StageData
 from cai.training.preparing import LeftOut
-from cai.training.settings import StageName, TrainSettings
+from cai.training.settings import StageName
+from cai.training.watching import Show, Silent
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,10 @@ class Parts:
     tokenizer: Any
     arguments: Any
     callbacks: tuple[Any, ...] = ()
+    folder: Path = Path()
+    """What the stage trains into."""
+    show: Show = field(default_factory=Silent)
+    """Who is told what happens."""
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -65,3 +72,7 @@ def build_trainer(stage: StageName, parts: Parts) -> Any:
             from cai.training import odds
 
             return odds.build(parts)
+        case "ppo" | "rloo" | "grpo" | "online-dpo":
+            from cai.training.online import building
+
+            return building.build(parts)

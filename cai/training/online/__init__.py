@@ -1,0 +1,1 @@
+"""Training on completions that the policy writes while it trains: PPO, RLOO, GRPO, online DPO; rewards and safeguards."""

@@ -1,0 +1,39 @@
+"""The trainers of the online stages: PPO, which is ours, and TRL's RLOO, GRPO and online DPO, with the same rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cai.models import locate
+from cai.training.loading import adapters, find_model, load_policy
+from cai.training.online.rewards import build_reward
+from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
+from cai.training.stage import Parts
+
+
+def build(parts: Parts) -> Any:
+    """The stage's trainer."""
+    settings = parts.settings
+    assert isinstance(settings, OnlineSettings)
+    parts.tokenizer.padding_side = parts.tokenizer.truncation_side = "left"
+    rewards = [build_reward(one, settings.seed) for one in settings.reward]
+    given = {"model": load_policy(settings), "reward_funcs": rewards, "peft_config": adapters(settings), **parts.shared}
+    if isinstance(settings, PpoSettings):
+        return _ppo(settings, given)
+    if isinstance(settings, OnlineDpoSettings):
+        from trl.experimental.online_dpo import OnlineDPOTrainer
+
+        return OnlineDPOTrainer(**given)
+    if isinstance(settings, RlooSettings):
+        from trl import RLOOTrainer as Trainer
+    else:
+        from trl import GRPOTrainer as Trainer
+    return Trainer(**given)
+
+
+def _ppo(settings: PpoSettings, given: dict[str, Any]) -> Any:
+    from cai.training.ppo import PPOTrainer
+
+    start = settings.critic or next((one.model for one in settings.reward if one.model), None)
+    place = locate(start, rewards=True).source if start else None
+    return PPOTrainer(**given, value_model=place, base_version=find_model(settings).version)

@@ -1,0 +1,179 @@
+"""Rewards of completions while they are written: reward models, judges, checks, and Python functions, as TRL calls them.
+
+Each is asked for a number for each completion, or None where it has none. Any other answer ends the training with an error that
+names the reward: a wrong one would be learned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import math
+import os
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cai.config import JudgeConfig, Recipe
+from cai.constitution import Constitution, Principle, load_constitution
+from cai.engines import build_engine
+from cai.errors import CaiError, ConfigError, EngineError, VerdictError, nearest
+from cai.judging.checks import ChecksJudge, prepare
+from cai.judging.likelihood import LikelihoodJudge
+from cai.judging.pointwise import PointwiseJudge
+from cai.judging.score import ScoreJudge
+from cai.rewards.model import RewardModel
+from cai.training.online.settings import RewardSource
+from cai.types import Message, Messages
+
+Dialogue = Sequence[Mapping[str, str]]
+Rewards = list[float | None]
+Tell = Callable[[str, Sequence[Dialogue], Sequence[str], Rewards], object]
+"""Is told a reward's name, the prompts, the texts of the completions, and what each was worth."""
+
+
+class Reward:
+    """One reward, checked: what TRL takes for a reward function."""
+
+    def __init__(self, name: str, score: Callable[..., Any], tell: Tell | None = None) -> None:
+        """`score` takes `prompts`, `completions` and columns; `tell` is told each answer."""
+        self.__name__, self._score, self._tell = name, score, tell
+
+    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+        """A number or None for each completion. Raises `EngineError` for any other answer."""
+        rows = [json.loads(one) for one in columns.pop("columns", ())]
+        columns |= {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
+        try:
+            answer = self._score(prompts=prompts, completions=completions, **columns)
+        except CaiError:
+            raise
+        except Exception as exc:  # the boundary of the user's own code
+            raise EngineError(f"reward '{self.__name__}' raised {type(exc).__name__}: {exc}") from exc
+        rewards = self._checked(answer, completions)
+        if self._tell:
+            self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
+        return rewards
+
+    def _checked(self, answer: Any, completions: Sequence[Dialogue]) -> Rewards:
+        try:
+            rewards = [None if one is None else float(one) for one in answer]
+        except (TypeError, ValueError) as exc:
+            raise EngineError(
+                f"reward '{self.__name__}' returned {answer!r:.80}; expected a list with a number for each completion"
+            ) from exc
+        if len(rewards) != len(completions):
+            raise EngineError(
+                f"reward '{self.__name__}' returned {len(rewards)} numbers, and there are {len(completions)} completions"
+            )
+        for place, one in enumerate(rewards):
+            if one is not None and not math.isfinite(one):
+                text = completions[place][-1]["content"]
+                raise EngineError(
+                    f"reward '{self.__name__}' is {one} for the completion {text!r:.120}; return None where there is no reward"
+                )
+        return rewards
+
+
+def build_reward(source: RewardSource, seed: int, tell: Tell | None = None) -> Reward:
+    """The reward of a source. Raises `ConfigError` for what cannot be had, `EngineError` for weights that do not load."""
+    if source.model is not None:
+        return Reward(source.name, ModelReward(RewardModel.load(source.model)), tell)
+    if source.function is not None:
+        return Reward(source.name, find_function(source.function), tell)
+    constitution = load_constitution(source.constitution or "")
+    return Reward(source.name, JudgeReward(constitution, source.judge or JudgeConfig(method="checks")), tell)
+
+
+def check_source(source: RewardSource) -> None:
+    """Raises `ConfigError` for what can be seen to be wrong without loading a model."""
+    if source.function is not None:
+        find_function(source.function)
+    if source.constitution is not None:
+        judge = source.judge or JudgeConfig(method="checks")
+        _principles(load_constitution(source.constitution), judge)
+
+
+class ModelReward:
+    """Rewards of a reward model, normalised as it was trained to be; how far its members disagree goes into the log."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+
+    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+        """One reward each. Raises as `RewardModel.score` does."""
+        scores = self.model.score([[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)])
+        if scores.members.shape[1] > 1 and (log := columns.get("log_metric")):
+            log("reward_disagreement", float(scores.members.std(axis=1).mean()))
+        return [float(one) for one in scores.reward]
+
+
+class JudgeReward:
+    """What a judge of single completions says under the principles of a constitution, averaged by their weights (direct RLAIF,
+    Lee et al. 2023, arXiv 2309.00267, section 2.3).
+
+    Of `checks` in [0, 1]; of `score` a rating from 1 to 10 moved into [-1, 1]; of `likelihood` nats. A completion of which the
+    judge's answer is none has no reward.
+    """
+
+    def __init__(self, constitution: Constitution, config: JudgeConfig) -> None:
+        """Raises `ConfigError` where nothing of the constitution can be judged so."""
+        self._principles, self._config = _principles(constitution, config), config
+        self._judge = _pointwise(config)
+        self._runner = asyncio.Runner()
+
+    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+        """One reward each."""
+        return self._runner.run(self._all(prompts, completions))
+
+    async def _all(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue]) -> Rewards:
+        pairs = zip(prompts, completions, strict=True)
+        return list(await asyncio.gather(*(self._one(_messages(prompt), one[-1]["content"]) for prompt, one in pairs)))
+
+    async def _one(self, prompt: Messages, text: str) -> float | None:
+        try:
+            ratings = await self._judge.rate(prompt, text, self._principles)
+        except VerdictError:
+            return None
+        weights = [one.weight for one in self._principles]
+        mean = sum(rating * weight for rating, weight in zip(ratings, weights, strict=True)) / sum(weights)
+        return (mean - 5.5) / 4.5 if self._config.method == "score" else mean
+
+
+def _pointwise(config: JudgeConfig) -> PointwiseJudge:
+    if config.method == "checks":
+        return ChecksJudge()
+    engine = build_engine(Recipe(judge=config).judge_model(config), section="judge")
+    return ScoreJudge(engine) if config.method == "score" else LikelihoodJudge(engine, config)
+
+
+def _principles(constitution: Constitution, config: JudgeConfig) -> list[Principle]:
+    """Those that the judge can judge by."""
+    by_checks = config.method == "checks"
+    found = [one for one in constitution.comparing if bool(one.check) == by_checks]
+    if not found:
+        missing = "check; add one, or name a judge" if by_checks else "preference question"
+        raise ConfigError(f"constitution '{constitution.name}' has no principle with a {missing}")
+    prepare(found, config.allow_python)
+    return found
+
+
+def _messages(dialogue: Dialogue) -> Messages:
+    return tuple(Message(turn["role"], turn["content"]) for turn in dialogue)  # type: ignore[arg-type]
+
+
+def find_function(target: str) -> Callable[..., Any]:
+    """The function that FILE.py:NAME or package.module:NAME means. Raises `ConfigError`."""
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"function '{target}': expected FILE.py:NAME or package.module:NAME")
+    try:
+        is_file = place.endswith(".py")
+        names = runpy.run_path(os.path.expanduser(place)) if is_file else vars(importlib.import_module(place))
+    except (Exception, SystemExit) as exc:  # the user's own code may raise anything
+        raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
+    if not callable(function := names.get(name)):
+        known = [one for one, value in names.items() if callable(value)]
+        raise ConfigError(f"function '{target}': {Path(place).name} has no such function{nearest(name, known)}")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,133 @@
+"""What an online stage is told besides: what rewards completions, what measures them honestly, and when to stop.
+
+model: runs/sft
+data: prompts.jsonl
+reward: [{model: runs/reward}, {constitution: concise-and-clear, weight: 0.2}]
+gold: {model: runs/other-reward, every: 0.1, prompts: 64}
+limits: {kl: 50}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from cai.config import JudgeConfig
+from cai.documents import Part, Text
+from cai.rewards.spec import Weight
+from cai.training.base_settings import TrainSettings
+
+
+class RewardSource(Part):
+    """What rewards a completion: exactly one of `model`, `constitution` and `function`."""
+
+    model: Text | None = None
+    """A reward model: a folder of `cai train reward`, or a sequence classifier with one output (folder or Hub id)."""
+    constitution: Text | None = None
+    """A constitution, by its name or a path: its checks, or with `judge` what that says under its principles."""
+    judge: JudgeConfig | None = None
+    """Who judges by the constitution; one that looks at one completion alone: `score`, `likelihood` or `checks`. null: its
+    checks alone."""
+    function: Text | None = None
+    """A Python function, as FILE.py:NAME or package.module:NAME, called as TRL calls reward functions: with lists `prompts`,
+    `completions` and the columns of the rows. It returns a number for each completion, or None where it has none."""
+    weight: Weight = 1.0
+    """Its weight in the sum of all."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> RewardSource:
+        given = [name for name in ("model", "constitution", "function") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of model, constitution, function, found {' and '.join(given) or 'none'}")
+        if self.judge is not None and self.constitution is None:
+            raise ValueError("judge: judges by a constitution; name one beside it")
+        if self.judge is not None and self.judge.method not in ("score", "likelihood", "checks"):
+            raise ValueError(
+                f"judge.method: '{self.judge.method}' compares completions, and a reward is of one alone; use score, "
+                "likelihood or checks"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        if self.function:
+            return self.function.rpartition(":")[2]
+        named = self.model or self.constitution or ""
+        return named.rstrip("/").rpartition("/")[2].removesuffix(".yaml")
+
+
+class GoldSettings(RewardSource):
+    """A measure that is not trained on, taken of answers to held-out prompts."""
+
+    every: float = Field(default=0.1, gt=0)
+    """After so many steps, or below 1 after such a share of all steps, answers are measured."""
+    prompts: PositiveInt = 64
+    """How many held-out prompts are answered each time; the same ones."""
+    stop: bool = True
+    """Whether training stops where the measure has fallen from its best, with significance, while the reward has risen."""
+
+
+class LimitSettings(Part):
+    """What ends a training that goes astray."""
+
+    kl: float | None = Field(default=50.0, gt=0, allow_inf_nan=False)
+    """Nats a completion from the reference; null: no limit."""
+    steps: PositiveInt | None = 10_000
+    """The most steps; null: no limit."""
+    collapse: bool = True
+    """Whether training stops where completions collapse: nearly all alike, repetitive, empty or without an end."""
+
+
+class OnlineSettings(TrainSettings):
+    """What all online stages are told. `data` is prompts: of other rows the prompts are taken."""
+
+    reward: tuple[RewardSource, ...] = Field(min_length=1)
+    """What rewards completions; the weighted sum of several. A text is a reward model."""
+    gold: GoldSettings | None = None
+    """What measures completions honestly; null: nothing does, and over-optimisation goes unseen."""
+    limits: LimitSettings = LimitSettings()
+    """When to stop."""
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _rewards_as_a_list(cls, value: Any) -> Any:
+        listed = [value] if isinstance(value, str | Mapping) else value
+        if not isinstance(listed, list | tuple):
+            return listed
+        return [{"model": one} if isinstance(one, str) else one for one in listed]
+
+    @field_validator("gold", mode="before")
+    @classmethod
+    def _as_a_model(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _gold_is_another(self) -> OnlineSettings:
+        if self.gold is not None:
+            gold = {name: getattr(self.gold, name) for name in ("model", "constitution", "judge", "function")}
+            if any({name: getattr(one, name) for name in gold} == gold for one in self.reward):
+                raise ValueError("gold: this is trained on as a reward; an honest measure is one that is not")
+        return self
+
+
+class PpoSettings(OnlineSettings):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a learned value function."""
+
+    critic: Text | None = None
+    """The reward model that the critic begins with; null: the first reward model of `reward` with the policy's tokenizer, or
+    where there is none, the policy's own weights and values of 0."""
+
+
+class RlooSettings(OnlineSettings):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740)."""
+
+
+class GrpoSettings(OnlineSettings):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
+
+
+class OnlineDpoSettings(OnlineSettings):
+    """DPO on pairs that the policy writes and the rewards order (Guo et al. 2024, arXiv 2402.04792); experimental in TRL."""
