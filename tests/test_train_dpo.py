@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from trl import DPOTrainer, KTOTrainer
+from trl.experimental.cpo import CPOTrainer
 
 from cai.errors import ConfigError
-from cai.training.arguments import make_arguments
+from cai.training.arguments import LOSSES, check_arguments, make_arguments
 from cai.training.data import load_data
 from cai.training.loading import load_policy, load_tokenizer
 from cai.training.losses import SOFTENED, soften_dpo
@@ -172,3 +177,29 @@ def test_a_pair_that_could_be_either_way_pulls_neither_way(tiny, rows, tmp_path)
 def test_what_soft_labels_are_not_defined_for_is_refused_before_anything_is_loaded(tiny, rows, tmp_path, trl, message):
     with pytest.raises(ConfigError, match=message):
         make_arguments("dpo", dpo(tiny, rows(LABELS), trl), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named", "message"),
+    [
+        (
+            "dpo",
+            ["sigmoid", "simgoid"],
+            r"trl.loss_type: no loss 'simgoid' \(did you mean 'sigmoid'\?\); expected sigmoid, hinge",
+        ),
+        ("dpo", "kto", r"trl.loss_type: no loss 'kto'; expected sigmoid, "),
+        ("kto", "apo_zero", r"trl.loss_type: no loss 'apo_zero' \(did you mean 'apo_zero_unpaired'\?\)"),
+        ("cpo", "simp", r"trl.loss_type: no loss 'simp' \(did you mean 'simpo'\?\)"),
+    ],
+)
+def test_a_loss_that_no_trainer_knows_is_refused_when_settings_are_read(stage, named, message):
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(stage, {"loss_type": named})
+
+
+@pytest.mark.parametrize(("stage", "trainer"), [("dpo", DPOTrainer), ("kto", KTOTrainer), ("cpo", CPOTrainer)])
+def test_the_losses_are_those_that_trl_computes(stage, trainer):
+    computed = set(re.findall(r'loss_type == "(\w+)":\n', inspect.getsource(trainer))) - {"kto_pair"}  # refused by name
+    assert computed | ({"alphapo"} if stage == "cpo" else set()) == set(LOSSES[stage])
+    for one in LOSSES[stage]:
+        check_arguments(stage, {"loss_type": one})
