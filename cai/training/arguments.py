@@ -150,7 +150,9 @@ def make_arguments(
     ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)
     if "precompute_ref_log_probs" in defaults and settings.lora is None and not settings.trl.get("sync_ref_model"):
         ours["precompute_ref_log_probs"] = True
-    given = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
+    given: dict[str, Any] = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
+    if stage in _KEEPS_COLUMNS:
+        given["remove_unused_columns"] = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
@@ -160,6 +162,10 @@ def make_arguments(
     if isinstance(settings, DpoSettings) and settings.soft_labels:
         _check_softened(made)
     return made
+
+
+_KEEPS_COLUMNS = ("orpo", "cpo")
+"""Stages whose trainers set `remove_unused_columns` to false themselves, and print a warning when they do."""
 
 
 def _check_softened(arguments: Any) -> None:
