@@ -481,6 +481,8 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
         ),
         ("    dpo: {data: '@data', model: ./nowhere}\n", "p.yaml:6: stages.x.dpo: model './nowhere': there is no such folder"),
         ("    dpo: {data: nowhere.jsonl}\n", "p.yaml:6: stages.x.dpo: data 'nowhere.jsonl': there is no such file"),
+        ("    dpo: {data: '-'}\n", "p.yaml:6: stages.x.dpo: data '-': standard input cannot be read again; save the rows"),
+        ("    dpo: {data: MODEL}\n", "p.yaml:6: stages.x.dpo: data 'MODEL': this is a model, not a dataset"),
         ("    generate: {generation: {rounds: 99}}\n", "p.yaml:6: stages.x.generate: generation.rounds: 99 rounds"),
         (
             "    generate: {prompts: {source: gone.jsonl}}\n",
@@ -490,7 +492,8 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
         ("    ppo: {}\n", "p.yaml:6: stages.x.ppo: PPO is not in this version of cai; add --until"),
     ],
 )
-def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: str, message: str, train: Planted):
+def test_every_stage_is_checked_before_the_first_one_runs(tmp_path, tiny, more: str, message: str, train: Planted):
+    more, message = (text.replace("MODEL", str(tiny)) for text in (more, message))
     (tmp_path / "p.yaml").write_text(f"{HEAD}  x:\n{more}")
     with pytest.raises(ConfigError) as caught:
         run_pipeline(load_pipeline(tmp_path / "p.yaml"), tmp_path / "out", train=train)
