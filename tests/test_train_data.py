@@ -93,12 +93,13 @@ def test_every_conversational_format_from_files_and_folders(tmp_path, name, kind
     if expected is pair:
         expected = {"prompt": USER, "chosen": YES, "rejected": NO, "chosen_probability": 1.0}
     place = tmp_path / f"rows{kind}"
-    rows = datasets.Dataset.from_list([row, row])
+    given, wanted = ([one, {**one, "label": False} if stage == "kto" else one] for one in (row, expected))
+    rows = datasets.Dataset.from_list(given)
     match kind:
         case ".jsonl":
-            write_rows(place, [row, row])
+            write_rows(place, given)
         case ".jsonl.gz":
-            place.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for _ in range(2))))
+            place.write_bytes(gzip.compress(b"".join(json.dumps(one).encode() + b"\n" for one in given)))
         case ".parquet":
             rows.to_parquet(place)
         case "folder":
@@ -106,7 +107,7 @@ def test_every_conversational_format_from_files_and_folders(tmp_path, name, kind
         case "splits":
             datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(place)
     found = data(stage, place)
-    assert list(found.train) == [expected, expected]
+    assert list(found.train) == wanted
     assert (list(found.test) if found.test else None) == ([expected] if kind == "splits" else None)
 
 
@@ -215,6 +216,12 @@ def test_bad_rows_are_left_out_counted_and_the_first_is_told(tmp_path):
             [{"prompt": "a", "completion": "b", "label": "yes"}],
             r"its label is 'yes'; columns here: .*; expected 'label' to be true or false",
         ),
+        (
+            "kto",
+            [{"prompt": "a", "completion": "b", "label": True}] * 3,
+            r"data: all 3 completions are labelled good; KTO needs both: .* rows with label false, or train sft on these$",
+        ),
+        ("kto", [{"prompt": "a", "completion": "b", "label": False}] * 2, r"all 2 .* labelled bad; .* rows with label true$"),
         ("sft", [], r"has no rows in its split 'train'; name another source or split"),
     ],
 )
