@@ -328,7 +328,7 @@ def test_launch_is_passed_to_each_training_and_checked_before_anything_is_made(t
     with pytest.raises(ConfigError, match="--launch many: expected a number of processes"):
         cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "many", [])
     assert not (tmp_path / "out").exists()
-    (tmp_path / "zero3.yaml").write_text("deepspeed_config: {zero_stage: 3}")
+    (tmp_path / "zero3.yaml").write_text("{distributed_type: DEEPSPEED, deepspeed_config: {zero_stage: 3}}")
     with pytest.raises(ConfigError, match="reward models are measured in one process, which ZeRO 3 cannot"):
         cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, str(tmp_path / "zero3.yaml"), [])
     assert not (tmp_path / "out").exists()
