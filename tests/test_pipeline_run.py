@@ -573,6 +573,19 @@ def test_the_command_names_itself_where_a_stage_fails(tmp_path: Path):
     assert f"this command continues: cai run {recipe} -o '{tmp_path}/my out' --set seed=3" in done.stderr
 
 
+def test_a_refused_command_is_not_said_to_continue(tmp_path: Path, log: Path):
+    recipe = written(tmp_path, {"data": {"generate": data()}})
+    assert command("run", recipe, "-o", tmp_path / "out").returncode == 0
+    for more, message in (
+        (["--fresh"], "this would delete what was made in"),
+        (["--until", "dta"], "no such stage (did you mean 'data'?)"),
+    ):
+        refused = command("run", recipe, "-o", tmp_path / "out", *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "continues" not in refused.stderr
+
+
 def test_a_dry_run_tells_and_makes_nothing(tmp_path: Path, tiny: Path):
     recipe = written(tmp_path, {name: stage for name, stage in stages(tiny).items() if name in ("data", "sft")})
     args = ("run", recipe, "-o", tmp_path / "out")
