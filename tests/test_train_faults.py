@@ -165,6 +165,7 @@ def test_a_loss_that_is_no_number_stops_and_the_last_checkpoint_stays(tiny, rows
     told = str(caught.value)
     assert told.startswith("the loss is not a finite number at step 3 of 4 (epoch 0.25); ")
     assert "checkpoint-2 is from before; lower trl.learning_rate" in told
+    assert told.endswith("then run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)")
     assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -230,8 +231,13 @@ def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, monkeypatch, err
         raise error
 
     at_step(monkeypatch, 2, raising)
-    with pytest.raises(EngineError, match=r"out of memory: lower trl.per_device_train_batch_size \(2 here; .*--lora"):
+    with pytest.raises(
+        EngineError, match=r"out of memory: lower trl.per_device_train_batch_size \(2 here; .*lora: true"
+    ) as told:
         train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+    assert str(told.value).endswith(
+        "; then run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
+    )
 
 
 def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
@@ -239,7 +245,8 @@ def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
     train("sft", settings, tmp_path / "out")
     other = make_settings("sft", tiny, rows, trl={"learning_rate": 0.5}, seed=3)
     with pytest.raises(
-        ConfigError, match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over"
+        ConfigError,
+        match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over .in cai run with",
     ):
         train("sft", other, tmp_path / "out")
     (tmp_path / "mine").mkdir()

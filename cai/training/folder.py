@@ -22,6 +22,8 @@ from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
 
 Mode = Literal["continue", "fresh"]
+STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
+"""What to do when settings have been changed, whichever command trains."""
 _STATE = "trainer_state.json"
 
 
@@ -77,7 +79,10 @@ class TrainFolder:
         if before is not None and before != identity:
             changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
             lines = "\n".join(f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now" for key in changed)
-            raise ConfigError(f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over")
+            raise ConfigError(
+                f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over (in cai run with "
+                "--from and --until this stage, or all stages begin anew)"
+            )
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
 
     def _refuse_foreign(self) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from cai.errors import EngineError
+from cai.training.folder import STARTS_OVER
 
 _SPARE = 60.0
 """Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
@@ -162,5 +163,5 @@ def _no_number(what: str, args: Any, state: Any) -> str:
     where = f"{kept[-1]} is from before; " if kept else ""
     return (
         f"{what} is not a finite number at step {state.global_step + 1} of {state.max_steps} (epoch {state.epoch or 0:.2f}); "
-        f"{where}lower trl.learning_rate, or set dtype: float32, and start over with --fresh or another -o"
+        f"{where}lower trl.learning_rate, or set dtype: float32; then {STARTS_OVER}"
     )
