@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -505,6 +506,7 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path, tiny, more: 
     ("kind", "more", "message"),
     [
         ("dpo", {"reference": "./nowhere"}, "reference: model './nowhere': there is no such folder"),
+        ("dpo", {"reference": "FEWER"}, "has 100 tokens where model"),
         (
             "reward",
             {"bases": ["TINY", "./nowhere"], "members": 2},
@@ -522,7 +524,10 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path, tiny, more: 
 def test_what_training_alone_reads_is_checked_before_anything_is_generated(tmp_path, tiny, train, kind, more, message):
     more = {"model": "TINY", **more} if kind == "dpo" else more
     short = make_tiny_model(tmp_path / "short", context=512)
-    named = json.loads(json.dumps(more).replace("TINY", str(tiny)).replace("SHORT", str(short)))
+    fewer = make_tiny_model(tmp_path / "fewer")
+    (fewer / "config.json").write_text((fewer / "config.json").read_text().replace('"vocab_size": 291', '"vocab_size": 100'))
+    places = {"TINY": tiny, "SHORT": short, "FEWER": fewer}
+    named = json.loads(re.sub("TINY|SHORT|FEWER", lambda found: str(places[found[0]]), json.dumps(more)))
     given = {"data": {"generate": data()}, "sft": {"sft": training(tiny)}, "x": {kind: {"data": "@data", **named}}}
     with pytest.raises(ConfigError) as caught:
         run_pipeline(pipeline(given), tmp_path / "out", train=train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -19,7 +20,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
-from cai.training.loading import find_model, load_tokenizer
+from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
 from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
@@ -131,6 +132,33 @@ def test_a_reward_model_is_no_language_model_to_begin_with_or_to_stay_near(tiny,
     assert find_model(make_settings("reward", tmp_path / "classifier", rows)).version
     with pytest.raises(ConfigError, match="is a reward model"):
         TransformersEngine(ModelConfig(model=str(tmp_path / "classifier")))
+
+
+def test_a_reference_reads_the_models_tokens(tiny, tmp_path):
+    def other(name, **sizes):
+        folder = make_tiny_model(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | sizes))
+        return folder
+
+    rows = write_rows(tmp_path / "rows.jsonl", [pair(n) for n in range(4)])
+    turned = other("turned") / "tokenizer.json"
+    told = json.loads(turned.read_text())
+    numbers = told["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    turned.write_text(json.dumps(told))
+    for reference, message in (
+        (other("fewer", vocab_size=100), r"^reference '.*fewer' has 100 tokens where model '.*tiny.*' has 291, whose it reads"),
+        (turned.parent, r"^reference '.*turned' has other tokens than model '.*tiny.*'.*; name one with the same tokenizer$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train("dpo", make_settings("dpo", tiny, rows, reference=str(reference)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    bare = other("bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    for reference in (other("padded", vocab_size=512), bare):
+        check_reference(make_settings("dpo", tiny, rows, reference=str(reference)))
 
 
 def test_a_chat_template_that_is_broken(tmp_path, rows):

@@ -40,7 +40,7 @@ def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
 def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> None:
     from cai.training.arguments import check_arguments, make_arguments
     from cai.training.data import VIEWS
-    from cai.training.loading import context_of, find_model
+    from cai.training.loading import check_reference, context_of, find_model
     from cai.training.reading import called
 
     for key, value in settings.trl.items():
@@ -53,6 +53,7 @@ def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> 
     for key, models in (("reference", (getattr(settings, "reference", None),)), ("bases", bases)):
         for model in filter(None, models):
             _find_other(key, settings.model_copy(update={"model": model, "revision": None}))
+    check_reference(settings)
     if "max_length" in settings.trl:
         for model in bases or (settings.model,):
             own = settings.model_copy(update={"model": model})

@@ -28,7 +28,7 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import context_of, find_model, load_tokenizer
+from cai.training.loading import check_reference, context_of, find_model, load_tokenizer
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
@@ -61,6 +61,7 @@ def train(
     with _quietly():
         place = find_model(settings)
         make_arguments(stage, settings, out)
+        check_reference(settings)
         show.note("reading the data")
         data = load_data(stage, settings)
         processes = PartialState()
