@@ -197,6 +197,20 @@ def test_a_loss_that_is_no_number_stops_and_the_last_checkpoint_stays(tiny, rows
     assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_seconds_are_those_of_all_sessions(tiny, rows, tmp_path, monkeypatch):
+    kept, settings = tmp_path / "out" / "run" / "seconds.json", make_settings("sft", tiny, rows, trl=EACH)
+    at_checkpoint = []
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda loss: at_checkpoint.append(kept.exists()) or loss * float("nan"))
+        with pytest.raises(EngineError):
+            train("sft", settings, tmp_path / "out")
+    assert at_checkpoint == [True], "one that is killed counts up to its last checkpoint"
+    assert 0 < json.loads(kept.read_text())["seconds"] < 500
+    kept.write_text('{"seconds": 1000}')
+    assert 1000 < train("sft", settings, tmp_path / "out")["seconds"] < 1500
+    assert train("sft", settings, tmp_path / "out", "fresh")["seconds"] < 500
+
+
 def test_a_gradient_that_is_no_number_stops_before_it_is_in_the_weights(tiny, rows, tmp_path, monkeypatch):
     class Poison(torch.autograd.Function):
         @staticmethod

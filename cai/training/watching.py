@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,9 +53,17 @@ class Watch(TrainerCallback):
     In several processes all do the same thing at the same step: save, or stop.
     """
 
-    def __init__(self, log: Path, show: Show, spare: float = _SPARE, stop_file: Path | None = None) -> None:
-        """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C."""
-        self._log, self._show, self._spare, self._stop_file = log, show, spare, stop_file
+    def __init__(
+        self,
+        log: Path,
+        show: Show,
+        spare: float = _SPARE,
+        stop_file: Path | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
+        """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C; `saved`
+        is called after each checkpoint."""
+        self._log, self._show, self._spare, self._stop_file, self._saved = log, show, spare, stop_file, saved
         self._saved_at = time.monotonic()
         self.stopping = False
 
@@ -88,6 +96,8 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The next checkpoint is so much later."""
         self._saved_at = time.monotonic()
+        if self._saved:
+            self._saved()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **given: Any) -> None:
         """One line of JSON."""
