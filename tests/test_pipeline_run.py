@@ -272,6 +272,46 @@ def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, t
             run_pipeline(given, out, choice, train=train)
 
 
+def test_a_stage_is_found_again_where_others_are_put_before_it_or_left_out(tmp_path, tiny, log, train):
+    def run(*names: str) -> dict[str, str]:
+        watcher = Agreeing()
+        given = pipeline({name: stages(tiny)[name] for name in names})
+        made = run_pipeline(given, out, watcher=watcher, train=train)
+        assert [(entry["name"], entry["state"]) for entry in made["stages"]] == [(name, "done") for name in names]
+        assert manifest(out) == made
+        assert watcher.lost == []
+        return watcher.did
+
+    out = tmp_path / "out"
+    assert run("data", "sft", "dpo") == {"1-data": "run", "2-sft": "run", "3-dpo": "run"}
+    model = (out / "3-dpo" / "config.json").stat().st_mtime_ns
+    both = {"1-data": "skip", "2-sft": "skip", "3-reward": "run", "3-dpo": "skip"}
+    assert run("data", "sft", "reward", "dpo") == both
+    assert run("data", "reward") == {"1-data": "skip", "3-reward": "skip"}
+    assert run("data", "reward", "sft", "dpo") == dict.fromkeys(both, "skip")
+    assert (out / "3-dpo" / "config.json").stat().st_mtime_ns == model
+    assert train.made == ["2-sft", "3-dpo", "3-reward"]
+    assert "former_stages" not in manifest(out)
+
+
+def test_a_stopped_stage_goes_on_where_another_is_put_before_it(tmp_path, tiny, log, train):
+    out, given, train.fails = tmp_path / "out", stages(tiny), "3-dpo"
+    short = {name: given[name] for name in ("data", "sft", "dpo")}
+    with pytest.raises(EngineError):
+        run_pipeline(pipeline(short), out, train=train)
+    (out / "3-dpo" / "checkpoint").write_text("kept")
+    train.fails, watcher = "", Agreeing()
+    run_pipeline(pipeline(given), out, watcher=watcher, train=train)
+    assert watcher.did == {"1-data": "skip", "2-sft": "skip", "3-reward": "run", "3-dpo": "continue"}
+    assert (out / "3-dpo" / "checkpoint").read_text() == "kept"
+
+
+def test_no_two_steps_have_one_folder(tmp_path, tiny):
+    made = {("data", 1): "3-data", ("dpo", 1): "4-dpo"}
+    steps = unfold(rounds(tiny), tmp_path, made)
+    assert [step.folder.name for step in steps] == ["3-data", "4-dpo", "4-data", "5-dpo", "5-data", "6-dpo"]
+
+
 def test_fresh_makes_all_chosen_stages_anew_also_after_it_was_stopped(tmp_path, tiny, log, train):
     given, watcher = pipeline(stages(tiny)), Agreeing()
     run_pipeline(given, tmp_path / "out", train=train)
