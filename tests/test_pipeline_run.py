@@ -312,6 +312,14 @@ def test_no_two_steps_have_one_folder(tmp_path, tiny):
     assert [step.folder.name for step in steps] == ["3-data", "4-dpo", "4-data", "5-dpo", "5-data", "6-dpo"]
 
 
+def test_another_kind_of_stage_with_the_same_settings_is_made_anew(tmp_path, tiny, log, train):
+    out, given = tmp_path / "out", stages(tiny)
+    begin = {name: given[name] for name in ("data", "sft")}
+    run_pipeline(pipeline({**begin, "last": {"orpo": training("@sft")}}), out, train=train)
+    told = forecast(pipeline({**begin, "last": {"cpo": training("@sft")}}), out).verdicts
+    assert [(verdict.does, verdict.why) for verdict in told.values()][2] == ("remake", "changed: cpo in place of orpo")
+
+
 def test_fresh_makes_all_chosen_stages_anew_also_after_it_was_stopped(tmp_path, tiny, log, train):
     given, watcher = pipeline(stages(tiny)), Agreeing()
     run_pipeline(given, tmp_path / "out", train=train)

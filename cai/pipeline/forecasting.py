@@ -88,6 +88,8 @@ def is_done(step: Step) -> bool:
 
 def _changed(entry: Entry, step: Step, now: dict[str, str]) -> str:
     """What differs from the inputs that the step was made of, in words; empty where nothing does."""
+    if entry["kind"] != step.kind:
+        return f"changed: {step.kind} in place of {entry['kind']}"
     before = entry["inputs"]
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if not names:
