@@ -250,6 +250,13 @@ def test_sources_that_are_not_there(tmp_path):
         settings("sft", {"source": "a", "weight": 1}, {"source": "b"})
 
 
+def test_prompts_of_an_online_stage_may_be_a_built_in_set():
+    told = {"reward": [{"constitution": "concise-and-clear"}]}
+    assert len(data("grpo", "benign", **told).train) > 0
+    with pytest.raises(ConfigError, match=r"^prompts 'bening': there is no such file \(did you mean 'benign'\?\)"):
+        data("grpo", "bening", **told)
+
+
 @pytest.mark.parametrize("inside", ["model.safetensors", "adapter_model.safetensors", "members/0/model.safetensors"])
 def test_a_model_in_place_of_a_dataset(tmp_path, inside):
     file = tmp_path / "model" / inside
