@@ -96,14 +96,33 @@ def pretrained(place: ModelPlace) -> tuple[str, str | None]:
     return (str(_converted(place)), None) if place.is_gguf else (place.source, place.revision)
 
 
-@cache
 def context_of_place(place: ModelPlace) -> int | None:
-    """Tokens that a model takes; a GGUF file is not converted for that. Raises what transformers does."""
+    """Tokens that a model takes. Raises as `config_of_place` does."""
+    return context_length(config_of_place(place))
+
+
+@cache
+def config_of_place(place: ModelPlace) -> Any:
+    """A model's configuration. Raises what transformers does."""
+    source, where = _unconverted(place)
+    return AutoConfig.from_pretrained(source, **where)
+
+
+@cache
+def vocabulary_of_place(place: ModelPlace) -> dict[str, int]:
+    """The numbers of a model's tokens. Raises what transformers does."""
+    source, where = _unconverted(place)
+    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(source, **where).get_vocab()
+    return vocabulary
+
+
+def _unconverted(place: ModelPlace) -> tuple[str, dict[str, str | None]]:
+    """What `from_pretrained` of a configuration or a tokenizer takes; a GGUF file is not converted for that."""
     if place.is_gguf and not _converted_folder(place).is_dir():
         gguf = Path(place.source)
-        return context_length(AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name))
+        return str(gguf.parent), {"gguf_file": gguf.name}
     source, revision = pretrained(place)
-    return context_length(AutoConfig.from_pretrained(source, revision=revision))
+    return source, {"revision": revision}
 
 
 def _converted_folder(place: ModelPlace) -> Path:

@@ -22,7 +22,7 @@ import yaml
 from cai.cli import progress
 from cai.cli.doctor import EXTRAS
 from cai.cli.main import app
-from cai.cli.terminal import duration, printable, shortened
+from cai.cli.terminal import duration, printable, shortened, time_left
 from cai.generation import Tally
 from tests.records import HOSTILE
 from tests.runs import (
@@ -616,6 +616,11 @@ def test_no_time_left_is_told_where_it_cannot_be():
 )
 def test_durations_are_told_as_people_tell_them(seconds, told):
     assert duration(seconds) == told
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.3, "under 1 s left"), (1, "about 1 s left"), (152, "about 3 min left")])
+def test_what_is_left_is_told_without_about_under(seconds, told):
+    assert time_left(seconds) == told
 
 
 def test_lines_tell_when_a_model_is_loading_and_when_the_run_is_stopping(monkeypatch, capsys):

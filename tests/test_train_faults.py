@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -19,7 +20,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
-from cai.training.loading import find_model, load_tokenizer
+from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
 from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
@@ -133,6 +134,33 @@ def test_a_reward_model_is_no_language_model_to_begin_with_or_to_stay_near(tiny,
         TransformersEngine(ModelConfig(model=str(tmp_path / "classifier")))
 
 
+def test_a_reference_reads_the_models_tokens(tiny, tmp_path):
+    def other(name, **sizes):
+        folder = make_tiny_model(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | sizes))
+        return folder
+
+    rows = write_rows(tmp_path / "rows.jsonl", [pair(n) for n in range(4)])
+    turned = other("turned") / "tokenizer.json"
+    told = json.loads(turned.read_text())
+    numbers = told["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    turned.write_text(json.dumps(told))
+    for reference, message in (
+        (other("fewer", vocab_size=100), r"^reference '.*fewer' has 100 tokens where model '.*tiny.*' has 291, whose it reads"),
+        (turned.parent, r"^reference '.*turned' has other tokens than model '.*tiny.*'.*; name one with the same tokenizer$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train("dpo", make_settings("dpo", tiny, rows, reference=str(reference)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    bare = other("bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    for reference in (other("padded", vocab_size=512), bare):
+        check_reference(make_settings("dpo", tiny, rows, reference=str(reference)))
+
+
 def test_a_chat_template_that_is_broken(tmp_path, rows):
     (make_tiny_model(tmp_path / "broken") / "chat_template.jinja").write_text("{% for message in %}")
     with pytest.raises(EngineError, match=r"the chat template of '.*broken' could not be loaded: TemplateSyntaxError"):
@@ -165,7 +193,22 @@ def test_a_loss_that_is_no_number_stops_and_the_last_checkpoint_stays(tiny, rows
     told = str(caught.value)
     assert told.startswith("the loss is not a finite number at step 3 of 4 (epoch 0.25); ")
     assert "checkpoint-2 is from before; lower trl.learning_rate" in told
+    assert told.endswith("then run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)")
     assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_seconds_are_those_of_all_sessions(tiny, rows, tmp_path, monkeypatch):
+    kept, settings = tmp_path / "out" / "run" / "seconds.json", make_settings("sft", tiny, rows, trl=EACH)
+    at_checkpoint = []
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda loss: at_checkpoint.append(kept.exists()) or loss * float("nan"))
+        with pytest.raises(EngineError):
+            train("sft", settings, tmp_path / "out")
+    assert at_checkpoint == [True], "one that is killed counts up to its last checkpoint"
+    assert 0 < json.loads(kept.read_text())["seconds"] < 500
+    kept.write_text('{"seconds": 1000}')
+    assert 1000 < train("sft", settings, tmp_path / "out")["seconds"] < 1500
+    assert train("sft", settings, tmp_path / "out", "fresh")["seconds"] < 500
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_is_in_the_weights(tiny, rows, tmp_path, monkeypatch):
@@ -230,8 +273,13 @@ def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, monkeypatch, err
         raise error
 
     at_step(monkeypatch, 2, raising)
-    with pytest.raises(EngineError, match=r"out of memory: lower trl.per_device_train_batch_size \(2 here; .*--lora"):
+    with pytest.raises(
+        EngineError, match=r"out of memory: lower trl.per_device_train_batch_size \(2 here; .*lora: true"
+    ) as told:
         train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+    assert str(told.value).endswith(
+        "; then run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
+    )
 
 
 def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
@@ -239,7 +287,8 @@ def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
     train("sft", settings, tmp_path / "out")
     other = make_settings("sft", tiny, rows, trl={"learning_rate": 0.5}, seed=3)
     with pytest.raises(
-        ConfigError, match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over"
+        ConfigError,
+        match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over .in cai run with",
     ):
         train("sft", other, tmp_path / "out")
     (tmp_path / "mine").mkdir()
@@ -364,19 +413,12 @@ def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):
         resolve_settings("sft", None, [], {})
 
 
-def test_nothing_garbles_a_log(tiny, tmp_path):
-    rows = write_rows(tmp_path / "pairs.jsonl", [pair(n) for n in range(6)])
-    command = [
-        "train",
-        "dpo",
-        rows,
-        "-m",
-        tiny,
-        "-o",
-        tmp_path / "out",
-        "--set",
-        "trl={max_steps: 2, use_cpu: true, bf16: false}",
-    ]
+@pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "cpo"])
+def test_nothing_garbles_a_log(tiny, tmp_path, stage):
+    made = [{"prompt": "Why?", "completion": "So.", "label": n % 2 == 0} if stage == "kto" else pair(n) for n in range(6)]
+    trl = "trl={max_steps: 2, use_cpu: true, bf16: false, per_device_train_batch_size: 2}"
+    rows = write_rows(tmp_path / "rows.jsonl", made)
+    command = ["train", stage, rows, "-m", tiny, "-o", tmp_path / "out", "--set", trl]
     done = subprocess.run(
         [sys.executable, "-m", "cai", *map(str, command)], capture_output=True, text=True, timeout=120, env=runs.environment()
     )
@@ -384,7 +426,7 @@ def test_nothing_garbles_a_log(tiny, tmp_path):
     lines = done.stderr.splitlines()
     assert lines[:3] == ["loading PyTorch and TRL", "reading the data", "preparing the rows"]
     assert lines[3].startswith("loading tiny")
-    assert "computing what it says of each row, as the reference" in lines[3]
+    assert ("computing what it says of each row, as the reference" in lines[3]) == (stage in ("dpo", "kto"))
     assert lines[4] == "training"
     assert all(line.startswith(("step ", "saving")) for line in lines[5:]), lines
     assert "\r" not in done.stderr

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai import generate
 from cai.training import STAGES
+from cai.training.data import VIEWS
 from cai.training.running import train
 from tests import runs
 from tests.stages import FAST, Shown, dialogue, log, losses, make_settings, pair, write_rows
@@ -81,7 +82,9 @@ def test_two_steps_of_every_stage_on_what_a_run_wrote(run, tiny, tmp_path, seen,
     (trainer,) = seen
     assert set(trainer.train_dataset.column_names) >= COLUMNS[stage]
     assert (manifest["status"], manifest["steps"], len(losses(out))) == ("done", 2, 2)
-    assert manifest["data"][0]["train"] == manifest["data"][0]["train"] > 0
+    told, written = manifest["data"][0], runs.manifest(run)["dataset"]["rows"][VIEWS[stage]]
+    assert told["train"] == len(trainer.train_dataset) > 0
+    assert told["train"] + told["test"] + told.get("left_out", 0) == sum(written.values())
     assert ("accuracy" if stage == "reward" else "eval_loss") in manifest["measures"]
     assert show.notes[:2] == ["reading the data", "preparing the rows"]
     assert show.steps[0][0] == 0

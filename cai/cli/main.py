@@ -196,6 +196,7 @@ def main() -> None:
     """The `cai` command. Exit codes: 0 done, 1 the run could not do its job, 2 wrong usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it retries is told by our own error, once
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # --help says which stages are experimental
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cai.cli.terminal import duration
+from cai.cli.terminal import duration, time_left
 from cai.generation import Tally
 
 _LINE_EVERY = 15.0
@@ -50,7 +50,7 @@ class _Pace:
         began, before = self._since
         if not before < self.share < 1:
             return ""
-        return f", {self.share:.0%}, about {duration((now - began) * (1 - self.share) / (self.share - before))} left"
+        return f", {self.share:.0%}, {time_left((now - began) * (1 - self.share) / (self.share - before))}"
 
 
 def _bar(tally: Tally, total: int | None, stop: threading.Event) -> None:
@@ -113,6 +113,6 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
             progress.advance(task, count)
             if (now := time.monotonic()) - shown >= _LINE_EVERY and not sys.stderr.isatty():
                 shown, left = now, (now - began) * (total - done) / max(done, 1)
-                print(f"{what} {done:,} of {total:,}, about {duration(left)} left", file=sys.stderr, flush=True)
+                print(f"{what} {done:,} of {total:,}, {time_left(left)}", file=sys.stderr, flush=True)
 
         yield more

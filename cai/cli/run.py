@@ -44,10 +44,11 @@ _ROWS = {"sft": "sft", "kto": "unpaired"}
 def run(loaded: Pipeline, out: Path, choice: Choice, yes: bool, launch: str | None, words: Sequence[str]) -> None:
     """Run a pipeline and show what comes of it; `words` is the command that goes on with it, for errors."""
     check_launch(loaded, launch)
+    shown = _Shown(yes)
     try:
-        manifest = pipeline.run_pipeline(loaded, out, choice, _Shown(yes), partial(train_apart, how=launch))
+        manifest = pipeline.run_pipeline(loaded, out, choice, shown, partial(train_apart, how=launch))
     except CaiError as exc:
-        if not read_manifest(out).get("stages"):
+        if not shown.begun:  # what refused would do so again
             raise
         raise type(exc)(f"{exc}\nthis command continues: {shlex.join(words)}") from exc
     _show_table(manifest, out)
@@ -69,7 +70,7 @@ class _Shown(Watcher):
     """Shows what happens, and asks."""
 
     def __init__(self, yes: bool) -> None:
-        self._yes = yes
+        self._yes, self.begun = yes, False
 
     def agree(self, lost: list[Step]) -> None:
         """Asks at a terminal."""
@@ -82,6 +83,7 @@ class _Shown(Watcher):
 
     def begin(self, step: Step, verdict: Verdict) -> None:
         """One line."""
+        self.begun = True
         if verdict.does == "skip":
             said = "finished, skipped"
         else:

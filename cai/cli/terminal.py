@@ -36,6 +36,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def time_left(seconds: float) -> str:
+    """`about 6 min left`, `under 1 s left`."""
+    return f"{'' if seconds < 1 else 'about '}{duration(seconds)} left"
+
+
 class _Console(Console):
     """Shows texts as they are: no emoji for `:names:`; and where the reader is gone (`| head`), the run is no failure."""
 

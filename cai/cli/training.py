@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from cai.cli.terminal import console, counted, duration, printable
+from cai.cli.terminal import console, counted, duration, printable, time_left
 from cai.intervals import gathered
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Pace:
         self._last = done
         if not before < done < total:
             return ""
-        return f", about {duration((now - began) * (total - done) / (done - before))} left"
+        return f", {time_left((now - began) * (total - done) / (done - before))}"
 
 
 def _told(measures: Mapping[str, float]) -> str:

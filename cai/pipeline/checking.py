@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from cai.config import Recipe
 from cai.errors import CaiError, ConfigError
 from cai.pipeline.planning import plan
 from cai.pipeline.recipe import Pipeline, Settings
 from cai.pipeline.steps import Step, base_model
-from cai.prompts import read_prompts
+from cai.prompts import find_source, read_prompts
 from cai.training import TrainSettings
 
 
@@ -42,7 +39,9 @@ def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
 
 def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> None:
     from cai.training.arguments import check_arguments, make_arguments
-    from cai.training.loading import context_of, find_model
+    from cai.training.data import VIEWS
+    from cai.training.loading import check_reference, context_of, find_model
+    from cai.training.reading import called
 
     for key, value in settings.trl.items():
         loc = ("stages", step.name, step.kind, "trl")
@@ -54,15 +53,16 @@ def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> 
     for key, models in (("reference", (getattr(settings, "reference", None),)), ("bases", bases)):
         for model in filter(None, models):
             _find_other(key, settings.model_copy(update={"model": model, "revision": None}))
+    check_reference(settings)
     if "max_length" in settings.trl:
         for model in bases or (settings.model,):
             own = settings.model_copy(update={"model": model})
             make_arguments(step.training, own, step.folder, context=context_of(own))
     for text, source in zip((one.source for one in step.section.data), settings.data, strict=True):
-        path = Path(os.path.expanduser(source.source))
-        local = source.source.startswith((".", "/", "~")) or source.source.count("/") != 1
-        if text not in step.bound and local and not path.exists():
-            raise ConfigError(f"data '{source.source}': there is no such file or folder")
+        if text == "-":
+            raise ConfigError("data '-': standard input cannot be read again; save the rows to a file")
+        if text not in step.bound:
+            find_source(source.source, called(VIEWS[step.training]))
 
 
 def _find_other(key: str, settings: TrainSettings) -> None:

@@ -62,8 +62,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
 
 
 def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:
-    """By folder, what a manifest says of the steps; nothing where it is of something else."""
-    return {entry["folder"]: entry for entry in manifest["stages"]} if "pipeline" in manifest else {}
+    """By folder, what a manifest says of the steps, those among them that were in the pipeline once; nothing where it is of
+    something else."""
+    told = [*manifest["stages"], *manifest.get("former_stages", ())] if "pipeline" in manifest else []
+    return {entry["folder"]: entry for entry in told}
 
 
 def verdict_on(step: Step, entry: Entry | None) -> Verdict:
@@ -86,6 +88,8 @@ def is_done(step: Step) -> bool:
 
 def _changed(entry: Entry, step: Step, now: dict[str, str]) -> str:
     """What differs from the inputs that the step was made of, in words; empty where nothing does."""
+    if entry["kind"] != step.kind:
+        return f"changed: {step.kind} in place of {entry['kind']}"
     before = entry["inputs"]
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if not names:
@@ -120,7 +124,8 @@ def choose(steps: list[Step], choice: Choice) -> list[Step]:
 def forecast(pipeline: Pipeline, out: Path, choice: Choice | None = None) -> Forecast:
     """Check every stage that is to run, and tell what would be done about each; makes nothing. Raises `ConfigError`."""
     choice = choice or Choice()
-    steps, entries = unfold(pipeline, out), entries_of(read_manifest(out))
+    entries = entries_of(read_manifest(out))
+    steps = unfold(pipeline, out, {(one["name"], one["round"]): folder for folder, one in entries.items()})
     chosen = choose(steps, choice)
     finished = {step for step in steps if step not in chosen and is_done(step)}
     for step in chosen:

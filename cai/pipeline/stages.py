@@ -2,6 +2,8 @@
 
 OUT/1-data, OUT/2-sft, ...   what each stage made      OUT/manifest.json   stages, their states, inputs, seconds, measures
 OUT/recipe.yaml              the pipeline
+
+A stage finds its folder by its name and round: one that is put before others, or left out, changes no other's folder.
 """
 
 from __future__ import annotations
@@ -105,7 +107,10 @@ class PipelineFolder:
     def note(self, pipeline: Pipeline, steps: list[Step], status: str) -> dict[str, Any]:
         """Write the manifest."""
         stages = [self.entries[step.folder.name] for step in steps if step.folder.name in self.entries]
+        former = [entry for entry in self.entries.values() if entry not in stages]
         self.manifest = {"pipeline": pipeline.name, "status": status, "stages": stages}
+        if former:
+            self.manifest["former_stages"] = former
         write_whole(self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
         return self.manifest
 

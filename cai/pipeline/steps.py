@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +12,14 @@ from cai.errors import ConfigError, nearest
 from cai.pipeline.recipe import Kind, Pipeline, Reference, Settings, reference_in, replaced, texts_in
 from cai.training import StageName
 
+StageRound = tuple[str, int]
+"""The name of a stage, and in which round it is."""
+
 
 @dataclass(frozen=True)
 class Step:
     """One stage in one round."""
 
-    number: int
     round: int
     name: str
     kind: Kind
@@ -68,8 +72,13 @@ class Step:
         return isinstance(other, Step) and self.folder == other.folder
 
 
-def unfold(pipeline: Pipeline, out: Path) -> list[Step]:
-    """All steps in order, each with a folder `out`/NUMBER-NAME."""
+def unfold(pipeline: Pipeline, out: Path, made: Mapping[StageRound, str] | None = None) -> list[Step]:
+    """All steps in order, each with a folder `out`/NUMBER-NAME.
+
+    A step for which `made` has a folder keeps that, whatever number it would have in this pipeline: others name the folder.
+    """
+    made = made or {}
+    taken = set(made.values())
     steps: list[Step] = []
     latest: dict[str, Step] = {}
     for number_of_round in range(1, pipeline.rounds + 1):
@@ -77,13 +86,13 @@ def unfold(pipeline: Pipeline, out: Path) -> list[Step]:
             if stage.once and number_of_round > 1:
                 continue
             section = stage.section if stage.kind == "ppo" else _seeded(stage.section, pipeline.seed, number_of_round - 1)
-            number = len(steps) + 1
+            folder = made.get((name, number_of_round)) or _free_folder(len(steps) + 1, name, taken)
+            taken.add(folder)
             step = Step(
-                number=number,
                 round=number_of_round,
                 name=name,
                 kind=stage.kind,
-                folder=out / f"{number}-{name}",
+                folder=out / folder,
                 section=section,
                 bound=_bind(section, latest),
                 where=pipeline.where(("stages", name, stage.kind)),
@@ -91,6 +100,11 @@ def unfold(pipeline: Pipeline, out: Path) -> list[Step]:
             steps.append(step)
             latest[name] = step
     return steps
+
+
+def _free_folder(number: int, name: str, taken: set[str]) -> str:
+    """NUMBER-NAME by the first number from this one on that is not taken."""
+    return next(folder for one in count(number) if (folder := f"{one}-{name}") not in taken)
 
 
 def _seeded(section: Any, seed: int, more: int) -> Any:

@@ -67,7 +67,7 @@ def read_file(path: Path) -> Iterator[Raw]:
         case "":
             return read_lines(path.name, opened(path), None)
     raise ConfigError(
-        f"prompts '{path}': unknown file type '{path.suffix}'; expected one of {', '.join(KINDS)}; "
+        f"{path}: unknown file type '{path.suffix}'; expected one of {', '.join(KINDS)}; "
         f"all but Parquet also with {', '.join(_OPEN)}"
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cai.config import PromptsConfig
 from cai.errors import ConfigError, PromptSourceError, RowError, nearest
@@ -20,6 +20,10 @@ from cai.prompts.rows import to_prompt
 from cai.types import Prompt
 
 BUILT_IN = Path(__file__).resolve().parent
+What = Literal["prompts", "data"]
+"""What a source is called where it is named, for errors."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "members/*/*.safetensors")
+"""What a model's folder holds."""
 _COUNTABLE = 1 << 28
 """Bytes of a file whose lines are counted before a run, for its progress bar: a second's work."""
 
@@ -55,9 +59,29 @@ def read_rows(config: PromptsConfig, parse: Callable[[Any], tuple[Prompt, tuple[
     return _rows(read_raw(config), parse)
 
 
-def read_raw(config: PromptsConfig) -> Iterator[Raw]:
+def read_raw(config: PromptsConfig, what: What = "prompts") -> Iterator[Raw]:
     """What a source holds, one row at a time, each with its place, up to `limit`. Raises as `read_prompts` does."""
-    return islice(_raw_rows(config), config.limit)
+    return islice(_raw_rows(config, what), config.limit)
+
+
+def find_source(name: str, what: What = "prompts") -> Path | None:
+    """Where a source is on this machine; None for a dataset of the Hub. Only prompts have built-in sets.
+
+    Raises `ConfigError` where there is no such source, or a model in its place.
+    """
+    sets = built_in_sets() if what == "prompts" else []
+    path = _path(name, sets)
+    if os.path.isdir(path) and any(any(path.glob(one)) for one in _WEIGHTS):
+        raise ConfigError(f"{what} '{name}': this is a model, not a dataset; models are named by -m, or by a recipe's 'model'")
+    if os.path.exists(path):
+        return path
+    if kind_of(path) in KINDS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        more = f", or a built-in set: {', '.join(sets)}" if sets else ""
+        raise ConfigError(
+            f"{what} '{name}': there is no such file{nearest(name, sets)}; expected a file, a `datasets` folder, "
+            f"a Hub id (owner/name), - for standard input{more}"
+        )
+    return None
 
 
 def _rows(raw_rows: Iterable[Raw], parse: Callable[[Any], tuple[Prompt, tuple[str, ...]]]) -> Iterator[Row]:
@@ -71,34 +95,27 @@ def _rows(raw_rows: Iterable[Raw], parse: Callable[[Any], tuple[Prompt, tuple[st
             yield Row(origin, None, exc, "" if isinstance(raw, RowError) else ascii(raw)[:2000])
 
 
-def _raw_rows(config: PromptsConfig) -> Iterator[Raw]:
+def _raw_rows(config: PromptsConfig, what: What) -> Iterator[Raw]:
     name = config.source
     if name == "-":
         if sys.stdin is None:
-            raise ConfigError("prompts '-': standard input is closed")
+            raise ConfigError(f"{what} '-': standard input is closed")
         return read_lines("stdin", nullcontext(sys.stdin.buffer), None)
-    path = _path(name)
-    if os.path.isdir(path):
-        return _dataset_folder(path.resolve(), config)
-    if os.path.exists(path):
-        return read_file(path)
-    if kind_of(path) in KINDS or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(
-            f"prompts '{name}': there is no such file{nearest(name, built_in_sets())}; expected a file, a `datasets` folder, "
-            f"a Hub id (owner/name), - for standard input, or a built-in set: {', '.join(built_in_sets())}"
-        )
-    return _hub(name, config)
+    path = find_source(name, what)
+    if path is None:
+        return _hub(name, config, what)
+    return _dataset_folder(path.resolve(), config, what) if path.is_dir() else read_file(path)
 
 
-def _path(name: str) -> Path:
-    return BUILT_IN / f"{name}.jsonl" if name in built_in_sets() else Path(os.path.expanduser(name))
+def _path(name: str, sets: list[str]) -> Path:
+    return BUILT_IN / f"{name}.jsonl" if name in sets else Path(os.path.expanduser(name))
 
 
-def _dataset_folder(path: Path, config: PromptsConfig) -> Iterator[Raw]:
+def _dataset_folder(path: Path, config: PromptsConfig, what: What) -> Iterator[Raw]:
     """A folder of `save_to_disk`, or one that `load_dataset` reads."""
     import datasets
 
-    with _failures(f"{path}: no prompts could be read from this folder"):
+    with _failures(f"{path}: no {what} could be read from this folder"):
         if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_dataset(str(path), config.subset, data_dir=config.data_dir, split=config.split, streaming=True)
         else:
@@ -109,10 +126,11 @@ def _dataset_folder(path: Path, config: PromptsConfig) -> Iterator[Raw]:
     return _each(path.name, data)
 
 
-def _hub(name: str, config: PromptsConfig) -> Iterator[Raw]:
+def _hub(name: str, config: PromptsConfig, what: What) -> Iterator[Raw]:
     import datasets
 
-    with _failures(f"prompts '{name}': neither a file nor a built-in set, and no such dataset could be had from the Hub"):
+    neither = "neither a file nor a built-in set" if what == "prompts" else "no file"
+    with _failures(f"{what} '{name}': {neither}, and no such dataset could be had from the Hub"):
         where = {"data_dir": config.data_dir, "revision": config.revision}
         data = datasets.load_dataset(name, config.subset, split=config.split, streaming=True, **where)
     return _each(name, data)
@@ -134,7 +152,7 @@ def _failures(what: str) -> Iterator[None]:
 
 def count_prompts(config: PromptsConfig) -> int | None:
     """How many rows there are at most, where that can soon be told without parsing them."""
-    path = _path(config.source)
+    path = _path(config.source, built_in_sets())
     if not os.path.isfile(path) or kind_of(path) not in (".jsonl", ".ndjson", ".txt", ".text"):
         return config.limit
     if path.stat().st_size > _COUNTABLE:

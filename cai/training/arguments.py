@@ -78,8 +78,39 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "tr
         _check_value(f"{where}.{key}", value, types[key])
         if key in _LEAST and value < _LEAST[key]:
             raise ConfigError(f"{where}.{key}: expected a number from {_LEAST[key]} on, found {value!r}")
+    _check_losses(stage, given.get("loss_type"), where)
 
 
+def _check_losses(stage: StageName, named: Any, where: str) -> None:
+    """Raises `ConfigError` for a loss that the stage's trainer does not know, which TRL itself finds out at the first step."""
+    known = LOSSES.get(stage, ())
+    for one in [named] if isinstance(named, str) else named or ():
+        if known and one not in known:
+            raise ConfigError(f"{where}.loss_type: no loss {one!r}{nearest(one, known)}; expected {', '.join(known)}")
+
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "robust",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sft",
+        "sigmoid_norm",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+}
+"""What `loss_type` may be, of trainers that look at it only when they compute a loss."""
 _LEAST = {
     "learning_rate": 0,
     "gradient_accumulation_steps": 1,
@@ -119,7 +150,9 @@ def make_arguments(
     ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)
     if "precompute_ref_log_probs" in defaults and settings.lora is None and not settings.trl.get("sync_ref_model"):
         ours["precompute_ref_log_probs"] = True
-    given = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
+    given: dict[str, Any] = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
+    if stage in _KEEPS_COLUMNS:
+        given["remove_unused_columns"] = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
@@ -129,6 +162,10 @@ def make_arguments(
     if isinstance(settings, DpoSettings) and settings.soft_labels:
         _check_softened(made)
     return made
+
+
+_KEEPS_COLUMNS = ("orpo", "cpo")
+"""Stages whose trainers set `remove_unused_columns` to false themselves, and print a warning when they do."""
 
 
 def _check_softened(arguments: Any) -> None:

@@ -49,8 +49,8 @@ class StageData:
 
 
 def load_data(stage: StageName, settings: TrainSettings) -> StageData:
-    """The blended rows of all sources. Raises `ConfigError` for a source that is not there or has nothing for the stage,
-    `PromptSourceError` for one that cannot be read."""
+    """The blended rows of all sources. Raises `ConfigError` for a source that is not there or has nothing for the stage, and
+    for labels that are all the same; `PromptSourceError` for one that cannot be read."""
     view = VIEWS[stage]
     train = [_some(_read(one, stage, one.split, settings), one, view) for one in settings.data]
     test = [_read(one, stage, one.test_split, settings) if one.test_split else None for one in settings.data]
@@ -62,6 +62,8 @@ def load_data(stage: StageName, settings: TrainSettings) -> StageData:
     blended = _blend([reading.rows for reading in train], counts, settings)
     if isinstance(settings, RewardSettings):
         check_objectives(blended, settings)
+    if view == "unpaired":
+        _check_labels(blended)
     return StageData(blended, datasets.concatenate_datasets(measured) if measured else None, told)
 
 
@@ -125,6 +127,17 @@ def _blend(sources: list[Dataset], counts: list[int], settings: TrainSettings) -
         sources = [rows.shuffle(seed=settings.seed).select(range(n)) for rows, n in zip(sources, counts, strict=True)]
     shared = [name for name in sources[0].column_names if all(name in rows.column_names for rows in sources)]
     return datasets.concatenate_datasets([rows.select_columns(shared) for rows in sources])
+
+
+def _check_labels(rows: Dataset) -> None:
+    """Raises `ConfigError` where all completions have one label: KTO moves good ones and bad ones apart."""
+    if len(labels := set(rows["label"])) == 1:
+        told, lacking = ("good", "false") if labels.pop() else ("bad", "true")
+        instead = ", or train sft on these" if told == "good" else ""
+        raise ConfigError(
+            f"data: all {len(rows)} completions are labelled {told}; KTO needs both: add a source that has rows with label "
+            f"{lacking}{instead}"
+        )
 
 
 def _tell(source: SourceSettings, used: int, reading: Reading, held: Reading | None) -> Row:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, StoreError
-from cai.training.folder import TrainFolder
+from cai.training.folder import STARTS_OVER, TrainFolder
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _NO_DISK = re.compile(
@@ -45,8 +45,8 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
 def _memory(arguments: Any) -> EngineError:
     return EngineError(
         f"out of memory: lower trl.per_device_train_batch_size ({arguments.per_device_train_batch_size} here; "
-        "trl.gradient_accumulation_steps keeps what a step sees) or trl.max_length, set trl.gradient_checkpointing: true, or "
-        "train adapters (--lora); then start over with --fresh"
+        "trl.gradient_accumulation_steps keeps what a step sees) or trl.max_length, or set trl.gradient_checkpointing: true, "
+        f"or lora: true to train adapters; then {STARTS_OVER}"
     )
 
 

@@ -2,7 +2,7 @@
 
 OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
 OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
-OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows
+OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows, seconds
 OUT/reward.json, members/N                       what makes one reward of a reward model's outputs; the models of several
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,9 @@ from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
 
 Mode = Literal["continue", "fresh"]
+STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
+"""What to do when settings have been changed, whichever command trains."""
+_SECONDS = "run/seconds.json"
 _STATE = "trainer_state.json"
 
 
@@ -50,6 +54,7 @@ class TrainFolder:
         cannot be written.
         """
         self.path, self._run, self._lock = path.absolute(), path.absolute() / "run", None
+        self._opened, self._before = time.monotonic(), 0.0
         if leads:
             self._take(path, identity, mode)
 
@@ -77,8 +82,13 @@ class TrainFolder:
         if before is not None and before != identity:
             changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
             lines = "\n".join(f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now" for key in changed)
-            raise ConfigError(f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over")
+            raise ConfigError(
+                f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over (in cai run with "
+                "--from and --until this stage, or all stages begin anew)"
+            )
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
+        told = (self._read(_SECONDS) or {}).get("seconds")
+        self._before = float(told) if isinstance(told, int | float) else 0.0
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -129,6 +139,17 @@ class TrainFolder:
     def log(self) -> Path:
         """Measures as JSON, a line for each logged step."""
         return self._run / "log.jsonl"
+
+    @property
+    def seconds(self) -> float:
+        """How long this and earlier sessions took; one that was killed counts up to its last checkpoint."""
+        return round(self._before + time.monotonic() - self._opened, 1)
+
+    def note_seconds(self) -> None:
+        """Keep them for a session that goes on from here; where that cannot be, something else tells of the disk."""
+        if self._lock is not None:
+            with suppress(StoreError):
+                self.write(_SECONDS, json.dumps({"seconds": self.seconds}) + "\n")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         with suppress(OSError, ValueError):

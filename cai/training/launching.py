@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from cai import errors
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
@@ -59,7 +60,7 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
 
 def find_config(how: str) -> tuple[Path, int | None]:
     """The configuration of accelerate, and how many processes; None where that is as it says. Raises `ConfigError`."""
-    built_in = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    built_in = _built_in()
     if how.isdigit() and int(how) > 1:
         return built_in["ddp"], int(how)
     if how in built_in:
@@ -69,11 +70,30 @@ def find_config(how: str) -> tuple[Path, int | None]:
             )
         return built_in[how], devices
     if (path := Path(os.path.expanduser(how))).is_file():
+        _check_config(path)
         return path, None
     raise ConfigError(
         f"--launch {how}: expected a number of processes from 2 on, one of {', '.join(built_in)}{nearest(how, built_in)}, or a "
         "file that `accelerate config` wrote"
     )
+
+
+def _built_in() -> dict[str, Path]:
+    """By name, the configurations that come with the package."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def _check_config(path: Path) -> None:
+    """Raises `ConfigError` for a file that accelerate does not take as its configuration."""
+    try:
+        if not isinstance(yaml.safe_load(path.read_text()), dict):
+            raise ValueError("expected a mapping of keys, such as distributed_type: MULTI_GPU")
+        load_config_from_file(str(path))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as exc:
+        raise ConfigError(
+            f"--launch {path}: this is no configuration of accelerate: {' '.join(str(exc).split()).rstrip('.')}; write one "
+            f"with accelerate config --config_file {path}, or name one of {', '.join(_built_in())}"
+        ) from exc
 
 
 def check_launch(stage: str, settings: TrainSettings, how: str) -> None:

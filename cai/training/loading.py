@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
-from cai.errors import ConfigError
+from cai.errors import ConfigError, EngineError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
 from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
 from cai.training.settings import DpoSettings, RewardSettings
-from cai.weights import best_device, context_of_place, loading, pretrained
+from cai.weights import best_device, config_of_place, context_of_place, loading, pretrained, vocabulary_of_place
 
 _DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 """What every chat template can write."""
@@ -49,6 +50,28 @@ def _named(key: str, model: str) -> ModelPlace:
 def _refuse_classifier(key: str, name: str, place: ModelPlace) -> None:
     if is_classifier(Path(place.source)):
         raise ConfigError(f"{key} '{name}' is a reward model (a classifier), which writes nothing; name a language model")
+
+
+def check_reference(settings: TrainSettings) -> None:
+    """Raises `ConfigError` where the reference that is named has another text for a token of the model's, or none: it reads
+    the model's tokens. How many its embeddings have room for may differ."""
+    if not isinstance(settings, DpoSettings) or not settings.reference:
+        return
+    place, other = find_model(settings), _named("reference", settings.reference)
+    with loading(f"the tokenizer of '{settings.model}'"):
+        own = vocabulary_of_place(place)
+    with loading(f"the configuration of '{settings.reference}'"):
+        room = config_of_place(other).get_text_config().vocab_size
+    theirs: dict[str, int] = {}
+    with suppress(EngineError), loading("a tokenizer"):  # the reference can do without
+        theirs = vocabulary_of_place(other)
+    what = ""
+    if (needed := max(own.values()) + 1) > room:
+        what = f"{room:,} tokens where model '{settings.model}' has {needed:,}"
+    elif any(own.get(text, number) != number for text, number in theirs.items()):
+        what = f"other tokens than model '{settings.model}'"
+    if what:
+        raise ConfigError(f"reference '{settings.reference}' has {what}, whose it reads; name one with the same tokenizer")
 
 
 def context_of(settings: TrainSettings) -> int | None:

@@ -22,6 +22,7 @@ from cai.config import PromptsConfig
 from cai.errors import PromptSourceError, RowError
 from cai.prompts import read_raw, to_completion, to_pair, to_prompt
 from cai.prompts.files import Raw, read_file
+from cai.prompts.sources import What
 from cai.training.base_settings import SourceSettings
 from cai.types import Messages
 
@@ -63,6 +64,11 @@ def place(source: SourceSettings) -> Path:
     return Path(os.path.expanduser(source.source))
 
 
+def called(view: View) -> What:
+    """What a source of a view is called in errors: only prompts may be a built-in set."""
+    return "prompts" if view == "prompt" else "data"
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run of `cai generate`."""
     return (path / "manifest.json").is_file() and (path / "data").is_dir()
@@ -91,9 +97,8 @@ def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Ite
     is_one_split = source.source == "-" or path.is_file() or (path / "state.json").is_file()
     if is_one_split and split != source.split:
         return None
-    return read_raw(
-        PromptsConfig(split=split, **source.model_dump(include={"source", "subset", "data_dir", "revision", "limit"}))
-    )
+    where = source.model_dump(include={"source", "subset", "data_dir", "revision", "limit"})
+    return read_raw(PromptsConfig(split=split, **where), called(view))
 
 
 def _read(raw_rows: Iterator[Raw], parse: Callable[[Any], Row], features: Features) -> Reading:

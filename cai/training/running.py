@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import context_of, find_model, load_tokenizer
+from cai.training.loading import check_reference, context_of, find_model, load_tokenizer
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
@@ -61,12 +60,14 @@ def train(
     with _quietly():
         place = find_model(settings)
         make_arguments(stage, settings, out)
+        check_reference(settings)
         show.note("reading the data")
         data = load_data(stage, settings)
         processes = PartialState()
         told = identity(stage, settings, place.version, data, processes.num_processes)
         with _opened(out, told, mode, processes) as folder:
-            watch = Watch(folder.log, show, 0.0 if keeps_own_pace(settings) else 60.0, stop_file)
+            spare = 0.0 if keeps_own_pace(settings) else 60.0
+            watch = Watch(folder.log, show, spare, stop_file, folder.note_seconds)
             return folder.finished or _train(stage, settings, data, folder, watch, show)
 
 
@@ -125,13 +126,16 @@ def rows_hash(data: StageData) -> str:
 def _train(
     stage: StageName, settings: TrainSettings, data: StageData, folder: TrainFolder, watch: Watch, show: Show
 ) -> dict[str, Any]:
-    began, processes = time.time(), PartialState()
-    if isinstance(settings, RewardSettings):
-        from cai.training.members import train_members
+    processes = PartialState()
+    try:
+        if isinstance(settings, RewardSettings):
+            from cai.training.members import train_members
 
-        outcome = train_members(settings, data, folder, watch, show)
-    else:
-        outcome = _train_one(stage, settings, data, folder, watch, show)
+            outcome = train_members(settings, data, folder, watch, show)
+        else:
+            outcome = _train_one(stage, settings, data, folder, watch, show)
+    finally:
+        folder.note_seconds()
     manifest = {
         "status": "done",
         "stage": stage,
@@ -141,7 +145,7 @@ def _train(
         "training": outcome.training,
         "steps": outcome.steps,
         "measures": outcome.measures,
-        "seconds": round(time.time() - began, 1),
+        "seconds": folder.seconds,
         "versions": {name: version for name in _VERSIONS if (version := _version(name))},
     }
     if processes.is_main_process:

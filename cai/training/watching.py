@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from cai.errors import EngineError
+from cai.training.folder import STARTS_OVER
 
 _SPARE = 60.0
 """Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
@@ -52,9 +53,17 @@ class Watch(TrainerCallback):
     In several processes all do the same thing at the same step: save, or stop.
     """
 
-    def __init__(self, log: Path, show: Show, spare: float = _SPARE, stop_file: Path | None = None) -> None:
-        """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C."""
-        self._log, self._show, self._spare, self._stop_file = log, show, spare, stop_file
+    def __init__(
+        self,
+        log: Path,
+        show: Show,
+        spare: float = _SPARE,
+        stop_file: Path | None = None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
+        """`spare`: least seconds between two checkpoints; `stop_file`: where it appears, training stops as by Ctrl-C; `saved`
+        is called after each checkpoint."""
+        self._log, self._show, self._spare, self._stop_file, self._saved = log, show, spare, stop_file, saved
         self._saved_at = time.monotonic()
         self.stopping = False
 
@@ -87,6 +96,8 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The next checkpoint is so much later."""
         self._saved_at = time.monotonic()
+        if self._saved:
+            self._saved()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **given: Any) -> None:
         """One line of JSON."""
@@ -162,5 +173,5 @@ def _no_number(what: str, args: Any, state: Any) -> str:
     where = f"{kept[-1]} is from before; " if kept else ""
     return (
         f"{what} is not a finite number at step {state.global_step + 1} of {state.max_steps} (epoch {state.epoch or 0:.2f}); "
-        f"{where}lower trl.learning_rate, or set dtype: float32, and start over with --fresh or another -o"
+        f"{where}lower trl.learning_rate, or set dtype: float32; then {STARTS_OVER}"
     )
