@@ -39,6 +39,7 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
+from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, start_from
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
@@ -134,6 +135,13 @@ class PPOTrainer(GRPOTrainer):
         return found
 
     # ------------------------------------------------------------------------------------------------ rollouts
+    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+        """TRL's; with the adapters merged where it is the CPU that writes: they take as long as their layers there."""
+        model = self.accelerator.unwrap_model(self.model)
+        slow = is_peft_model(model) and not self.use_vllm and self.accelerator.device.type == "cpu"
+        with merged(model) if slow else nullcontext():
+            return super()._generate_single_turn(*given, **named)
+
     def _calculate_rewards(self, *given: Any, **named: Any) -> Tensor:
         """TRL's; kept, since PPO needs the scores and not what GRPO makes of them."""
         self._scores = super()._calculate_rewards(*given, **named)
