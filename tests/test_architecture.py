@@ -18,7 +18,7 @@ ORDER = [
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
-    {"weights", "control_tokens", "intervals"},
+    {"weights", "control_tokens", "intervals", "report"},
     {"reliability", "rewards"},
     {"engines"},
     {"judging"},
@@ -26,7 +26,7 @@ ORDER = [
     {"distributed"},
     {"dataset", "training"},
     {"evaluation"},
-    {"report", "review"},
+    {"review"},
     {"pipeline"},
     {"cli"},
 ]

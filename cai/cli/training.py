@@ -24,6 +24,7 @@ _LINE_EVERY = 15.0
 """Seconds between plain lines of one phase."""
 _SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
 """Measures that are shown as they come."""
+_ONLINE = ("ppo", "rloo", "grpo", "online-dpo")
 _NEXT = {
     "reward": "score completions:  cai reward score {out} completions.jsonl",
     "sft": "train on pairs:     cai train dpo DATA -m {out}",
@@ -70,13 +71,16 @@ class _Bar:
     """A bar of steps, and above it what was noted."""
 
     def __init__(self, bar: Progress) -> None:
-        self._bar, self._pace, self._told = bar, _Pace(), ""
+        self._bar, self._pace, self._told, self._trains = bar, _Pace(), "", False
         self._task = bar.add_task("", total=None, state="")
 
     def note(self, text: str) -> None:
+        if self._trains:  # the next step would take its place
+            self._bar.console.print(escape(text), soft_wrap=True)
         self._bar.update(self._task, description=escape(text), state="")
 
     def step(self, done: int, total: int, measures: Mapping[str, float]) -> None:
+        self._trains = done < total
         self._told = _told(measures) or self._told
         state = self._told + self._pace.left(done, total)
         self._bar.update(self._task, description=f"step {done:,} of {total:,}", completed=done, total=total, state=state)
@@ -117,7 +121,8 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
     for split, count in manifest["unlabelled"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: no verdict on any objective")
-    if not any(one["test"] for one in manifest["data"]):
+    _show_guarded(manifest)
+    if not (any(one["test"] for one in manifest["data"]) or manifest["stage"] in _ONLINE):
         console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
     if told := manifest.get("training"):
@@ -128,5 +133,29 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         interval = f"  ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
         console.print(f"  {value:>10.4g}  {escape(name)}{interval}")
     console.print(f"\nmodel: {escape(str(out))}", soft_wrap=True)
+    for name, place in (("best by gold", "best"), ("pictures", "training.html")):
+        if (out / place).exists():
+            console.print(f"{name}: {escape(str(out / place))}", soft_wrap=True)
     follow = _NEXT.get(manifest["stage"], "use it:             cai generate -m {out}")
     console.print(escape(follow.format(out=out)), soft_wrap=True)
+
+
+def _show_guarded(manifest: dict[str, Any]) -> None:
+    """Of an online stage, what stopped it, and how gold went."""
+    if stopped := manifest.get("stopped"):
+        console.print(f"[yellow]stopped[/] after step {stopped['step']:,}: {escape(stopped['why'])}", soft_wrap=True)
+    if best := manifest.get("best"):
+        first, last = manifest["gold"]["first"], manifest["gold"]["last"]
+        console.print(
+            f"gold by {escape(manifest['gold']['by'])}: from {_estimated(first)} to {_estimated(last)}, best at step "
+            f"{best['step']:,}: {_estimated(best)}",
+            soft_wrap=True,
+        )
+    elif manifest["stage"] in _ONLINE:
+        console.print("[yellow]no gold measure[/]: whether answers got better with the reward is not known")
+
+
+def _estimated(measure: Mapping[str, float]) -> str:
+    """`0.41 (0.33 to 0.48)`."""
+    ends = f" ({measure['gold_low']:.3g} to {measure['gold_high']:.3g})" if "gold_low" in measure else ""
+    return f"{measure['gold']:.3g}{ends}"

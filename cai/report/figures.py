@@ -19,6 +19,8 @@ BLUE, ORANGE, GREY = "#3f8fd2", "#d1731c", "#8a8a8a"
 """Told apart by colour-blind people too, and at least 3:1 against both white and near black (WCAG 2.2, 1.4.11)."""
 _WIDTH, _ROW = 7.2, 0.27
 _LONGEST = 44
+_FEW = 40
+"""So many points of a line are shown as dots."""
 _INK = re.compile(r"(fill|stroke): #000000")
 _UNUSED = re.compile(r'(<g|<path) id="(?!C\d)[^"]*_\d+"')
 """Names like `line2d_3`, to which nothing refers and which all figures of a page would share."""
@@ -89,6 +91,44 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="both" if axes is upper else "x")
     _percent(upper, "y")
     _percent(lower, "x")
+    return figure
+
+
+class Series(NamedTuple):
+    """One line of a plot; `band` are the ends of its intervals, `style` tells lines of one colour apart."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = BLUE
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    style: int = 0
+
+
+def panels(plots: Mapping[str, Sequence[Series]], xlabel: str, mark: tuple[str, float] | None) -> Figure:
+    """Plots one under the other with the same x, each with what it shows above it; a dashed line at the named `mark`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure((_WIDTH, 0.5 + 1.75 * len(plots)), layout="constrained")
+    column = figure.subplots(len(plots), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, series) in zip(column, plots.items(), strict=True):
+        for one in series:
+            dots = "o" if len(one.x) <= _FEW else ""
+            style = ("-", "--", ":")[one.style]
+            axes.plot(one.x, one.y, style, marker=dots, markersize=4.5, color=one.colour, linewidth=1.5, label=one.label)
+            if one.band:
+                axes.fill_between(one.x, *one.band, color=one.colour, alpha=0.2, linewidth=0)
+        axes.set_title(label, loc="left", fontsize=9.5)
+        axes.grid(axis="both")
+        if mark:
+            axes.axvline(mark[1], color=GREY, linestyle="--", linewidth=1.1, zorder=0)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1, 1))
+    if mark:
+        column[0].text(mark[1], 0.98, f" {mark[0]}", transform=column[0].get_xaxis_transform(), va="top", color=GREY)
+    column[-1].set_xlabel(xlabel)
+    column[-1].xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], min_n_ticks=1))
     return figure
 
 

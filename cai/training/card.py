@@ -11,6 +11,7 @@ from cai.documents import dump
 from cai.intervals import gathered
 from cai.models import ALIASES, public_name
 from cai.training.base_settings import TrainSettings
+from cai.training.online.settings import OnlineSettings
 from cai.training.settings import StageName
 
 _WHAT: dict[StageName, str] = {
@@ -49,6 +50,10 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         unlabelled=manifest["unlabelled"],
         held_out=sum(one["test"] for one in manifest["data"]),
         measures=measures,
+        is_online=isinstance(settings, OnlineSettings),
+        stopped=manifest.get("stopped"),
+        best=manifest.get("best"),
+        gold=manifest.get("gold"),
         recipe=dump({stage: _recipe(settings)}),
     )
 

@@ -3,6 +3,7 @@
 OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
 OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
 OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows, seconds
+OUT/best/, training.html                         of an online stage, the policy with the best gold, and pictures
 OUT/reward.json, members/N                       what makes one reward of a reward model's outputs; the models of several
 """
 

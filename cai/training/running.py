@@ -28,6 +28,7 @@ from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
 from cai.training.loading import check_reference, context_of, find_model, load_tokenizer
+from cai.training.online.settings import OnlineSettings
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
@@ -145,6 +146,7 @@ def _train(
         "training": outcome.training,
         "steps": outcome.steps,
         "measures": outcome.measures,
+        **outcome.guarded,
         "seconds": folder.seconds,
         "versions": {name: version for name in _VERSIONS if (version := _version(name))},
     }
@@ -174,10 +176,11 @@ def _train_one(
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
         fit(trainer, watch, folder.last_checkpoint(), show)
-        show.note("measuring on held-out rows" if data.test else "saving the model")
+        show.note("saving the model" if arguments.eval_strategy == "no" else "measuring on held-out rows")
         measures = measure(trainer, data)
         save_model(trainer, settings, folder.path)
-    return Outcome(trainer.state.global_step, measures, left_out, effective(arguments))
+        guarded = trainer.safeguards.finish() if isinstance(settings, OnlineSettings) else {}
+    return Outcome(trainer.state.global_step, measures, left_out, effective(arguments), guarded)
 
 
 def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, manifest: dict[str, Any]) -> None:
@@ -185,6 +188,7 @@ def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, mani
     folder.write("README.md", render_card(stage, settings, manifest, folder.path.name))
     folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(folder.rows, ignore_errors=True)
+    shutil.rmtree(folder.path / "run" / "best", ignore_errors=True)
     (folder.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's own
     with suppress(OSError):  # there are checkpoints where it took long enough
         folder.checkpoints.rmdir()

@@ -22,15 +22,48 @@ def save_model(trainer: Any, settings: TrainSettings, path: Path) -> None:
 
     Raises `OSError`, or what safetensors makes of it.
     """
-    merges = settings.lora is not None and settings.lora.merge
-    target = path / "run" / "adapters" if merges else path
+    target = path / "run" / "adapters" if _merges(settings) else path
     _unwrapped(trainer).config.use_cache = True  # off while it was trained
     trainer.save_model(str(target))  # gathers what is spread over processes
     if not PartialState().is_main_process:
         return
-    if merges:
+    if _merges(settings):
         _save_merged(trainer, settings, target, path)
         shutil.rmtree(target)
+    _save_rest(trainer, path)
+
+
+def keep_weights(trainer: Any, path: Path) -> None:
+    """Write what is trained (all weights, or the adapters) into the folder `path`, whole or not at all, while training goes on.
+    All processes call this."""
+    part = path.with_name(f"{path.name}.part")
+    config = _unwrapped(trainer).config
+    caches, config.use_cache = config.use_cache, True
+    trainer.save_model(str(part), _internal_call=True)
+    config.use_cache = caches
+    if PartialState().is_main_process:
+        shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+
+
+def save_kept(trainer: Any, settings: TrainSettings, kept: Path, path: Path) -> None:
+    """Make of what `keep_weights` wrote a folder as `save_model` writes one, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if _merges(settings):
+        _save_merged(trainer, settings, kept, part)
+    else:
+        shutil.copytree(kept, part)
+    _save_rest(trainer, part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.replace(path)
+
+
+def _merges(settings: TrainSettings) -> bool:
+    return settings.lora is not None and settings.lora.merge
+
+
+def _save_rest(trainer: Any, path: Path) -> None:
     trainer.processing_class.save_pretrained(path)
     (path / _PICKLED).unlink(missing_ok=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cai.training.base_settings import TrainSettings
@@ -47,6 +49,8 @@ class Outcome(NamedTuple):
     left_out: LeftOut
     training: dict[str, Any]
     """What it was trained by: see `cai.training.arguments.effective`."""
+    guarded: Mapping[str, Any] = MappingProxyType({})
+    """Of an online stage, what its safeguards tell: `stopped`, `best`, `gold`."""
 
 
 def build_trainer(stage: StageName, parts: Parts) -> Any:

@@ -6,18 +6,22 @@ from typing import Any
 
 from cai.models import locate
 from cai.training.loading import adapters, find_model, load_policy
-from cai.training.online.rewards import build_reward
+from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
 from cai.training.stage import Parts
 
 
 def build(parts: Parts) -> Any:
-    """The stage's trainer."""
+    """The stage's trainer, guarded: see `cai.training.online.safeguards`."""
     settings = parts.settings
     assert isinstance(settings, OnlineSettings)
     parts.tokenizer.padding_side = parts.tokenizer.truncation_side = "left"
-    rewards = [build_reward(one, settings.seed) for one in settings.reward]
-    given = {"model": load_policy(settings), "reward_funcs": rewards, "peft_config": adapters(settings), **parts.shared}
+    guards = Safeguards(parts)
+    more = {"reward_funcs": guards.rewards, "train_dataset": guards.held_out.train, "peft_config": adapters(settings)}
+    return guards.guard(_trainer(settings, {**parts.shared, "model": load_policy(settings), **more}))
+
+
+def _trainer(settings: OnlineSettings, given: dict[str, Any]) -> Any:
     if isinstance(settings, PpoSettings):
         return _ppo(settings, given)
     if isinstance(settings, OnlineDpoSettings):

@@ -1,0 +1,181 @@
+"""The page beside the checkpoints of an online training, made of what it writes; its template is `training.html.jinja`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from cai.report import figures
+from cai.report.figures import BLUE, GREY, ORANGE, Series
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "training.html"
+_FOLDER = Path(__file__).parent
+_TIMES = 6
+"""Steps at which completions are shown, spread over the training."""
+_COLOURS = (BLUE, ORANGE, GREY)
+_KL = {"KL, nats a completion": ("objective/kl",), "coefficient of the KL": ("objective/kl_coef",)}
+_VALUE = {"explained variance of the values": ("value/explained_variance",), "loss of the values": ("value/loss",)}
+_LENGTH = {"words of a completion": ("words",), "tokens of a completion": ("tokens",)}
+_DISAGREEMENT = {"disagreement of the ensemble": ("reward_disagreement",)}
+_MONITORS = {
+    "distinct n-grams": ("distinct_1", "distinct_2"),
+    "shares": ("repetition", "refusals", "empty", "unfinished", "language_changes"),
+    "entropy, nats a token": ("entropy",),
+    "reward with length": ("length_correlation_overall", "length_correlation_within_prompts"),
+    "spread of the reward": ("reward_spread",),
+}
+"""The plots of each figure, one under the other, and the measures in each."""
+
+Line = Mapping[str, Any]
+
+
+class Written(NamedTuple):
+    """What a training has written so far: lines of each step, in their order."""
+
+    log: list[Line]
+    rollouts: list[Line]
+    gold: list[Line]
+    samples: list[Line]
+    stopped: Line | None
+
+
+def write_page(out: Path) -> None:
+    """Write OUT/training.html, whole or not at all."""
+    part = out / f"{PAGE}.part"
+    part.write_text(render_training(read_training(out), out.name), encoding="utf-8", errors="backslashreplace")
+    part.replace(out / PAGE)
+
+
+def read_training(out: Path) -> Written:
+    """What lies in OUT/run; of a step that was logged twice, since the training went on from before it, the last line."""
+    run, stopped = out / "run", out / "run" / "stopped.json"
+    by_step = [{line["step"]: line for line in _lines(run / f"{name}.jsonl")} for name in ("log", "rollouts", "gold")]
+    log, rollouts, gold = ([one[step] for step in sorted(one)] for one in by_step)
+    told = json.loads(stopped.read_bytes()) if stopped.exists() else None
+    return Written(log, rollouts, gold, _lines(run / "samples.jsonl"), told)
+
+
+def _lines(file: Path) -> list[Line]:
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the last one, while it is written
+    return found
+
+
+def render_training(written: Written, title: str) -> str:
+    """One HTML page that asks for nothing from outside; what was not measured is not shown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "ends": _ends}
+    with figures.style():
+        drawn = {name: Markup(figures.svg(figure, name)) for name, figure in draw(written).items()}
+    last = max((line["step"] for line in (*written.log, *written.rollouts, *written.gold)), default=0)
+    return environment.get_template("training.html.jinja").render(
+        written=written, title=title, figures=drawn, steps=last, best=best_of(written.gold), samples=_shown(written.samples)
+    )
+
+
+def best_of(gold: Sequence[Line]) -> Line | None:
+    """The measure with the highest gold, the first of several."""
+    return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
+
+
+def draw(written: Written) -> dict[str, Figure]:
+    """The page's figures by name, without those that there is nothing for."""
+    best = best_of(written.gold)
+    mark = None if best is None else best["step"]
+    found = {
+        "gold": _gold(written.gold, _step, "step", mark),
+        "frontier": _frontier(written.gold, best),
+        "kl": _plots([*written.log], _KL, mark) or _plots(written.rollouts, {"KL, nats a completion": ("kl",)}, mark),
+        "value": _plots(written.log, _VALUE, mark),
+        "length": _plots(written.rollouts, _LENGTH, mark),
+        "disagreement": _plots(written.log, _DISAGREEMENT, mark),
+        "monitors": _plots(written.rollouts, _MONITORS, mark),
+    }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _step(line: Line) -> float:
+    return float(line["step"])
+
+
+def _root_of_kl(line: Line) -> float:
+    return math.sqrt(max(0.0, line["kl"]))
+
+
+def _frontier(gold: Sequence[Line], best: Line | None) -> Figure | None:
+    """The same over the square root of the KL, from left to right."""
+    known = sorted((line for line in gold if line.get("kl") is not None), key=_root_of_kl)
+    if len(known) < 2:
+        return None
+    mark = _root_of_kl(best) if best and best.get("kl") is not None else None
+    return _gold(known, _root_of_kl, "√KL from the reference (nats a completion)", mark)
+
+
+def _gold(gold: Sequence[Line], x: Any, label: str, mark: float | None) -> Figure | None:
+    plots = {}
+    for name, what, colour in (("gold", "gold", ORANGE), ("proxy", "reward that is trained on", BLUE)):
+        known = [line for line in gold if line[name] is not None]
+        ends = [[_or(line.get(f"{name}_{end}"), line[name]) for line in known] for end in ("low", "high")]
+        if known:
+            plots[what] = [Series("", [x(line) for line in known], [line[name] for line in known], colour, (ends[0], ends[1]))]
+    return figures.panels(plots, label, ("best", mark) if mark is not None else None) if plots else None
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def _plots(lines: Sequence[Line], wanted: Mapping[str, Sequence[str]], mark: float | None) -> Figure | None:
+    plots: dict[str, list[Series]] = {}
+    for label, names in wanted.items():
+        for place, name in enumerate(names):
+            known = [line for line in lines if line.get(name) is not None]
+            if known:
+                words = name.removeprefix("length_correlation_").replace("_", " ") if len(names) > 1 else ""
+                colour = _COLOURS[place % len(_COLOURS)]
+                series = Series(
+                    words, [_step(line) for line in known], [line[name] for line in known], colour, style=place // 3
+                )
+                plots.setdefault(label, []).append(series)
+    return figures.panels(plots, "step", ("best", mark) if mark is not None else None) if plots else None
+
+
+def _shown(samples: Sequence[Line]) -> dict[str, list[Line]]:
+    """Of each prompt its completions at several steps, the first and the last among them."""
+    steps = sorted({line["step"] for line in samples})
+    count = min(_TIMES, len(steps))
+    wanted = {steps[round(place * (len(steps) - 1) / max(1, count - 1))] for place in range(count)}
+    found: dict[str, list[Line]] = {}
+    for line in samples:
+        if line["step"] in wanted:
+            found.setdefault(line["prompt"], []).append(line)
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def _ends(line: Line, name: str) -> str:
+    """A mean with its interval."""
+    value, low, high = line[name], line.get(f"{name}_low"), line.get(f"{name}_high")
+    return _number(value) if low is None else f"{_number(value)} ({_number(low)} to {_number(high)})"

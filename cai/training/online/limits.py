@@ -1,0 +1,64 @@
+"""When a training has gone astray, told from the lines of its rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SUSTAINED = 3
+"""Rollouts: the first so many are the beginning, and the last so many have to be beyond a limit, each of them."""
+_FIRST_DISTINCT = 0.25
+"""Of the distinct-2 of the beginning: below this share of it, completions are nearly all alike."""
+_REPETITION, _EMPTY, _UNFINISHED = 0.5, 0.75, 0.95
+"""Shares above which completions are repetitive, empty, or without an end."""
+_RISEN = 0.25
+"""By how much such a share has to be above that of the beginning: what a policy began with is no collapse."""
+
+Line = Mapping[str, Any]
+
+
+def over_kl(lines: Sequence[Line], limit: float) -> str:
+    """What is wrong with the KL from the reference, in nats a completion, or an empty text."""
+    last = [line["kl"] for line in lines if "kl" in line][-_SUSTAINED:]
+    if len(last) < _SUSTAINED or min(last) <= limit:
+        return ""
+    return f"the KL from the reference is {last[-1]:.3g} nats a completion, over limits.kl ({limit:g}) in {_SUSTAINED} rollouts"
+
+
+def collapsed(lines: Sequence[Line]) -> str:
+    """How completions have collapsed in comparison with the first rollouts, or an empty text."""
+    if len(lines) < 2 * _SUSTAINED:
+        return ""
+    first, last = lines[:_SUSTAINED], lines[-_SUSTAINED:]
+    beginning, now = _mean(first, "distinct_2"), _highest(last, "distinct_2")
+    if beginning is not None and now is not None and now < _FIRST_DISTINCT * beginning:
+        return f"completions are nearly all alike: distinct-2 is {now:.2g}, and was {beginning:.2g} at the beginning"
+    for name, limit, what in (
+        ("repetition", _REPETITION, "of what a completion says it has said before"),
+        ("empty", _EMPTY, "of completions are empty"),
+        ("unfinished", _UNFINISHED, "of completions have no end"),
+    ):
+        beginning, now = _mean(first, name), _lowest(last, name)
+        if beginning is not None and now is not None and now > max(limit, beginning + _RISEN):
+            return f"{100 * now:.0f} % {what}; it was {100 * beginning:.0f} % at the beginning"
+    return ""
+
+
+def _known(lines: Sequence[Line], name: str) -> list[float]:
+    return [line[name] for line in lines if name in line]
+
+
+def _mean(lines: Sequence[Line], name: str) -> float | None:
+    known = _known(lines, name)
+    return math.fsum(known) / len(known) if known else None
+
+
+def _highest(lines: Sequence[Line], name: str) -> float | None:
+    known = _known(lines, name)
+    return max(known) if len(known) == len(lines) else None
+
+
+def _lowest(lines: Sequence[Line], name: str) -> float | None:
+    known = _known(lines, name)
+    return min(known) if len(known) == len(lines) else None

@@ -1,0 +1,235 @@
+"""What keeps an online training honest: it watches rollouts, measures the policy by a judge that is not trained on, keeps the
+best one, and stops where the training goes astray. One line is told each time it acts.
+
+run/rollouts.jsonl    a line for each rollout          run/gold.jsonl       a line for each gold measure
+run/stopped.json      what stopped the training        run/samples.jsonl    answers to a few held-out prompts, each time
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from cai.store import write_whole
+from cai.training.online import gold as golden
+from cai.training.online import lines
+from cai.training.online.best import Best
+from cai.training.online.held_out import HeldOut, answer, hold_out
+from cai.training.online.limits import collapsed, over_kl
+from cai.training.online.rewards import Dialogue, Rewards, build_reward
+from cai.training.online.rollouts import Logged, Rollouts
+from cai.training.online.settings import OnlineSettings
+from cai.training.stage import Parts
+from cai.training.watching import AllSteps
+
+_UNSEEN = (
+    "no gold measure: where answers get worse while rewards rise (over-optimisation), nothing shows it; name under gold a "
+    "judge or a reward model that is not trained on"
+)
+_PAGE_EVERY = 30.0
+"""Seconds at least between two writings of the page."""
+
+
+class Safeguards(TrainerCallback):
+    """Of one training. All processes do all of this together; the first one writes and tells."""
+
+    def __init__(self, parts: Parts) -> None:
+        settings = parts.settings
+        assert isinstance(settings, OnlineSettings)
+        self.settings, self._show, self._out, self._run = settings, parts.show, parts.folder, parts.folder / "run"
+        self._rollouts = Rollouts([one.name for one in settings.reward], [one.weight for one in settings.reward])
+        self.rewards = [
+            build_reward(one, settings.seed, partial(self._tell, place)) for place, one in enumerate(settings.reward)
+        ]
+        gold = settings.gold
+        self._gold = build_reward(gold, settings.seed) if gold else None
+        self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
+        self._leads = PartialState().is_main_process
+        self._best = Best(parts.folder)
+        self._lines: list[dict[str, Any]] = []
+        self._golds: list[dict[str, Any]] = []
+        self._stopped: dict[str, Any] | None = None
+        self._trainer: Any = None
+        self._went_on = False
+        self._page_at = time.monotonic()
+
+    def guard(self, trainer: Any) -> Any:
+        """The trainer, guarded."""
+        self._trainer, self._logged = trainer, Logged(trainer)
+        trainer.add_callback(self)
+        trainer.safeguards = self
+        return trainer
+
+    def _tell(self, place: int, name: str, prompts: list[Dialogue], texts: list[str], rewards: Rewards) -> None:
+        if self._trainer.model.training:
+            self._rollouts.add(place, prompts, texts, rewards)
+
+    # ------------------------------------------------------------------------------------------------ while it trains
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure what it begins with. Raises `AllSteps` where the checkpoint is the one that it was stopped at."""
+        self._go_on(state.global_step)
+        if self._stopped:
+            raise AllSteps
+        if self._gold is None:
+            self._note(_UNSEEN)
+        if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:
+            self._note(
+                "limits.kl: with trl.beta 0 there is no reference, so the KL is not known and does not stop the training"
+            )
+        self._measure(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Look at the rollout, measure where it is time to, and stop where there is reason to."""
+        step, limits = state.global_step, self.settings.limits
+        reason = self._look(step)
+        if self._is_due(step, state.max_steps):
+            reason = self._measure(step) or reason
+        if not reason and limits.steps is not None and step >= limits.steps:
+            reason = ("steps", f"limits.steps is {limits.steps:,}")
+        [reason] = broadcast_object_list([reason])
+        if reason and step < state.max_steps:
+            self._stop(step, *reason)
+            control.should_training_stop = control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The trainer's own measures begin anew."""
+        self._logged.forget()
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """What was best at the checkpoint before is not needed any more."""
+        self._best.go_on(self._best_step)
+
+    def _go_on(self, step: int) -> None:
+        """Take up what was written until `step`, the one of the checkpoint that training goes on from."""
+        if self._went_on:
+            return
+        self._went_on = True
+        if self._leads:
+            lines.keep_until(self._run / "samples.jsonl", step)
+            self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
+            self._golds = lines.keep_until(self._run / "gold.jsonl", step)
+            told = self._run / "stopped.json"
+            self._stopped = json.loads(told.read_bytes()) if told.exists() else None
+            if self._stopped and self._stopped["step"] != step:
+                told.unlink()
+                self._stopped = None
+        self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
+        self._best.go_on(self._best_step)
+
+    def _look(self, step: int) -> tuple[str, str] | None:
+        """Write down what the rollout since the last step is like; why to stop, if there is a reason."""
+        rollout = self._rollouts.take()
+        if rollout is None:
+            return None
+        for text in self._rollouts.constant(rollout):
+            self._note(text)
+        line = self._rollouts.line(step, rollout, self._logged.take())
+        self._lines.append(line)
+        if self._leads:
+            lines.append(self._run / "rollouts.jsonl", line)
+        limits = self.settings.limits
+        if limits.kl is not None and (text := over_kl(self._lines, limits.kl)):
+            return "kl", text
+        if limits.collapse and (text := collapsed(self._lines)):
+            return "collapse", text
+        return None
+
+    def _is_due(self, step: int, all_steps: int) -> bool:
+        gold, limit = self.settings.gold, self.settings.limits.steps
+        if gold is None:
+            return False
+        last = min(all_steps, limit or all_steps)
+        every = math.ceil(gold.every * last) if gold.every < 1 else round(gold.every)
+        return step % every == 0 or step == last
+
+    def _measure(self, step: int) -> tuple[str, str] | None:
+        """Measure the policy, unless that was done at this step; why to stop, if there is a reason."""
+        if self._gold is None or any(line["step"] == step for line in self._golds):
+            return None
+        rewards, seed = [one.untold for one in self.rewards], self.settings.seed
+        answers = answer(self._trainer, self.held_out.prompts, rewards, self._gold, seed)
+        line = golden.measured(step, answers, self._rollouts.weights, seed)
+        if golden.best_of([*self._golds, line]) is line:
+            self._best.keep(self._trainer, step)
+        self._golds.append(line)
+        if self._leads:
+            lines.append(self._run / "samples.jsonl", *self._samples(step, answers))
+            lines.append(self._run / "gold.jsonl", line)
+            self._draw()
+        assert self.settings.gold is not None
+        text = golden.over_optimised(self._golds, seed) if self.settings.gold.stop else ""
+        return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
+
+    def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
+        shown = answers[: golden.SHOWN]
+        return [
+            {
+                "step": step,
+                "prompt": self.held_out.prompts[one.number]["prompt"][-1]["content"],
+                "completion": one.text,
+                "proxy": proxy,
+                "gold": one.gold,
+            }
+            for one, proxy in zip(shown, golden.proxies_of(shown, self._rollouts.weights), strict=True)
+        ]
+
+    def _stop(self, step: int, reason: str, text: str) -> None:
+        self._stopped = {"reason": reason, "step": step, "why": text}
+        self._note(f"stopped after step {step}: {text}")
+        if self._leads:
+            write_whole(self._run / "stopped.json", json.dumps(self._stopped) + "\n")
+
+    def _note(self, text: str) -> None:
+        if self._leads:
+            self._show.note(text)
+
+    # ------------------------------------------------------------------------------------------------ at the end
+    def finish(self) -> dict[str, Any]:
+        """Write OUT/best and the page; what the manifest tells of all this. All processes call this."""
+        self._go_on(self._trainer.state.global_step)
+        if self._golds and (best := golden.best_of(self._golds)):
+            self._best.save(self._trainer, self.settings, best["step"])
+        if self._leads:
+            self._draw(last=True)
+        return {**({"stopped": self._stopped} if self._stopped else {}), **self._told_gold()}
+
+    @property
+    def _best_step(self) -> int | None:
+        best = golden.best_of(self._golds)
+        return int(best["step"]) if best else None
+
+    def _told_gold(self) -> dict[str, Any]:
+        best = golden.best_of(self._golds)
+        if best is None or self.settings.gold is None:
+            return {}
+        first, last = self._golds[0], self._golds[-1]
+        return {
+            "best": _short(best),
+            "gold": {"by": self.settings.gold.name, "prompts": best["answers"], "first": _short(first), "last": _short(last)},
+        }
+
+    def _draw(self, last: bool = False) -> None:
+        """Write the page, unless that was done just before."""
+        if not last and time.monotonic() - self._page_at < _PAGE_EVERY:
+            return
+        if find_spec("matplotlib") is None:
+            self._note("pictures need matplotlib: pip install matplotlib") if last else None
+            return
+        from cai.report.training import write_page
+
+        write_page(self._out)
+        self._page_at = time.monotonic()
+
+
+def _short(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest has of a measure."""
+    return {name: line[name] for name in ("step", "gold", "gold_low", "gold_high", "proxy") if line.get(name) is not None}

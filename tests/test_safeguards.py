@@ -1,0 +1,442 @@
+"""What keeps online training honest: monitors against naive code, the decision to stop, and runs that it stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cai.cli.training import show_summary
+from cai.errors import ConfigError, Interrupted
+from cai.training.arguments import make_arguments
+from cai.training.data import StageData, load_data
+from cai.training.launching import launch
+from cai.training.loading import load_tokenizer
+from cai.training.online import gold, lines, monitors
+from cai.training.online.distance import log_ratios
+from cai.training.online.held_out import Answer, hold_out
+from cai.training.online.limits import collapsed, over_kl
+from cai.training.online.rollouts import Rollout, Rollouts
+from cai.training.online.safeguards import Safeguards
+from cai.training.running import train
+from cai.training.stage import Parts, build_trainer
+from tests.stages import WORDS, Shown, make_settings, write_rows
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TEXTS = st.lists(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12).map(" ".join), min_size=1, max_size=5)
+FUNCTIONS = """
+def rising(prompts, completions, trainer_state, **columns):
+    return [trainer_state.global_step + len(one[-1]["content"]) / 100 for one in completions]
+
+def rising_then_falling(prompts, completions, trainer_state, **columns):
+    step = trainer_state.global_step
+    return [(step if step <= 2 else 2 - 3 * step) + len(one[-1]["content"]) / 1000 for one in completions]
+
+def rising_gold(prompts, completions, trainer_state, **columns):
+    return [2.0 * trainer_state.global_step + len(one[-1]["content"]) / 1000 for one in completions]
+
+def constant(completions, **columns):
+    return [0.5] * len(completions)
+
+def length(completions, **columns):
+    return [len(one[-1]["content"]) / 10 for one in completions]
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- monitors
+@given(TEXTS, st.integers(1, 3))
+def test_distinct_n_and_repetition_are_those_of_naive_code(texts, n):
+    grams = [[tuple(one.split()[at : at + n]) for at in range(len(one.split()) - n + 1)] for one in texts]
+    everything = [gram for one in grams for gram in one]
+    wanted = len(set(everything)) / len(everything) if everything else None
+    assert monitors.distinct(texts, n) == wanted
+    again = [sum(count - 1 for count in Counter(one).values()) / len(one) for one in grams if one]
+    assert monitors.repetition(texts, n) == (pytest.approx(sum(again) / len(again)) if again else None)
+
+
+def test_words_of_several_scripts():
+    assert monitors.words("Don't STOP, 3 times!") == ["don't", "stop", "3", "times"]
+    assert monitors.words("你好 world") == ["你", "好", "world"]
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("As an AI language model, I have no opinions.", True),
+        ("I cannot do this.", True),
+        ("I apologize, that is nothing I can assist with", True),
+        ("Sure! Knead the dough for ten minutes.", False),
+        ("The door would not open. " * 20 + "I can't say why.", False),
+        ("You can't boil an egg in a microwave.", False),
+    ],
+)
+def test_refusals(text, refuses):
+    assert monitors.refusals([text]) == float(refuses)
+
+
+def test_language_changes_are_told_where_both_texts_are_long_enough():
+    pytest.importorskip("py3langid")
+    english, german = "How do I bake a loaf of bread at home?", "Zuerst wird der Teig lange geknetet und dann gebacken."
+    assert monitors.language_changes([english, english, english], [german, english, "Ja."]) == 0.5
+    assert monitors.language_changes([english], ["Ja."]) is None
+
+
+def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_it():
+    found = monitors.describe(["p", "p", "q", "q"], ["one two", "one two three four", "", "one"], [1.0, 3.0, None, 0.0])
+    assert (found["completions"], found["empty"], found["words"]) == (4, 0.25, 1.75)
+    assert found["reward"] == pytest.approx(4 / 3)
+    assert found["length_correlation_overall"] == pytest.approx(np.corrcoef([1, 3, 0], [2, 4, 1])[0, 1])
+
+
+# ---------------------------------------------------------------------------------------------------- limits
+def test_the_kl_has_to_be_over_its_limit_in_three_rollouts():
+    def of(*values: float) -> list[dict[str, float]]:
+        return [{"kl": one} for one in values]
+
+    assert over_kl(of(1, 60, 1, 60, 60), 50) == ""
+    assert over_kl([*of(60, 60), {}, {}], 50) == ""
+    assert "is 70 nats a completion, over limits.kl (50)" in over_kl([*of(60, 60), {}, *of(70)], 50)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"distinct_2": 0.6}, {"distinct_2": 0.14}, "alike"),
+        ({"distinct_2": 0.6}, {"distinct_2": 0.2}, ""),
+        ({"repetition": 0.1}, {"repetition": 0.6}, "said before"),
+        ({"repetition": 0.45}, {"repetition": 0.6}, ""),
+        ({"empty": 0.0}, {"empty": 0.8}, "empty"),
+        ({"unfinished": 0.3}, {"unfinished": 1.0}, "no end"),
+        ({"unfinished": 0.9}, {"unfinished": 1.0}, ""),
+        ({}, {"empty": 1.0}, ""),
+    ],
+)
+def test_a_collapse_is_told_in_comparison_with_the_beginning(before, after, says):
+    assert collapsed([before] * 3 + [after] * 2) == ""
+    told = collapsed([before] * 3 + [after] * 3)
+    assert says in told if says else told == ""
+    assert collapsed([before] * 3 + [after, after, before]) == ""
+
+
+def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
+    rollouts = Rollouts(["x", "y"], [1.0, 1.0])
+    told = [rollouts.constant(Rollout(["p"] * 16, ["t"] * 16, [[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
+    assert [len(one) for one in told] == [0, 1, 0, 0]
+    assert told[1][0].startswith("reward 'x' is the same (0.5) for all 32 completions so far: nothing can be learned from it")
+    nothing = Rollouts(["z"], [1.0]).constant(Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
+    assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
+
+
+# ---------------------------------------------------------------------------------------------------- gold
+def series(*measures: tuple[float, list[float]]) -> list[dict[str, Any]]:
+    """Lines of gold measures: the proxy's mean, and gold of each prompt."""
+    return [
+        gold.measured(step, [Answer(n, "a b", [proxy], one) for n, one in enumerate(golds)], [1.0], 0)
+        for step, (proxy, golds) in enumerate(measures)
+    ]
+
+
+def noisy(mean: float, seed: int = 0) -> list[float]:
+    return list(np.random.default_rng(seed).normal(mean, 0.3, 32))
+
+
+def test_it_stops_where_gold_falls_with_significance_while_the_proxy_rises():
+    rising = series((0, noisy(0)), (1, noisy(1)), (2, noisy(2)))
+    assert gold.over_optimised(rising, 0) == ""
+    assert gold.over_optimised([*rising, *series((3, noisy(1.9, seed=1)))], 0) == "", "within noise"
+    assert gold.over_optimised([*rising, *series((1.5, noisy(1)))], 0) == "", "the proxy has fallen too"
+    told = gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))], 0)
+    assert "its best, 1.95 at step 2, while the reward has risen from 2 to 3" in told
+    assert gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))][2:], 0)
+
+
+def test_the_difference_is_that_of_the_same_prompts():
+    easy = [0.0] * 16 + [10.0] * 16
+    shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
+    before, after = series((0, easy), (1, shifted))
+    assert before["gold_low"] < after["gold"] < before["gold_high"], "not to be seen in the means"
+    assert gold.over_optimised([before, after], 0)
+    found = gold.change(before, after, 0)
+    assert found.value == pytest.approx(after["gold"] - before["gold"])
+
+
+def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_six_on():
+    before, after = series((0, [1.0, None, 1.0]), (1, [0.5, 0.5, None]))
+    assert gold.change(before, after, 0).pairs == 1
+    for count, stops in ((5, False), (6, True)):
+        assert bool(gold.over_optimised(series((0, [1.0] * count), (1, [0.5] * count)), 0)) == stops
+    nothing = series((0, [None, None]))
+    assert (nothing[0]["gold"], gold.best_of(nothing), gold.over_optimised(nothing, 0)) == (None, None, "")
+
+
+def test_the_first_of_several_best_ones_is_the_best():
+    found = gold.best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
+    assert found is not None
+    assert found["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- held-out prompts
+def prompts(*texts: str) -> Dataset:
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": one}], "columns": "{}"} for one in texts])
+
+
+def of(rows: Dataset) -> list[str]:
+    return [one[-1]["content"] for one in rows["prompt"]]
+
+
+def test_held_out_prompts_are_not_trained_on():
+    train_rows = prompts(*"abcdefghij", "a", "b")
+    found = hold_out(StageData(train_rows, None, ()), 64, 0)
+    assert len(of(found.prompts)) == 2
+    assert set(of(found.train)) == set("abcdefghij") - set(of(found.prompts))
+    assert of(hold_out(StageData(train_rows, None, ()), 64, 0).prompts) == of(found.prompts)
+    assert any(of(hold_out(StageData(train_rows, None, ()), 64, seed).prompts) != of(found.prompts) for seed in range(1, 5))
+    assert len(of(hold_out(StageData(train_rows, None, ()), 1, 0).prompts)) == 1
+    with pytest.raises(ConfigError, match="one prompt alone; add more"):
+        hold_out(StageData(prompts("a", "a"), None, ()), 1, 0)
+
+
+def test_test_rows_are_held_out_where_they_are_others():
+    apart = hold_out(StageData(prompts(*"abcde"), prompts(*"xyza"), ()), 64, 0)
+    assert (of(apart.train), of(apart.prompts)) == (list("abcde"), list("xyz"))
+    same = hold_out(StageData(prompts(*"abcde"), prompts(*"abcde"), ()), 64, 0)
+    assert set(of(same.train)) | set(of(same.prompts)) == set("abcde")
+    assert not set(of(same.train)) & set(of(same.prompts))
+
+
+def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    assert lines.keep_until(file, 3) == []
+    lines.append(file, {"step": 1}, {"step": 2, "text": "\ud800"}, {"step": 3})
+    file.write_text(file.read_text() + '{"step": 2, "te')
+    assert [one["step"] for one in lines.keep_until(file, 2)] == [1, 2]
+    assert [one["step"] for one in lines.read(file)] == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take longer than such trainings."""
+    monkeypatch.setattr("cai.report.training.draw", lambda written: {})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("functions") / "fun.py"
+    file.write_text(FUNCTIONS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    told = [{"prompt": [{"role": "user", "content": f"Say something about {WORDS[n % 8]}, number {n}."}]} for n in range(40)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", told)
+
+
+def settings_of(stage: str, tiny: Path, rows: Path, functions: Path, reward: str, gold_by: str | None = None, **keys: Any):
+    longest = "max_new_tokens" if stage == "online-dpo" else "max_completion_length"
+    trl = {"max_steps": 6, "per_device_train_batch_size": 8, longest: 8, "save_strategy": "steps", "save_steps": 1}
+    measure = {"gold": {"function": f"{functions}:{gold_by}", "every": 1, "prompts": 6}} if gold_by else {}
+    given = {"reward": {"function": f"{functions}:{reward}"}, "seed": 1, **measure, **keys}
+    more = {"save_total_limit": 10, "learning_rate": 1e-2, **given.pop("trl", {})}
+    return make_settings(stage, tiny, rows, trl=trl | more, **given)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def written(out: Path, name: str) -> list[dict[str, Any]]:
+    return lines.read(out / "run" / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
+def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(stage, tiny, rows, functions, tmp_path, capsys):
+    out, show = tmp_path / "out", Shown()
+    manifest = train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out, show=show)
+    assert (manifest["status"], manifest["steps"], manifest["best"]["step"]) == ("done", 3, 2)
+    kls = [line.get("kl") for line in written(out, "gold")]
+    assert kls == [None] * 4 if stage == "grpo" else (abs(kls[0]) < 1e-4 < abs(kls[2])), "GRPO keeps no reference"
+    assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 3)
+    assert len([note for note in show.notes if note.startswith("stopped after step 3: gold has changed by")]) == 1
+    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
+    assert len(written(out, "samples")) == 4 * 6
+    assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
+    assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
+    assert same(weights(out), weights(out / "checkpoints" / "checkpoint-3"))
+    assert not same(weights(out), weights(out / "best"))
+    assert AutoModelForCausalLM.from_pretrained(out / "best").config.use_cache
+    assert AutoTokenizer.from_pretrained(out / "best").chat_template
+    assert not (out / "run" / "best").exists()
+    assert train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out) == manifest
+    show_summary(manifest, out)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "stopped after step 3: gold has changed by" in told
+    assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
+    card = " ".join((out / "README.md").read_text().split())
+    assert "after step 2, which is in `best/`." in card
+    assert "It was stopped after step 3: gold has changed by" in card
+
+
+def test_the_best_adapters_are_merged(tiny, rows, functions, tmp_path):
+    settings = settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling", lora={"rank": 4})
+    train("grpo", settings, tmp_path / "out")
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    kept = PeftModel.from_pretrained(base, str(tmp_path / "out" / "checkpoints" / "checkpoint-2")).merge_and_unload()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "best")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.allclose(best(ids).logits, kept(ids).logits, atol=1e-5)
+        assert not torch.allclose(best(ids).logits, AutoModelForCausalLM.from_pretrained(tiny)(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "online-dpo"])
+def test_the_distance_from_the_reference_is_that_of_naive_code(stage, tiny, rows, functions, tmp_path):
+    """One completion at a time, without padding; tokens of probabilities at the temperature of the training."""
+    settings = settings_of(stage, tiny, rows, functions, "length")
+    arguments = make_arguments(stage, settings, tmp_path)
+    trainer = build_trainer(stage, Parts(settings, load_data(stage, settings), load_tokenizer(settings), arguments))
+    for weight in trainer.model.parameters():
+        weight.data *= 1.05
+    before, after = [[5, 6, 7], [8] * 6, [9, 10]], [[11, 12], [13], [14, 15, 16, 17]]
+    wanted = []
+    temperature = trainer.args.temperature if stage == "ppo" else 1.0
+    for first, second in zip(before, after, strict=True):
+        said = []
+        for model in (trainer.model, AutoModelForCausalLM.from_pretrained(tiny)):
+            with torch.no_grad():
+                logps = (model(torch.tensor([first + second])).logits[0] / temperature).log_softmax(-1)
+            said.append(sum(float(logps[len(first) + place - 1, token]) for place, token in enumerate(second)))
+        wanted.append(said[0] - said[1])
+    assert log_ratios(trainer, before, after) == pytest.approx(wanted, abs=1e-4)
+    assert min(abs(one) for one in wanted) > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["ppo", "online-dpo"])
+def test_measuring_gold_changes_nothing_in_the_training(stage, tiny, functions, tmp_path):
+    def split(first: int, last: int) -> Dataset:
+        return Dataset.from_list([{"prompt": f"Tell me of {WORDS[n % 8]}, {n}."} for n in range(first, last)])
+
+    data = tmp_path / "data"
+    DatasetDict({"train": split(0, 24), "test": split(24, 30)}).save_to_disk(str(data))
+    for name, by in (("with", "rising_gold"), ("without", None)):
+        settings = settings_of(stage, tiny, data, functions, "length", by, trl={"max_steps": 3})
+        train(stage, settings, tmp_path / name)
+    assert len(written(tmp_path / "with", "gold")) == 4
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+    assert not (tmp_path / "without" / "best").exists()
+
+
+def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkpoint(
+    tiny, rows, functions, tmp_path, monkeypatch
+):
+    settings = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl={"max_steps": 4, "save_steps": 2})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train("grpo", settings, whole)
+    usual = Safeguards.on_step_end
+
+    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        usual(self, args, state, control, **given)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    with pytest.raises(Interrupted):
+        train("grpo", settings, killed)
+    monkeypatch.setattr(Safeguards, "on_step_end", usual)
+    assert sorted(path.name for path in (killed / "run" / "best").iterdir()) == ["2", "3"]
+    shutil.copytree(killed, tmp_path / "again")
+    manifest = train("grpo", settings, killed)
+    assert [line["step"] for line in written(killed, "gold")] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in written(killed, "rollouts")] == [1, 2, 3, 4]
+    assert Counter(line["step"] for line in written(killed, "samples")) == dict.fromkeys(range(5), 6)
+    assert manifest["best"]["step"] == 4
+    assert same(weights(killed / "best"), weights(killed))
+
+    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 2), None))
+    train("grpo", settings, tmp_path / "again")
+    assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
+
+
+def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, functions, tmp_path, monkeypatch):
+    settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling"), tmp_path / "out"
+
+    def die(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    usual = Safeguards.finish
+    monkeypatch.setattr(Safeguards, "finish", die)
+    with pytest.raises(Interrupted):
+        train("grpo", settings, out)
+    monkeypatch.setattr(Safeguards, "finish", usual)
+    manifest = train("grpo", settings, out)
+    assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (3, 3, 2)
+    assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
+
+
+def test_the_kl_stops_a_run_with_one_line(tiny, rows, functions, tmp_path):
+    show = Shown()
+    trl = {"kl_estimator": "k3", "num_iterations": 1}
+    settings = settings_of("ppo", tiny, rows, functions, "length", limits={"kl": 1e-9}, trl=trl)
+    manifest = train("ppo", settings, tmp_path / "out", show=show)
+    assert manifest["stopped"]["reason"] == "kl"
+    assert 3 <= manifest["steps"] < 6
+    assert len([note for note in show.notes if note.startswith("stopped after")]) == 1
+    assert len([note for note in show.notes if note.startswith("no gold measure")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "reason"), [({"steps": 2}, 2, "steps"), ({}, 3, "collapse"), ({"collapse": False}, 4, None)]
+)
+def test_steps_and_collapse_stop_a_run(tiny, rows, functions, tmp_path, monkeypatch, limits, steps, reason):
+    monkeypatch.setattr("cai.training.online.safeguards.collapsed", lambda told: "all alike" if len(told) > 2 else "")
+    settings = settings_of("grpo", tiny, rows, functions, "length", limits=limits, trl={"max_steps": 4})
+    manifest = train("grpo", settings, tmp_path / "out")
+    assert (manifest["steps"], manifest.get("stopped", {}).get("reason")) == (steps, reason)
+
+
+def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
+    show = Shown()
+    train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)
+    told = [note for note in show.notes if note.startswith("reward 'constant' is the same (0.5) for all 32 completions")]
+    assert len(told) == 1
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ppo", "online-dpo"])
+def test_two_processes_decide_alike(stage, tiny, rows, functions, tmp_path):
+    out, show = tmp_path / "out", Shown()
+    settings = settings_of(
+        stage, tiny, rows, functions, "rising", "rising_then_falling", trl={"per_device_train_batch_size": 4}
+    )
+    manifest = launch(stage, settings, out, "continue", "2", show)
+    assert (manifest["steps"], manifest["stopped"]["reason"], manifest["best"]["step"]) == (3, "gold", 2)
+    assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
+    assert [line["answers"] for line in written(out, "gold")] == [6] * 4
+    assert written(out, "rollouts")[0]["completions"] == (16 if stage == "online-dpo" else 8)
+    assert len([note for note in show.notes if note.startswith("stopped after")]) == 1
