@@ -167,7 +167,7 @@ def test_the_difference_is_that_of_the_same_prompts():
     easy = [0.0] * 16 + [10.0] * 16
     shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
     before, after = series((0, easy), (1, shifted))
-    assert before["gold_low"] < after["gold"] < before["gold_high"], "not to be seen in the means"
+    assert before["low"] < after["gold"] < before["high"], "not to be seen in the means"
     assert gold.over_optimised([before, after], 0)
     found = gold.change(before, after, 0)
     assert found.value == pytest.approx(after["gold"] - before["gold"])

@@ -157,5 +157,5 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
 
 def _estimated(measure: Mapping[str, float]) -> str:
     """`0.41 (0.33 to 0.48)`."""
-    ends = f" ({measure['gold_low']:.3g} to {measure['gold_high']:.3g})" if "gold_low" in measure else ""
+    ends = f" ({measure['low']:.3g} to {measure['high']:.3g})" if "low" in measure else ""
     return f"{measure['gold']:.3g}{ends}"

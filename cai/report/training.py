@@ -35,6 +35,9 @@ _MONITORS = {
 }
 """The plots of each figure, one under the other, and the measures in each."""
 
+_ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
+"""Of the intervals of both."""
+
 Line = Mapping[str, Any]
 
 
@@ -134,7 +137,7 @@ def _gold(gold: Sequence[Line], x: Any, label: str, mark: float | None) -> Figur
     plots = {}
     for name, what, colour in (("gold", "gold", ORANGE), ("proxy", "reward that is trained on", BLUE)):
         known = [line for line in gold if line[name] is not None]
-        ends = [[_or(line.get(f"{name}_{end}"), line[name]) for line in known] for end in ("low", "high")]
+        ends = [[_or(line.get(end), line[name]) for line in known] for end in _ENDS[name]]
         if known:
             plots[what] = [Series("", [x(line) for line in known], [line[name] for line in known], colour, (ends[0], ends[1]))]
     return figures.panels(plots, label, ("best", mark) if mark is not None else None) if plots else None
@@ -177,5 +180,5 @@ def _number(value: float | None) -> str:
 
 def _ends(line: Line, name: str) -> str:
     """A mean with its interval."""
-    value, low, high = line[name], line.get(f"{name}_low"), line.get(f"{name}_high")
+    value, (low, high) = line[name], map(line.get, _ENDS[name])
     return _number(value) if low is None else f"{_number(value)} ({_number(low)} to {_number(high)})"

@@ -3,7 +3,7 @@
 Rewards that are trained on rise whether answers get better or not: from some KL on, the truth falls (Gao et al. 2022, arXiv
 2210.10760). Lines of run/gold.jsonl:
 
-{"step": 60, "gold": 0.41, "gold_low": 0.33, "gold_high": 0.48, "proxy": 1.9, "proxy_low": 1.7, "proxy_high": 2.1, "kl": 12.3,
+{"step": 60, "gold": 0.41, "low": 0.33, "high": 0.48, "proxy": 1.9, "proxy_low": 1.7, "proxy_high": 2.1, "kl": 12.3,
  "words": 71.5, "answers": 64, "golds": [0.5, ...]}
 """
 
@@ -32,8 +32,8 @@ def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], see
     ratios = [one.log_ratio for one in answers if one.log_ratio is not None]
     return {
         "step": step,
-        **_mean("gold", golds, seed),
-        **_mean("proxy", proxies, seed),
+        **_mean(("gold", "low", "high"), golds, seed),
+        **_mean(("proxy", "proxy_low", "proxy_high"), proxies, seed),
         **({"kl": math.fsum(ratios) / len(ratios)} if ratios else {}),
         "words": math.fsum(len(words(one.text)) for one in answers) / len(answers),
         "answers": len(answers),
@@ -46,12 +46,13 @@ def proxies_of(answers: Sequence[Answer], weights: Sequence[float]) -> list[floa
     return weighted(list(zip(*(one.rewards for one in answers), strict=True)), weights)  # type: ignore[arg-type]
 
 
-def _mean(name: str, values: Sequence[float | None], seed: int) -> dict[str, float | None]:
+def _mean(names: tuple[str, str, str], values: Sequence[float | None], seed: int) -> dict[str, float | None]:
+    """A mean and the ends of its interval, under these names."""
     known = np.array([one for one in values if one is not None], dtype=float)
     if not len(known):
-        return {name: None}
+        return {names[0]: None}
     found = difference(known, np.arange(len(known)), seed)
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    return dict(zip(names, (found.value, found.low, found.high), strict=True))
 
 
 def best_of(lines: Sequence[Line]) -> Line | None:

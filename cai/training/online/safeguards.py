@@ -232,4 +232,4 @@ class Safeguards(TrainerCallback):
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest has of a measure."""
-    return {name: line[name] for name in ("step", "gold", "gold_low", "gold_high", "proxy") if line.get(name) is not None}
+    return {name: line[name] for name in ("step", "gold", "low", "high", "proxy") if line.get(name) is not None}
