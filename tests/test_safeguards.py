@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from cai.training.online import gold, lines, monitors
 from cai.training.online.distance import log_ratios
 from cai.training.online.held_out import Answer, hold_out
 from cai.training.online.limits import collapsed, over_kl
-from cai.training.online.rollouts import Rollout, Rollouts
+from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
 from cai.training.online.safeguards import Safeguards
 from cai.training.running import train
 from cai.training.stage import Parts, build_trainer
@@ -99,6 +101,37 @@ def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_
     assert (found["completions"], found["empty"], found["words"]) == (4, 0.25, 1.75)
     assert found["reward"] == pytest.approx(4 / 3)
     assert found["length_correlation_overall"] == pytest.approx(np.corrcoef([1, 3, 0], [2, 4, 1])[0, 1])
+
+
+def test_what_the_trainer_measured_is_taken_once_and_kl_is_in_nats_a_completion():
+    metrics = {
+        "completions/clipped_ratio": [0.25],
+        "completions/mean_length": [10.0],
+        "entropy": [1.0, 3.0],
+        "kl": [0.5, math.nan],
+    }
+    logged = Logged(SimpleNamespace(_metrics={"train": metrics}))
+    assert logged.take() == {"unfinished": 0.25, "tokens": 10.0, "entropy": 2.0, "kl": 5.0}
+    assert logged.take() == {}
+    metrics["entropy"].append(4.0)
+    metrics["objective/kl"] = [7.0]
+    assert logged.take() == {"entropy": 4.0, "kl": 7.0}, "PPO tells it itself"
+    for values in metrics.values():
+        values[:] = [1.0]
+    logged.forget()
+    assert logged.take() == {"unfinished": 1.0, "tokens": 1.0, "entropy": 1.0, "kl": 1.0}
+    stats = {
+        "val/contain_eos_token": [0.75],
+        "rewards/chosen": [0.3],
+        "rewards/rejected": [0.1],
+        "beta": [0.1],
+        "objective/kl": [99.0],
+    }
+    assert Logged(SimpleNamespace(stats=stats)).take() == pytest.approx({"unfinished": 0.25, "kl": 2.0})
+
+
+def test_rewards_are_summed_by_weight_and_none_has_no_part():
+    assert weighted([[1.0, None, None], [2.0, 3.0, None]], [2.0, 0.5]) == [3.0, 1.5, None]
 
 
 # ---------------------------------------------------------------------------------------------------- limits
@@ -283,6 +316,9 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert len([note for note in show.notes if note.startswith("stopped after step 3: gold has changed by")]) == 1
     assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
     assert len(written(out, "samples")) == 4 * 6
+    assert [line["completions"] for line in written(out, "rollouts")] == (
+        [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 3
+    )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
     assert same(weights(out), weights(out / "checkpoints" / "checkpoint-3"))

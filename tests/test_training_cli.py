@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cai.cli import training
 from cai.cli.training import progress, show_summary
@@ -54,3 +57,48 @@ def test_what_to_type_next_follows_from_the_stage(capsys, stage, follow):
     manifest = {"stage": stage, "steps": 1, "seconds": 1.0, "data": [], "too_long": {}, "unlabelled": {}, "measures": {}}
     show_summary(manifest, Path("m"))
     assert follow in capsys.readouterr().out
+
+
+GUARDED = {
+    "stage": "ppo",
+    "steps": 12,
+    "seconds": 9.0,
+    "data": [{"source": "prompts.jsonl", "train": 12, "test": 0}],
+    "too_long": {},
+    "unlabelled": {},
+    "measures": {},
+}
+
+
+def test_the_summary_of_an_online_training_tells_what_stopped_it_and_how_gold_went(capsys, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "training.html").touch()
+    first, best = {"step": 0, "gold": 0.25, "low": 0.2, "high": 0.31}, {"step": 8, "gold": 0.5, "low": 0.4, "high": 0.6}
+    gold = {"by": "judge", "prompts": 64, "first": first, "last": {"step": 12, "gold": 0.125}}
+    stopped = {"reason": "kl", "step": 12, "why": "the KL is [red] 60"}
+    show_summary({**GUARDED, "stopped": stopped, "best": best, "gold": gold}, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "stopped after step 12: the KL is [red] 60" in told
+    assert "gold by judge: from 0.25 (0.2 to 0.31) to 0.125, best at step 8: 0.5 (0.4 to 0.6)" in told
+    assert f"best by gold: {tmp_path}/best pictures: {tmp_path}/training.html" in told
+
+
+def test_the_summary_of_an_online_training_without_gold_says_so(capsys, tmp_path):
+    show_summary(GUARDED, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no gold measure: whether answers got better with the reward is not known" in told
+    assert not any(word in told for word in ("stopped", "best", "pictures", "test_split"))
+
+
+def test_what_is_noted_while_it_trains_stays_above_the_bar(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=60, highlight=False)
+    monkeypatch.setattr(training, "_stderr", lambda: shown)
+    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: True, raising=False)
+    with progress() as show:
+        show.note("reading the data")
+        show.step(1, 3, {})
+        show.note("stopped after step 2: [red]")
+        show.step(2, 3, {})
+    lines = shown.file.getvalue()
+    assert re.search(r"stopped after step 2: \[red\]\s*\n", lines)
+    assert "reading the data\n" not in lines

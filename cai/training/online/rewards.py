@@ -56,11 +56,6 @@ class Reward:
             self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
         return rewards
 
-    @property
-    def untold(self) -> Reward:
-        """The same reward, of which nobody is told."""
-        return Reward(self.__name__, self._score)
-
     def _checked(self, answer: Any, completions: Sequence[Dialogue]) -> Rewards:
         try:
             rewards = [None if one is None else float(one) for one in answer]

@@ -70,7 +70,7 @@ class Safeguards(TrainerCallback):
         return trainer
 
     def _tell(self, place: int, name: str, prompts: list[Dialogue], texts: list[str], rewards: Rewards) -> None:
-        if self._trainer.model.training:
+        if self._trainer.model.training:  # not what is measured
             self._rollouts.add(place, prompts, texts, rewards)
 
     # ------------------------------------------------------------------------------------------------ while it trains
@@ -155,8 +155,8 @@ class Safeguards(TrainerCallback):
         """Measure the policy, unless that was done at this step; why to stop, if there is a reason."""
         if self._gold is None or any(line["step"] == step for line in self._golds):
             return None
-        rewards, seed = [one.untold for one in self.rewards], self.settings.seed
-        answers = answer(self._trainer, self.held_out.prompts, rewards, self._gold, seed)
+        seed = self.settings.seed
+        answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
         line = golden.measured(step, answers, self._rollouts.weights, seed)
         if golden.best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
