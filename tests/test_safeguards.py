@@ -418,6 +418,26 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
 
 
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows, functions, tmp_path, monkeypatch):
+    trl = {"max_steps": 3, "save_strategy": "no"}
+    settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl=trl), tmp_path / "out"
+    usual = Safeguards.on_step_end
+
+    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        usual(self, args, state, control, **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    with pytest.raises(Interrupted):
+        train("grpo", settings, out)
+    assert [path.name for path in (out / "run" / "best").iterdir()] == ["1"]
+    monkeypatch.setattr(Safeguards, "on_step_end", usual)
+    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 0), None))
+    assert train("grpo", settings, out)["best"]["step"] == 0
+    assert same(weights(out / "best"), weights(tiny))
+    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
+
+
 def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, functions, tmp_path, monkeypatch):
     settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling"), tmp_path / "out"
 

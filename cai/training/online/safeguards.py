@@ -109,10 +109,10 @@ class Safeguards(TrainerCallback):
         self._best.go_on(self._best_step)
 
     def _go_on(self, step: int) -> None:
-        """Take up what was written until `step`, the one of the checkpoint that training goes on from."""
+        """Take up what was written until `step`, the one of the checkpoint that training goes on from; without one, nothing."""
         if self._went_on:
             return
-        self._went_on = True
+        self._went_on, step = True, step or -1
         if self._leads:
             lines.keep_until(self._run / "samples.jsonl", step)
             self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
