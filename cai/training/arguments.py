@@ -226,8 +226,8 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
         ours["learning_rate"] = 10 * rate
     if isinstance(settings, OnlineSettings):
         ours |= {"eval_strategy": "no", "logging_steps": 1, "reward_weights": [one.weight for one in settings.reward]}
-        if device == "cpu":
-            ours["cache_implementation"] = "static"  # a growing one is copied at each token
+        if device == "cpu" and computes_in_bf16(settings) == (weights_dtype(settings) == torch.bfloat16):
+            ours["cache_implementation"] = "static"  # a growing one is copied at each token; this one has the weights' dtype
     return ours
 
 
