@@ -4,8 +4,8 @@ What is wanted, the gold, is answers of about 12 words: 1 less how far off the n
 -1. The model's own answers are longer, so pairs of them say that shorter is better, and so will the reward model, far below
 12. Two trainings with each seed: one with one reward model and no safeguards, and one with an ensemble (mean less variance),
 the gold measured on held-out prompts (`gold:` of `cai train ppo`), and its stop. Printed: gold at the start, at its best and at
-the end, with 95 % intervals; with safeguards the best is what was kept. A picture of gold and reward over the square root of the
-KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written beside the results.
+the end, with 95 % intervals; with safeguards the best is what was kept. A picture of gold and reward over the square root of
+the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written beside the results.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 3 a temporary folder; continues in a kept one)
 """
