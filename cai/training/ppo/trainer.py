@@ -299,6 +299,9 @@ class PPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         configs = model.peft_config if isinstance(self.value, AdapterCritic) else {}
         hidden = configs.pop(CRITIC, None)
+        if hidden is not None:  # PEFT leaves out the weights of those adapters alone that it has a configuration of
+            whole = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: one for name, one in whole.items() if f".{CRITIC}." not in name}
         try:
             super()._save(output_dir, state_dict)
         finally:
