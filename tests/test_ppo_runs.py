@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from cai.errors import EngineError
+from cai.errors import ConfigError, EngineError
 from cai.models import folder_version
 from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
@@ -335,6 +335,14 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
 def test_arguments_that_cannot_work(tmp_path, keys, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         ppo_runs.PPOConfig(str(tmp_path), **(ppo_runs.FAST | keys))
+
+
+@pytest.mark.parametrize(("form", "sharded"), [("adapters", "is_fsdp_enabled"), ("head", "is_deepspeed_enabled")])
+def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_path, form, sharded):
+    trainer = make(tiny, tmp_path, form)
+    setattr(trainer, sharded, True)
+    with pytest.raises(ConfigError, match=r"^value_function: one that shares the policy's weights cannot be trained while"):
+        trainer._build_value(None, None)
 
 
 def test_completions_are_as_long_as_is_told(tiny, tmp_path):

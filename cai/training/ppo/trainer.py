@@ -25,7 +25,7 @@ from transformers import AutoModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from cai.errors import EngineError
+from cai.errors import ConfigError, EngineError
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, SeparateCritic, TrunkHead
 from cai.training.ppo.estimation import (
@@ -88,7 +88,12 @@ class PPOTrainer(GRPOTrainer):
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=0.0
+            self._trained.values(),
+            lr=rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=0.0,
+            fused=True,
         )
         self._value_rate = rate
 
@@ -96,6 +101,11 @@ class PPOTrainer(GRPOTrainer):
     def _build_value(self, reward_model: Path | None, base_version: str | None) -> Critic | TrunkHead:
         policy, shares = self.accelerator.unwrap_model(self.model), is_peft_model(self.model)
         base = policy.get_base_model() if shares else policy
+        if (shares or self.args.value_function == "head") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
+                "train a critic of its own (all weights, value_function: critic), or launch with a number or ddp"
+            )
         if self.args.value_function == "head":
             return TrunkHead(base)
         start = self._start(reward_model, base.dtype, (base_version or "") if shares else None)
@@ -278,7 +288,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _step_value(self) -> None:
         weights = [one for one in self._trained.values() if one.grad is not None]
-        for one in weights:
+        for one in weights if self.accelerator.num_processes > 1 else ():
             one.grad = self.accelerator.reduce(one.grad, reduction="mean")
         norm = float(nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm or math.inf))
         if not math.isfinite(norm):
