@@ -212,14 +212,14 @@ def test_the_policy_learns_and_the_values_explain_returns(tiny, tmp_path, form):
         return [float("a" in prompt) for prompt in prompts]
 
     trainer = make(
-        tiny, tmp_path, form, [low, first], Dataset.from_dict({"prompt": ["aaaa", "zzzz"] * 64}), max_steps=48,
+        tiny, tmp_path, form, [low, first], Dataset.from_dict({"prompt": ["aaaa", "zzzz"] * 64}), max_steps=64,
         num_iterations=4, per_device_train_batch_size=32, beta=0.005, learning_rate=2e-2 if form == "adapters" else 5e-3,
-        value_learning_rate=3e-2,
+        value_learning_rate=3e-2, seed=1,
     )  # fmt: skip
     trainer.train()
     rewards, explained = logged(trainer, "rewards/low/mean"), logged(trainer, "value/explained_variance")
-    assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.1
-    assert explained[0] < 0.05 < 0.2 < mean(explained[-3:])
+    assert mean(rewards[-4:]) > mean(rewards[:4]) + 0.1
+    assert explained[0] < 0.05 < 0.3 < mean(explained[-4:])
 
 
 def test_a_completion_without_an_end_is_fined(tiny, tmp_path):
