@@ -293,6 +293,14 @@ def test_minibatches_of_unlike_lengths_are_the_same_in_however_many_batches(tiny
 
 
 @each_form
+def test_a_minibatch_weighs_as_much_as_the_whole_rollout_would(tiny, tmp_path, form):
+    """Of completions that are all the same."""
+    told = {"data": ppo_runs.Dataset.from_dict({"prompt": ["which?"] * 16})}
+    whole = trained(tiny, tmp_path, form, **told)
+    assert_close(trained(tiny, tmp_path, form, **told, per_device_train_batch_size=4, steps_per_generation=2), whole)
+
+
+@each_form
 def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, form):
     plain = trained(tiny, tmp_path, form, max_steps=2)
     assert_close(trained(tiny, tmp_path, form, max_steps=2, gradient_checkpointing=True), plain)
