@@ -43,7 +43,10 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         groups = self.num_generations or 1
-        self.num_generations = max(2, groups)  # GRPO needs groups, PPO does not
+        # GRPO insists on at least 2, and that they divide a rollout; PPO needs no groups
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
+        self.num_generations = groups if groups > 1 else max(2, rollout)
         if groups == 1 and self.num_generations_eval is None:
             self.num_generations_eval: int | None = 1
         super().__post_init__()
@@ -59,6 +62,11 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
         if self.target_kl is not None and not (self.target_kl > 0 and self.beta > 0):
             raise ValueError("target_kl: needs to be above 0, and so does beta, where the coefficient begins")
+        if self.target_kl is not None and self.kl_horizon < (self.generation_batch_size or 0):
+            raise ValueError(
+                f"kl_horizon: expected at least the {self.generation_batch_size} completions of a rollout, "
+                f"found {self.kl_horizon}"
+            )
         if self.sync_ref_model:
             raise ValueError("sync_ref_model: the KL of PPO is to a fixed reference; remove it")
         if self.fp16:

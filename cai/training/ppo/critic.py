@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from trl.trainer.utils import disable_dropout_in_model
 
 CRITIC = "critic"
 """The name of its adapters."""
@@ -24,6 +26,13 @@ class Output(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+
+class Adapters(NamedTuple):
+    """Adapters that a critic begins with: their configuration by PEFT, and their weights."""
+
+    config: Any
+    state: dict[str, Tensor]
 
 
 class ValueLayer(nn.Module):
@@ -73,6 +82,7 @@ class SeparateCritic(nn.Module):
         """`backbone`: a model of transformers whose answer has a `last_hidden_state`."""
         super().__init__()
         self.backbone = backbone.requires_grad_(True)
+        disable_dropout_in_model(backbone)
         self.layer = ValueLayer(backbone.config.get_text_config().hidden_size, output)
         self.to(backbone.device)
 
@@ -93,25 +103,21 @@ class SeparateCritic(nn.Module):
 class AdapterCritic:
     """Adapters on the policy's base."""
 
-    def __init__(self, policy: Any, adapters: dict[str, Tensor] | None = None, output: Output | None = None) -> None:
-        """`policy`: a PEFT model whose active adapters are the policy's; `adapters`: the state that the critic's begin with.
+    def __init__(self, policy: Any, adapters: Adapters | None = None, output: Output | None = None) -> None:
+        """`policy`: a PEFT model whose active adapters are the policy's; `adapters`: what the critic's begin with; None: new
+        ones like the policy's.
 
-        Raises `ValueError` for a state of other layers or ranks.
+        Raises `ValueError` for adapters that are not on this base.
         """
         from peft import set_peft_model_state_dict
 
         self._policy, self._own = policy, policy.active_adapter
         base = policy.get_base_model()
-        policy.add_adapter(CRITIC, policy.peft_config[self._own])
+        policy.add_adapter(CRITIC, _of_its_own(adapters.config if adapters else policy.peft_config[self._own]))
         if adapters is not None:
-            try:
-                found = set_peft_model_state_dict(policy, adapters, adapter_name=CRITIC)
-            except RuntimeError as exc:
-                policy.delete_adapter(CRITIC)
-                raise ValueError(f"its adapters are not shaped like the policy's: {exc}") from exc
+            found = set_peft_model_state_dict(policy, adapters.state, adapter_name=CRITIC)
             if found.unexpected_keys:
-                policy.delete_adapter(CRITIC)
-                raise ValueError(f"its adapters have layers that the policy's have not: {found.unexpected_keys[0]}")
+                raise ValueError(f"adapters that the critic begins with: the base has no layer for {found.unexpected_keys[0]}")
         policy.set_adapter(self._own)
         self.layer = ValueLayer(base.config.get_text_config().hidden_size, output).to(base.device)
 
@@ -134,6 +140,13 @@ class AdapterCritic:
         return mine | {f"layer.{name}": one for name, one in self.layer.named_parameters()}
 
 
+def _of_its_own(config: Any) -> Any:
+    """A configuration of adapters that leaves the base as it is, and drops nothing out."""
+    own = deepcopy(config)
+    own.lora_dropout, own.init_lora_weights = 0.0, True
+    return own
+
+
 def _values(backbone: Any, layer: ValueLayer, ids: Tensor, mask: Tensor) -> Tensor:
     features = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     values: Tensor = layer(features)
@@ -149,12 +162,15 @@ class TrunkHead:
         self.layer = ValueLayer(policy.config.get_text_config().hidden_size).to(policy.device)
 
     @contextmanager
-    def watching(self) -> Iterator[list[Tensor]]:
-        """A list to which each pass of the trunk adds its values."""
+    def watching(self, alone: bool = False) -> Iterator[list[Tensor]]:
+        """A list to which each pass of the trunk adds its values. `alone`: their gradients end at the layer."""
         seen: list[Tensor] = []
-        handle = self._trunk.register_forward_hook(
-            lambda _module, _given, answer: seen.append(self.layer(answer.last_hidden_state))
-        )
+
+        def add(_module: Any, _given: Any, answer: Any) -> None:
+            features = answer.last_hidden_state
+            seen.append(self.layer(features.detach() if alone else features))
+
+        handle = self._trunk.register_forward_hook(add)
         try:
             yield seen
         finally:

@@ -6,6 +6,7 @@ said; such tokens are skipped: they end no episode, and no number there reaches 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,10 +32,10 @@ def token_rewards(score: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -
 
     Ziegler et al. 2019 (arXiv 1909.08593, equation 2). A completion of which no token counts is paid nothing.
     """
-    rewards = -coefficient * kl * mask
+    rewards = torch.where(mask > 0, -coefficient * kl, 0.0)
     place = torch.arange(mask.size(1), device=mask.device)
     is_last = (place == (mask * place).amax(dim=1, keepdim=True)) & (mask > 0)
-    return rewards + is_last * score.unsqueeze(1)
+    return rewards + torch.where(is_last, score.unsqueeze(1), 0.0)
 
 
 def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
         following = torch.where(counts, advantage, following)
         following_value = torch.where(counts, values[:, place], following_value)
         advantages[:, place] = torch.where(counts, advantage, 0.0)
-    return advantages, (advantages + values) * (mask > 0)
+    return advantages, torch.where(mask > 0, advantages + values, 0.0)
 
 
 Total = Callable[[Tensor], Tensor]
@@ -69,8 +70,9 @@ class Moments:
     def of(cls, values: Tensor, mask: Tensor, total: Total) -> Moments:
         """Of `values` where `mask` is not 0; both are 0 where nothing is counted."""
         counted = mask > 0
-        kept = torch.where(counted, values, 0.0).double()
-        first = total(torch.stack([kept.sum(), counted.sum().double()]))
+        wide = torch.float32 if values.device.type == "mps" else torch.float64  # which Apple's GPUs have not
+        kept = torch.where(counted, values, 0.0).to(wide)
+        first = total(torch.stack([kept.sum(), counted.sum().to(wide)]))
         mean = first[0] / first[1].clamp(min=1)
         second = total((torch.where(counted, kept - mean, 0.0) ** 2).sum())
         return cls(mean.to(values.dtype), (second / first[1].clamp(min=1)).to(values.dtype))
@@ -79,13 +81,16 @@ class Moments:
 def whiten(values: Tensor, mask: Tensor, total: Total) -> Tensor:
     """Mean 0 and variance 1 over all tokens of the mask, and 0 outside of it."""
     moments = Moments.of(values, mask, total)
-    return (values - moments.mean) * torch.rsqrt(moments.variance + _TINY) * (mask > 0)
+    return torch.where(mask > 0, (values - moments.mean) * torch.rsqrt(moments.variance + _TINY), 0.0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, total: Total) -> float:
-    """1 less the variance of what values miss over that of the returns: 1 is perfect, 0 no better than their mean."""
-    left, whole = (Moments.of(one, mask, total).variance for one in (returns - values, returns))
-    return float(1 - left / whole.clamp(min=_TINY))
+    """1 less the variance of what values miss over that of the returns: 1 is perfect, 0 no better than their mean.
+
+    Not a number where all returns are alike.
+    """
+    left, whole = (float(Moments.of(one, mask, total).variance) for one in (returns - values, returns))
+    return 1 - left / whole if whole > _TINY else math.nan
 
 
 def value_errors(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

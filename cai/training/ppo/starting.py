@@ -8,49 +8,69 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cai.documents import Document
 from cai.models import locate
 from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
-from cai.training.ppo.critic import Output
+from cai.training.ppo.critic import Adapters, Output
 from cai.weights import loading, pretrained
 
 _SCORE = "score"
 
 
 class Start(NamedTuple):
-    """Weights of a reward model. Either a backbone, or adapters that belong on a base of this version."""
+    """Weights of a reward model. Either a backbone, or adapters."""
 
     backbone: Any
-    adapters: dict[str, Tensor] | None
-    version: str | None
+    adapters: Adapters | None
     output: Output
 
 
-def start_from(folder: Path, dtype: torch.dtype, shared: str | None) -> Start | None:
+class UnfitError(ValueError):
+    """A critic cannot begin with this reward model; says why."""
+
+
+def start_from(folder: Path, dtype: torch.dtype, shared: str | None, tokenizer: Any) -> Start:
     """The first network of a reward model; its output is the normalised reward, all objectives by their weights.
 
-    `shared` is the version of the weights under the policy's adapters: a reward model that is adapters on the same
-    gives its adapters, and any other one nothing; without it the backbone is loaded, adapters merged.
+    `shared` is the version of the weights under the policy's adapters, on which the reward model has to be adapters too;
+    with None the backbone is loaded, adapters merged. `tokenizer` is the policy's; the reward model's may know more tokens.
+
+    Raises `UnfitError` for a reward model that a critic of this policy cannot begin with, `EngineError` for one that does not
+    load.
     """
     spec = Document.read(folder / SPEC).validate(RewardSpec) if (folder / SPEC).is_file() else None
     member = spec.members[0] if spec else MemberSpec(folder=".", mean=(0.0,), deviation=(1.0,))
     weights = list(spec.objectives.values()) if spec else [1.0]
     source = folder / member.folder
-    if shared is not None:
-        return _adapters(source, member, weights) if member.version == shared else None
-    with loading(f"reward model '{folder}', which the critic begins with"):
+    if shared is not None and member.version != shared:
+        raise UnfitError("it is not adapters on the weights that the policy's adapters are on")
+    what = f"reward model '{folder}', which the critic begins with,"
+    with loading(what):
+        known = AutoTokenizer.from_pretrained(source).get_vocab()
+    if any(known.get(token) != place for token, place in tokenizer.get_vocab().items()):
+        raise UnfitError("its tokenizer is not the policy's")
+    with loading(what):
+        if shared is not None:
+            return _adapters(source, member, weights)
         network = _merged(source, member, len(weights), dtype)
-    return Start(network.base_model, None, None, _output(member, weights, network.score.weight, network.score.bias))
+    layer = getattr(network, _SCORE, None)
+    if layer is None or len(layer.weight) != len(weights):
+        raise UnfitError(f"it has no layer `{_SCORE}` with {len(weights)} output{'s' * (len(weights) > 1)}")
+    return Start(network.base_model, None, _output(member, weights, layer.weight, layer.bias))
 
 
 def _adapters(source: Path, member: MemberSpec, weights: list[float]) -> Start:
+    from peft import PeftConfig, TaskType
+
+    config: Any = PeftConfig.from_pretrained(str(source))
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
     state = load_file(source / "adapter_model.safetensors")
     score = {name: state.pop(name) for name in list(state) if f".{_SCORE}." in name}
     weight = next(one for name, one in score.items() if name.endswith("weight"))
     bias = next((one for name, one in score.items() if name.endswith("bias")), None)
-    return Start(None, state, member.version, _output(member, weights, weight, bias))
+    return Start(None, Adapters(config, state), _output(member, weights, weight, bias))
 
 
 def _merged(source: Path, member: MemberSpec, outputs: int, dtype: torch.dtype) -> Any:

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
-from cai.errors import EngineError
+from cai.errors import ConfigError, EngineError
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, SeparateCritic, TrunkHead
 from cai.training.ppo.estimation import (
@@ -40,7 +39,7 @@ from cai.training.ppo.estimation import (
     whiten,
 )
 from cai.training.ppo.merging import merged
-from cai.training.ppo.starting import Start, start_from
+from cai.training.ppo.starting import Start, UnfitError, start_from
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _HEAD_RATE = 1e-3
@@ -80,14 +79,21 @@ class PPOTrainer(GRPOTrainer):
         self._scores = torch.empty(0)
         super().__init__(model, reward_funcs, args, *given, **named)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
-        self.started_from_reward_model = False
+        self.critic_note: str | None = None
+        """Why the critic does not begin with the reward model that was named."""
         self.value = self._build_value(Path(value_model) if value_model else None, base_version)
-        disable_dropout_in_model(self.value) if isinstance(self.value, nn.Module) else None
-        rate = args.value_learning_rate or (_HEAD_RATE if isinstance(self.value, TrunkHead) else 10 * args.learning_rate)
+        rate = args.value_learning_rate
+        if rate is None:
+            rate = _HEAD_RATE if isinstance(self.value, TrunkHead) else 10 * args.learning_rate
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=0.0
+            self._trained.values(),
+            lr=rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=0.0,
+            fused=True,
         )
         self._value_rate = rate
 
@@ -95,10 +101,14 @@ class PPOTrainer(GRPOTrainer):
     def _build_value(self, reward_model: Path | None, base_version: str | None) -> Critic | TrunkHead:
         policy, shares = self.accelerator.unwrap_model(self.model), is_peft_model(self.model)
         base = policy.get_base_model() if shares else policy
+        if (shares or self.args.value_function == "head") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
+                "train a critic of its own (all weights, value_function: critic), or launch with a number or ddp"
+            )
         if self.args.value_function == "head":
             return TrunkHead(base)
         start = self._start(reward_model, base.dtype, (base_version or "") if shares else None)
-        self.started_from_reward_model = start is not None
         if shares:
             return AdapterCritic(policy, start and start.adapters, start and start.output)
         backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
@@ -109,7 +119,13 @@ class PPOTrainer(GRPOTrainer):
         return SeparateCritic(backbone.to(base.device).train(), start and start.output)
 
     def _start(self, reward_model: Path | None, dtype: torch.dtype, shared: str | None) -> Start | None:
-        return start_from(reward_model, dtype, shared) if reward_model else None
+        if reward_model is None:
+            return None
+        try:
+            return start_from(reward_model, dtype, shared, self._tokenizer)
+        except UnfitError as exc:
+            self.critic_note = f"the critic begins with values of 0, not with reward model '{reward_model}': {exc}"
+            return None
 
     @contextmanager
     def _of_critic(self) -> Iterator[None]:
@@ -129,7 +145,7 @@ class PPOTrainer(GRPOTrainer):
         """TRL's; a head's values of each pass of the trunk are kept in `_watched`."""
         if not isinstance(self.value, TrunkHead) or model is self.ref_model:
             return super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
-        with self.value.watching() as seen:
+        with self.value.watching(self._warms_up) as seen:
             found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
         self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
         return found
@@ -154,7 +170,9 @@ class PPOTrainer(GRPOTrainer):
         logps, values = self._passed(out)
         score, scored = self._local_scores(out, len(inputs))
         mask = _loss_mask(out) * scored.unsqueeze(1)
-        kl = kl_estimate(logps, out.get("ref_per_token_logps", logps), self.args.kl_estimator) * mask
+        scored = scored & mask.any(dim=1)
+        kl = kl_estimate(logps, out.get("ref_per_token_logps", logps), self.args.kl_estimator)
+        kl = torch.where(mask > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
@@ -162,7 +180,7 @@ class PPOTrainer(GRPOTrainer):
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
         more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
-        return {**out, **more, "advantages": advantages}
+        return {**out, **more, "advantages": advantages, "num_items_in_batch": self._total(mask.sum())}
 
     def _passed(self, out: dict[str, Any]) -> Passed:
         """The policy's log-probabilities of a rollout, and the values, before anything is trained on it."""
@@ -238,14 +256,20 @@ class PPOTrainer(GRPOTrainer):
             surrogate: Tensor = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        if trains and self.state.global_step < self.args.value_warmup_steps:
+        if trains and self._warms_up:
             surrogate = surrogate * 0.0
         if isinstance(self.value, TrunkHead):
             return surrogate + self.args.vf_coef * self._value_loss(self._watched[-1], inputs)
         return surrogate
 
+    @property
+    def _warms_up(self) -> bool:
+        """Whether the value function is trained alone."""
+        return bool(self.state.global_step < self.args.value_warmup_steps)
+
     def _value_loss(self, values: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The mean over the tokens of a step, however many batches and processes these are in."""
+        """The sum over a step's tokens by how many tokens a step of the rollout has on average, as TRL's surrogate: each token
+        weighs the same, whatever batch or process it is in."""
         mask = inputs["value_mask"]
         errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
@@ -264,7 +288,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _step_value(self) -> None:
         weights = [one for one in self._trained.values() if one.grad is not None]
-        for one in weights:
+        for one in weights if self.accelerator.num_processes > 1 else ():
             one.grad = self.accelerator.reduce(one.grad, reduction="mean")
         norm = float(nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm or math.inf))
         if not math.isfinite(norm):
@@ -285,6 +309,9 @@ class PPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         configs = model.peft_config if isinstance(self.value, AdapterCritic) else {}
         hidden = configs.pop(CRITIC, None)
+        if hidden is not None:  # PEFT leaves out the weights of those adapters alone that it has a configuration of
+            whole = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: one for name, one in whole.items() if f".{CRITIC}." not in name}
         try:
             super()._save(output_dir, state_dict)
         finally:

@@ -1,0 +1,349 @@
+"""PPO over several steps on a tiny model: resumed, in two processes, begun with a reward model, learning; and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+
+from cai.errors import ConfigError, EngineError
+from cai.models import folder_version
+from cai.rewards.combining import combine
+from cai.rewards.model import RewardModel
+from cai.training.launching import find_config
+from tests import ppo_runs
+from tests.ppo_runs import FORMS, LENGTH, Script, logged, low, low_or_none, make, policy_weights, rollout, value_weights
+from tests.tiny_model import make_tiny_model, tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def state_of(trainer: Any) -> dict[str, Any]:
+    """All that the next steps depend on."""
+    optimizers = [trainer.optimizer, trainer._value_optimizer]
+    moments = [moment for one in optimizers for state in one.state_dict()["state"].values() for moment in state.values()]
+    return {
+        "policy": policy_weights(trainer),
+        "value": value_weights(trainer),
+        "moments": [one.clone() for one in moments],
+        "kl": trainer.kl.coefficient,
+        "step": trainer._step,
+        "tokens": trainer.state.num_input_tokens_seen,
+    }
+
+
+@each_form
+@pytest.mark.parametrize("kept", [3, 4])
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, form, kept):
+    """Rollouts are trained on for four steps each: at step 3 one is under way."""
+
+    def trainer(out: str, steps: int) -> Any:
+        return make(
+            tiny, tmp_path / out, form, max_steps=steps, num_iterations=2, steps_per_generation=2, target_kl=0.01,
+            per_device_train_batch_size=4, kl_horizon=50, save_strategy="steps", save_steps=kept, value_learning_rate=1e-2,
+        )  # fmt: skip
+
+    whole = trainer("whole", 6)
+    whole.train()
+    trainer("part", kept).train()
+    again = trainer("part", 6)
+    again.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{kept}"))
+    expected, found = state_of(whole), state_of(again)
+    assert found["kl"] != whole.args.beta
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    told = [{name: one for name, one in line.items() if "time" not in name} for line in again.state.log_history[:-1]]
+    plain = [{name: one for name, one in line.items() if "time" not in name} for line in whole.state.log_history[:-1]]
+    assert told == plain
+    assert found["step"] == 6
+
+
+@each_form
+def test_what_is_saved_is_the_policy_alone(tiny, tmp_path, form):
+    trainer = make(tiny, tmp_path, form, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    ids = torch.arange(20).unsqueeze(0)
+    for folder in (tmp_path / "final", tmp_path / "checkpoint-1"):
+        assert not [path for path in folder.iterdir() if path.is_dir()]
+        if form == "adapters":
+            from peft import PeftModel
+
+            saved = load_file(folder / "adapter_model.safetensors")
+            assert len(saved) == len(policy_weights(trainer))
+            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
+        else:
+            loaded, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        torch.testing.assert_close(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one, two):
+        path.mkdir()
+    ppo_runs.train_some(tiny, one, 8)
+    config, _ = find_config("2")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    command = [*launcher, "--main_process_port", "0", "-m", "tests.ppo_runs", str(tiny), str(two), "4"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for form in FORMS:
+        alone, together = (load_file(path / f"{form}.safetensors") for path in (one, two))
+        assert alone.keys() == together.keys()
+        for name, weight in alone.items():
+            torch.testing.assert_close(
+                together[name], weight, atol=5e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        begun = make(tiny, tmp_path / "run", form)
+        for kind, weights in (("policy", policy_weights(begun)), ("value", value_weights(begun))):
+            assert max(float((alone[f"{kind}.{name}"] - one).abs().max()) for name, one in weights.items()) > 1e-3
+        assert float(alone["kl_coefficient"]) != begun.args.beta
+
+
+# ------------------------------------------------------------------------------------------------ a reward model
+def make_reward_model(tiny: Path, out: Path, outputs: int = 1, members: int = 0, more_tokens: int = 0) -> Path:
+    """A reward model with random weights: one network, or members as adapters on the tiny model."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    if more_tokens:
+        tokenizer.add_tokens([f"<more-{place}>" for place in range(more_tokens)])
+    specs: list[dict[str, Any]] = []
+    for place in range(members or 1):
+        folder = out / (f"members/{place}" if members else ".")
+        told = {"mean": [0.3 - place, -0.2][:outputs], "deviation": [0.7 + place, 1.9][:outputs]}
+        specs.append({"folder": f"members/{place}" if members else ".", **told})
+        if members:
+            _adapters(tiny, outputs, place).save_pretrained(folder)
+            specs[-1] |= {"base": str(tiny), "version": folder_version(tiny)}
+        else:
+            LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=outputs)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    objectives = {"helpful": 1.5, "harmless": -0.5} if outputs == 2 else {"reward": 1.0}
+    (out / "reward.json").write_text(json.dumps({"members": specs, "objectives": objectives}))
+    return out
+
+
+def _adapters(tiny: Path, outputs: int, seed: int) -> Any:
+    """Of another rank, scale and other layers than the policy's are in these tests."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    base = LlamaForSequenceClassification.from_pretrained(tiny, num_labels=outputs)
+    model = get_peft_model(base, LoraConfig(r=6, lora_alpha=3, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS"))
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "lora_B" in name or "score" in name:
+                one.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(("form", "members"), [("critic", 0), ("critic", 2), ("adapters", 2)])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outputs):
+    folder = make_reward_model(tiny, tmp_path / "reward", outputs, members, more_tokens=0 if members else 3)
+    trainer = make(tiny, tmp_path, form, value_model=folder, base_version=folder_version(tiny), rollout_func=Script())
+    assert trainer.critic_note is None
+    model, rows = RewardModel.load(folder, device="cpu", dtype="float32"), [[5, 9, 280, 1, 14], [7, 8]]
+    found = model.compute([[row] * max(1, members) for row in rows])
+    rewards = combine(model.spec, found, found[:, 0, 0] * 0, found[:, 0, 0] * 0).members[:, 0]
+    with trainer.value.working(), torch.no_grad():
+        for row, reward in zip(rows, rewards, strict=True):
+            ids = torch.tensor([row])
+            assert float(trainer.value.values(ids, torch.ones_like(ids))[0, -1]) == pytest.approx(float(reward), abs=1e-4)
+    out = rollout(trainer)
+    assert (out["old_per_token_logps"] - out["ref_per_token_logps"]).abs().max() < 1e-4, "the policy is as it was"
+    assert trainer.model.training
+    trainer.train()
+
+
+def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_path):
+    folder = make_reward_model(tiny, tmp_path / "reward")
+    other = AutoTokenizer.from_pretrained(tiny).train_new_from_iterator(["some other words"] * 9, 290)
+    other.save_pretrained(folder)
+    told = "the critic begins with values of 0, not with reward model '{}': {}"
+    trainer = make(tiny, tmp_path, value_model=folder, rollout_func=Script())
+    assert trainer.critic_note == told.format(folder, "its tokenizer is not the policy's")
+    assert (rollout(trainer)["values"] == 0).all()
+
+    members = make_reward_model(tiny, tmp_path / "members", members=1)
+    for version in ("another", None):
+        trainer = make(tiny, tmp_path, "adapters", value_model=members, base_version=version, rollout_func=Script())
+        reason = "it is not adapters on the weights that the policy's adapters are on"
+        assert trainer.critic_note == told.format(members, reason)
+        assert (rollout(trainer)["values"] == 0).all()
+
+    outputs = make_reward_model(tiny, tmp_path / "outputs", 2)
+    (outputs / "reward.json").unlink()
+    trainer = make(tiny, tmp_path, value_model=outputs)
+    assert trainer.critic_note == told.format(outputs, "it has no layer `score` with 1 output")
+
+    (outputs / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match=f"^reward model '{outputs}', which the critic begins with, could not be loaded: "):
+        make(tiny, tmp_path, value_model=outputs)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+@each_form
+def test_the_policy_learns_and_the_values_explain_returns(tiny, tmp_path, form):
+
+    def first(prompts: list[str], **_: Any) -> list[float]:
+        return [float("a" in prompt) for prompt in prompts]
+
+    trainer = make(
+        tiny, tmp_path, form, [low, first], Dataset.from_dict({"prompt": ["aaaa", "zzzz"] * 64}), max_steps=64,
+        num_iterations=4, per_device_train_batch_size=32, beta=0.005, learning_rate=2e-2 if form == "adapters" else 5e-3,
+        value_learning_rate=3e-2, seed=1,
+    )  # fmt: skip
+    trainer.train()
+    rewards, explained = logged(trainer, "rewards/low/mean"), logged(trainer, "value/explained_variance")
+    assert mean(rewards[-4:]) > mean(rewards[:4]) + 0.1
+    assert explained[0] < 0.05 < 0.3 < mean(explained[-4:])
+
+
+def test_a_completion_without_an_end_is_fined(tiny, tmp_path):
+    told = {"rollout_func": Script(), "whiten_advantages": False, "beta": 0.0, "lam": 1.0}
+    plain, fined = (rollout(make(tiny, tmp_path, reward=low_or_none, missing_eos_penalty=one, **told)) for one in (None, 0.7))
+    end = AutoTokenizer.from_pretrained(tiny).eos_token_id
+    seen = set()
+    for place, mask in enumerate(plain["completion_mask"] > 0):
+        ids = plain["completion_ids"][place][mask].tolist()
+        fine = 0.7 if len(ids) % 2 and ids[-1] != end else 0.0
+        seen.add((len(ids) % 2, fine))
+        paid = plain["returns"][place][mask] - fine
+        torch.testing.assert_close(fined["returns"][place][mask], paid)
+    assert len(seen) == 3
+
+
+def test_rows_without_a_reward_train_nothing(tiny, tmp_path):
+    def none(completion_ids: Any, **_: Any) -> list[None]:
+        return [None] * len(completion_ids)
+
+    begun, trainer = (make(tiny, tmp_path, reward=none, rollout_func=Script(), target_kl=1.0) for _ in range(2))
+    trainer.train()
+    assert all(torch.equal(one, policy_weights(begun)[name]) for name, one in policy_weights(trainer).items())
+    assert all(torch.equal(one, value_weights(begun)[name]) for name, one in value_weights(trainer).items())
+    assert trainer.kl.coefficient == trainer.args.beta
+
+    out = rollout(make(tiny, tmp_path, reward=low_or_none, rollout_func=Script()))
+    scored = out["completion_mask"].sum(dim=1) % 2 == 1
+    assert 0 < scored.sum() < len(scored)
+    assert (out["advantages"][~scored] == 0).all()
+    assert (out["returns"][~scored] == 0).all()
+    assert int(out["num_items_in_batch"]) == int(out["completion_mask"][scored].sum()), "a token with a reward weighs as ever"
+
+
+def test_rewards_are_the_weighted_sum_of_those_that_say_something(tiny, tmp_path):
+    told = {"rollout_func": Script(), "whiten_advantages": False, "beta": 0.0, "lam": 1.0}
+    out = rollout(make(tiny, tmp_path, reward=[low, low_or_none], reward_weights=[1.0, -3.0], **told))
+    for place, mask in enumerate(out["completion_mask"] > 0):
+        ids = out["completion_ids"][place][mask].tolist()
+        share = low([ids])[0]
+        assert float(out["returns"][place, 0]) == pytest.approx(share * (-2.0 if len(ids) % 2 else 1.0), abs=1e-5)
+
+
+def test_several_completions_of_a_prompt(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=2, num_generations=4)
+    out = rollout(trainer)
+    assert len({tuple(row) for row in out["prompt_ids"].tolist()}) == 2
+    assert len({tuple(row) for row in out["completion_ids"].tolist()}) == 8
+    trainer.train()
+    assert len(logged(trainer, "reward")) == 2
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 3), (3, 1), (5, 1)])
+def test_rollouts_of_any_size(tiny, tmp_path, batch, steps):
+    trainer = make(tiny, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+    assert trainer.num_generations == trainer.num_generations_eval == 1
+    trainer.train()
+    assert len(logged(trainer, "reward")) == 1
+
+
+@each_form
+def test_evaluation_tells_and_steers_nothing(tiny, tmp_path, form):
+    trainer = make(
+        tiny, tmp_path, form, eval_dataset=ppo_runs.prompts(6), per_device_eval_batch_size=3, target_kl=1e-3, kl_horizon=50,
+        eval_strategy="steps", eval_steps=1, rollout_func=Script(),
+    )  # fmt: skip
+    weights = value_weights(trainer)
+    told = trainer.evaluate()
+    assert trainer.kl.coefficient == trainer.args.beta
+    assert all(torch.equal(one, weights[name]) for name, one in value_weights(trainer).items())
+    assert all(one.grad is None for one in trainer._trained.values())
+    for name in ("reward", "objective/kl", "value/explained_variance", "value/loss"):
+        assert math.isfinite(told[f"eval_{name}"])
+    trainer.train()
+    assert logged(trainer, "eval_objective/kl_coef") == [trainer.kl.coefficient]
+
+
+@each_form
+@pytest.mark.parametrize("told", [{"bf16": True}, {"dtype": torch.bfloat16}], ids=["autocast", "weights"])
+def test_bfloat16(tiny, tmp_path, form, told):
+    trainer = make(tiny, tmp_path, form, max_steps=2, gradient_checkpointing=True, **told)
+    trainer.train()
+    assert all(math.isfinite(one) for name in ("loss", "value/loss", "grad_norm") for one in logged(trainer, name))
+    assert trainer.value.layer.linear.weight.dtype == torch.float32
+
+
+def test_without_a_kl_there_is_no_reference(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=1, beta=0.0)
+    trainer.train()
+    assert trainer.ref_model is None
+    assert logged(trainer, "objective/kl") == [0.0]
+
+
+def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, max_steps=2)
+    with torch.no_grad():
+        trainer.value.layer.linear.bias.fill_(math.inf)
+    with pytest.raises(EngineError, match=r"^a gradient of the value function is not a finite number at step 1; lower trl\."):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"value_function": "none"}, "value_function: expected critic or head, found 'none'"),
+        ({"kl_estimator": "k2"}, "kl_estimator: expected k1 or k3, found 'k2'"),
+        ({"lam": 1.5}, "lam: expected a number from 0 to 1, found 1.5"),
+        ({"target_kl": 1.0, "beta": 0.0}, "target_kl: needs to be above 0, and so does beta"),
+        ({"target_kl": 1.0, "kl_horizon": 7}, "kl_horizon: expected at least the 8 completions of a rollout, found 7"),
+        ({"sync_ref_model": True}, "sync_ref_model: the KL of PPO is to a fixed reference; remove it"),
+    ],
+)
+def test_arguments_that_cannot_work(tmp_path, keys, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ppo_runs.PPOConfig(str(tmp_path), **(ppo_runs.FAST | keys))
+
+
+@pytest.mark.parametrize(("form", "sharded"), [("adapters", "is_fsdp_enabled"), ("head", "is_deepspeed_enabled")])
+def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_path, form, sharded):
+    trainer = make(tiny, tmp_path, form)
+    setattr(trainer, sharded, True)
+    with pytest.raises(ConfigError, match=r"^value_function: one that shares the policy's weights cannot be trained while"):
+        trainer._build_value(None, None)
+
+
+def test_completions_are_as_long_as_is_told(tiny, tmp_path):
+    assert rollout(make(tiny, tmp_path))["completion_ids"].shape[1] <= LENGTH
