@@ -18,12 +18,17 @@ def build(parts: Parts) -> Any:
     parts.tokenizer.padding_side = parts.tokenizer.truncation_side = "left"
     guards = Safeguards(parts)
     more = {"reward_funcs": guards.rewards, "train_dataset": guards.held_out.train, "peft_config": adapters(settings)}
-    return guards.guard(_trainer(settings, {**parts.shared, "model": load_policy(settings), **more}))
-
-
-def _trainer(settings: OnlineSettings, given: dict[str, Any]) -> Any:
+    given = {**parts.shared, "model": load_policy(settings), **more}
     if isinstance(settings, PpoSettings):
-        return _ppo(settings, given)
+        trainer = _ppo(settings, given)
+        if trainer.critic_note:
+            parts.show.note(trainer.critic_note)
+    else:
+        trainer = _of_trl(settings, given)
+    return guards.guard(trainer)
+
+
+def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
     if isinstance(settings, OnlineDpoSettings):
         from trl.experimental.online_dpo import OnlineDPOTrainer
 
