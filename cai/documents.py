@@ -234,9 +234,10 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
             current = typing.get_args(current)[1]
         elif isinstance(part, str):
             fields = _model_in(current)
-            current = fields.model_fields[part].annotation if fields and part in fields.model_fields else None
+            known = {field.alias or name: field.annotation for name, field in fields.model_fields.items()} if fields else {}
+            current = known.get(part)
     found = _model_in(current)
-    return list(found.model_fields) if found else []
+    return [field.alias or name for name, field in found.model_fields.items()] if found else []
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -90,6 +90,12 @@ def holds_adapters(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
+def best_model(path: Path) -> Path:
+    """The model of a training: `best/` in its folder, where an honest measure has chosen one of its checkpoints."""
+    best = path / "best"
+    return best if (best / "config.json").is_file() or holds_adapters(best) else path
+
+
 def holds_members(path: Path) -> bool:
     """Whether a folder is that of a reward model whose networks are in folders below it."""
     return (path / "reward.json").is_file() and not (path / "config.json").is_file() and not holds_adapters(path)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,98 @@ def test_dpo_is_held_near_the_reference_that_is_named(tmp_path: Path, tiny: Path
     assert abs(train("dpo", named, tmp_path / "named")["measures"]["train_loss"] - math.log(2)) > 1e-3
 
 
+# --- rewards
+
+
+def online(tiny: Path, **more: Any) -> dict[str, Any]:
+    """A stage of PPO on prompts of `@data`."""
+    given = training(tiny, per_device_train_batch_size=4, max_completion_length=6)
+    return {**given, **more}
+
+
+def test_ppo_is_rewarded_by_what_the_stage_before_trained(tmp_path: Path, tiny: Path):
+    from cai.training import running
+
+    def train(stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
+        return running.train(stage, settings, out, show=show)
+
+    (tmp_path / "fun.py").write_text("def f(completions, **columns): return [float(len(one)) for one in completions]\n")
+    reward = {"reward": training(tiny) | {"members": 2, "lora": {"rank": 2}}}
+    short = {"max_steps": 1, "per_device_train_batch_size": 2, "max_new_tokens": 6}
+    gold = {"function": f"{tmp_path}/fun.py:f"}
+    given = {
+        "data": {"generate": data("respond")},
+        "reward": reward,
+        "other": {"reward": training(tiny) | {"seed": 3}},
+        "ppo": {"ppo": online(tiny, reward="@reward", critic="@other", gold=gold)},
+        "more": {"online-dpo": online(Path("@ppo"), reward=[{"model": "@other", "weight": 2}], trl=short)},
+    }
+    made = run_pipeline(pipeline(given), tmp_path / "out", train=train)
+    assert [entry["state"] for entry in made["stages"]] == ["done"] * 5
+    assert "reward" in made["stages"][3]["measures"]
+    assert "objective/scores" in made["stages"][4]["measures"]
+    assert sorted(made["stages"][3]["inputs"]) == sorted(
+        ["settings", "@data", "@reward", "@other", f"model {tiny}", f"function {tmp_path}/fun.py:f"]
+    )
+    assert load_pipeline(tmp_path / "out" / "recipe.yaml") == pipeline(given)
+    assert set(does(pipeline(given), tmp_path / "out").values()) == {"skip"}
+
+
+def test_a_changed_reward_is_a_changed_input(tmp_path: Path, tiny: Path):
+    function, constitution, model = tmp_path / "fun.py", tmp_path / "own.yaml", tmp_path / "model"
+    model.mkdir()
+    judge = {"model": str(model), "method": "score"}
+    rewards = [{"function": f"{function}:f"}, {"constitution": str(constitution), "judge": judge}]
+    stage = {"ppo": online(tiny, data="benign", reward=rewards, gold={"constitution": str(constitution)})}
+
+    def inputs() -> dict[str, str]:
+        (step,) = unfold(pipeline({"ppo": stage}), tmp_path)
+        return inputs_of(step)
+
+    function.write_text("one")
+    constitution.write_text(SMALL.read_text())
+    (model / "config.json").write_text("{}")
+    seen = [inputs()]
+    function.write_text("two")
+    seen.append(inputs())
+    constitution.write_text(SMALL.read_text().replace("not kind", "unkind"))
+    seen.append(inputs())
+    (model / "config.json").write_text('{"a": 1}')
+    seen.append(inputs())
+    changes = [[name for name in new if new[name] != old.get(name)] for old, new in pairwise(seen)]
+    assert changes == [[f"function {function}:f"], [f"constitution {constitution}"], [f"model {model}"]]
+
+
+def test_two_reward_models_that_are_not_there_yet_are_not_taken_for_one(tmp_path: Path, tiny: Path):
+    both = {name: {"reward": training(tiny)} for name in ("one", "two")}
+    given = {"data": {"generate": data()}, **both, "ppo": {"ppo": online(tiny, reward="@one", gold="@two")}}
+    assert does(pipeline(given), tmp_path / "out") == dict.fromkeys(given, "run")
+
+
+def test_what_comes_after_ppo_begins_with_its_best_model(tmp_path: Path, tiny: Path, log: Path):
+    class WithBest(Planted):
+        def __call__(self, stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
+            begins.append(Path(settings.model).name)
+            told = super().__call__(stage, settings, out, show)
+            if stage == "ppo" and model == "best":
+                (out / "best").mkdir()
+                (out / "best" / "config.json").write_text("{}")
+            return told
+
+    ppo = {"ppo": online(tiny, reward={"constitution": "demo/brief.yaml"})}
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "brief.yaml").write_text((ROOT / "pipelines" / "demo" / "brief.yaml").read_text())
+    after = {"generate": data(policy={"model": "@ppo"}, judge={"method": "checks", "principles": "all"})}
+    recipe = written(tmp_path, {"data": {"generate": data()}, "ppo": ppo, "dpo": {"dpo": training("@ppo")}, "after": after})
+    for model in ("best", "2-ppo"):
+        begins: list[str] = []
+        out = tmp_path / model
+        run_pipeline(load_pipeline(recipe), out, Choice(until="dpo"), train=WithBest())
+        assert begins == [tiny.name, model]
+        step = unfold(load_pipeline(recipe), out)[-1]
+        assert Path(step.settings.policy.model).name == model  # type: ignore[union-attr]
+
+
 # --- what a recipe may say
 
 
@@ -497,6 +590,26 @@ HEAD = 'name: test\nstages:\n  data: {generate: {prompts: {source: benign}}}\n  
             "p.yaml:6: stages.x.dpo.model: '@r' is a reward model",
         ),
         (
+            f"{HEAD}  r: {{reward: {{data: '@data'}}}}\n  x: {{ppo: {{model: '@r', data: '@data', reward: '@r'}}}}\n",
+            "p.yaml:6: stages.x.ppo.model: '@r' is a reward model",
+        ),
+        (
+            f"{HEAD}  x:\n    online-dpo:\n      data: '@data'\n      reward: '@sft'\n",
+            "p.yaml:8: stages.x.online-dpo.reward[0].model: '@sft' gives no reward, and a reward model is needed here",
+        ),
+        (
+            f"{HEAD}  x:\n    ppo:\n      data: '@data'\n      reward: r.py:f\n      gold: '@sft'\n",
+            "p.yaml:9: stages.x.ppo.gold.model: '@sft' gives no reward",
+        ),
+        (
+            f"{HEAD}  x:\n    ppo:\n      data: '@data'\n      reward: r.py:f\n      critic: '@sft'\n",
+            "p.yaml:9: stages.x.ppo.critic: '@sft' gives no reward",
+        ),
+        (f"{HEAD}  x: {{ppo: {{data: '@sft', reward: 'r.py:f'}}}}\n", "'@sft' is a trained model, and rows are read here"),
+        (f"{HEAD}  x:\n    online_dpo: {{}}\n", "p.yaml:6: stages.x.online_dpo: unknown key (did you mean 'online-dpo'?)"),
+        (f"{HEAD}  x:\n    online-dpo:\n      rewrad: a\n", "p.yaml:7: stages.x.online-dpo.rewrad: unknown key (did you"),
+        (f"{HEAD}  x:\n    grpo:\n      data: '@data'\n", "p.yaml:6: stages.x.grpo.reward: this key is required"),
+        (
             f"rounds: 2\n{HEAD.replace('benign', 'benign}, policy: {model: vllm:@sft')}",
             "in the first round there is no '@sft'",
         ),
@@ -538,12 +651,32 @@ def test_a_flag_changes_a_key_and_adds_no_stage(tmp_path: Path):
             "p.yaml:6: stages.x.generate: prompts 'gone.jsonl': there is no such",
         ),
         ("    generate: {prompts: {source: '-'}}\n", "standard input cannot be read again"),
-        ("    ppo: {}\n", "p.yaml:6: stages.x.ppo: PPO is not in this version of cai; add --until"),
+        (
+            "    ppo: {data: '@data', reward: './fun.py:brief'}\n",
+            "p.yaml:6: stages.x.ppo: reward: function './fun.py:brief': there is no ./fun.py",
+        ),
+        (
+            "    rloo: {data: '@data', reward: smollm2-135m}\n",
+            "p.yaml:6: stages.x.rloo: reward: 'smollm2-135m' is a language model, which gives no reward",
+        ),
+        (
+            "    grpo: {data: '@data', reward: {constitution: harmless}}\n",
+            "p.yaml:6: stages.x.grpo: reward: constitution 'harmless' has no principle with a check",
+        ),
+        (
+            "    ppo: {data: '@data', reward: 'FUN:f', gold: {constitution: harmless}}\n",
+            "p.yaml:6: stages.x.ppo: gold: constitution 'harmless' has no principle with a check",
+        ),
+        (
+            "    ppo: {data: '@data', reward: 'FUN:f', trl: {max_completion_length: 9000}}\n",
+            "stages.x.ppo: trl: completions of 9000 tokens leave no room for prompts in a context of 8192",
+        ),
     ],
 )
 def test_every_stage_is_checked_before_the_first_one_runs(tmp_path, tiny, more: str, message: str, train: Planted):
     more, message = (text.replace("MODEL", str(tiny)) for text in (more, message))
-    (tmp_path / "p.yaml").write_text(f"{HEAD}  x:\n{more}")
+    (tmp_path / "function.py").write_text("def f(completions, **columns): return [0.0 for _ in completions]\n")
+    (tmp_path / "p.yaml").write_text(f"{HEAD}  x:\n{more}".replace("FUN", f"{tmp_path}/function.py"))
     with pytest.raises(ConfigError) as caught:
         run_pipeline(load_pipeline(tmp_path / "p.yaml"), tmp_path / "out", train=train)
     assert message in str(caught.value).replace(f"{tmp_path}/", "")

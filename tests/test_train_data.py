@@ -305,3 +305,21 @@ def test_prepared_rows_are_read_again_as_they_were(run, tmp_path, tokenizer):
     assert (list(kept.train), list(kept.test), left_out) == (list(given.train), list(given.test), ({}, {}))
     prepare_rows(data("dpo", run), tokenizer, 1, tmp_path / "rows")  # they are there
     assert read_rows(given, tmp_path / "rows")[0].train._fingerprint == kept.train._fingerprint
+
+
+def test_a_source_of_one_split_has_no_rows_to_measure_on(tmp_path):
+    rows = [{"prompt": f"What is {number}?", "topic": number} for number in range(6)]
+    file, folder, files = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "saved", tmp_path / "files"
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    files.mkdir()
+    write_rows(files / "train.jsonl", rows)
+    for source, count in (("benign", 200), ("red-team", 200), (file, 6), (folder, 6), (files, 6)):
+        found = data("rloo", source, reward="a/b")
+        assert (len(found.train), found.test, found.sources[0]["test"]) == (count, None, 0), source
+        assert set(found.train.column_names) == {"prompt", "columns"}
+    assert json.loads(found.train[2]["columns"]) == {"topic": 2}
+    datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
+    ).save_to_disk(str(tmp_path / "both"))
+    found = data("rloo", tmp_path / "both", reward="a/b")
+    assert (len(found.train), len(found.test or ())) == (6, 2)

@@ -218,7 +218,7 @@ def main() -> None:
 def _fail(error: CaiError, code: int) -> NoReturn:
     from cai.cli.terminal import printable
 
-    print(f"cai: {printable(str(error))}", file=sys.stderr)
+    print(f"cai: {printable(str(error))}", file=sys.stderr, flush=True)
     if threading.active_count() > 1:  # one that still loads a model or waits for standard input would hold up the exit
         _flush()
         os._exit(code)

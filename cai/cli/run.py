@@ -22,12 +22,13 @@ from cai.config import Recipe
 from cai.errors import CaiError, PromptSourceError
 from cai.generation.estimate import estimate
 from cai.intervals import gathered
+from cai.models import best_model
 from cai.pipeline import Choice, Pipeline, Watch, Watcher
 from cai.pipeline.forecasting import Entry, Forecast, Verdict, read_manifest
 from cai.pipeline.stages import train_apart
 from cai.pipeline.steps import Step
 from cai.prompts import read_prompts
-from cai.training import TrainSettings, check_installed
+from cai.training import ONLINE, TrainSettings, check_installed
 
 _DOES = {
     "skip": "finished",
@@ -37,7 +38,7 @@ _DOES = {
     "maybe": "would be made anew",
 }
 _BEGINS = {"run": "begins", "continue": "goes on", "remake": "is made anew"}
-_ROWS = {"sft": "sft", "kto": "unpaired"}
+_ROWS: dict[str, str] = {"sft": "sft", "kto": "unpaired", **dict.fromkeys(ONLINE, "trace")}
 """What a stage trains on, where that is not `preference`."""
 
 
@@ -136,7 +137,8 @@ def _show_table(manifest: dict[str, Any], out: Path) -> None:
     console.print(f"\nall of it is in {escape(printable(str(out)))}", soft_wrap=True)
     policies = [entry["folder"] for entry in manifest["stages"] if entry["kind"] not in ("generate", "reward")]
     if policies and manifest["status"] == "done":
-        console.print(f"use the last model:  cai generate -m {escape(printable(str(out / policies[-1])))}", soft_wrap=True)
+        last = best_model(out / policies[-1])
+        console.print(f"use the last model:  cai generate -m {escape(printable(str(last)))}", soft_wrap=True)
 
 
 # --- the dry run

@@ -10,7 +10,7 @@ import typer
 
 from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Set, Yes, option
 from cai.errors import ConfigError, Interrupted
-from cai.training import SETTINGS, STAGES, StageName, TrainSettings, check_installed
+from cai.training import ONLINE, SETTINGS, STAGES, StageName, TrainSettings, check_installed
 
 if TYPE_CHECKING:
     from cai.training.folder import Mode
@@ -31,9 +31,25 @@ _ABOUT: dict[StageName, str] = {
 Data = Annotated[
     list[str] | None, typer.Argument(metavar="DATA...", help="Run folders, files, `datasets` folders or Hub ids; blended.")
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="DATA...", help="Prompts: a built-in set (benign, red-team), run folders, files, `datasets` folders, Hub ids."
+    ),
+]
+Rewards = Annotated[
+    list[str] | None,
+    option(
+        "--reward",
+        panel=INPUTS,
+        metavar="MODEL|FILE.py:NAME|FILE.yaml",
+        help="What rewards: a reward model, a Python function, or a constitution's checks; repeatable, their sum.",
+    ),
+]
 Model = Annotated[
     str | None, option("-m", "--model", panel=MODELS, metavar="MODEL", help="Alias, folder or Hub id to begin with.")
 ]
+Seed = Annotated[int | None, option("--seed", panel=INPUTS, metavar="N", help="The seed.")]
 Lora = Annotated[bool, option("--lora", panel=MODELS, help="Train adapters (rank 16) in place of all weights.")]
 File = Annotated[str | None, option("--recipe", panel=INPUTS, metavar="FILE", help="The stage's settings as YAML; flags win.")]
 Out = Annotated[str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/STAGE.")]
@@ -56,7 +72,7 @@ def _command(stage: StageName) -> Any:
         lora: Lora = False,
         recipe: File = None,
         set_: Set = None,
-        seed: Annotated[int | None, option("--seed", panel=INPUTS, metavar="N", help="The seed.")] = None,
+        seed: Seed = None,
         out: Out = None,
         fresh: Fresh = False,
         yes: Yes = False,
@@ -67,13 +83,41 @@ def _command(stage: StageName) -> Any:
         folder = choose_out(stage, out)
         run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
 
-    command.__doc__ = f"{_ABOUT[stage]}\n\nThe same command again continues a training that was stopped."
+    return command
+
+
+def _online_command(stage: StageName) -> Any:
+    def command(
+        data: Prompts = None,
+        reward: Rewards = None,
+        model: Model = None,
+        lora: Lora = False,
+        recipe: File = None,
+        set_: Set = None,
+        seed: Seed = None,
+        out: Out = None,
+        fresh: Fresh = False,
+        yes: Yes = False,
+        launch: Launch = None,
+    ) -> None:
+        flags = {"data": data or None, "reward": reward or None, "model": model, "lora": lora or None, "seed": seed}
+        settings = resolve_settings(stage, recipe, set_ or [], flags)
+        folder = choose_out(stage, out)
+        run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
+
     return command
 
 
 _EXAMPLE = "Example:\n\n    cai train {stage} runs/harmless -m Qwen/Qwen3-0.6B --lora -o models/{stage}"
+_ONLINE_EXAMPLE = (
+    "Example:\n\n    cai train reward runs/harmless -m smollm2-135m -o models/reward\n\n"
+    "    cai train {stage} benign -m smollm2-135m --reward models/reward -o models/{stage}"
+)
 for _stage in STAGES:
-    app.command(_stage, epilog=_EXAMPLE.format(stage=_stage))(_command(_stage))
+    _is_online = _stage in ONLINE
+    _made = _online_command(_stage) if _is_online else _command(_stage)
+    _made.__doc__ = f"{_ABOUT[_stage]}\n\nThe same command again continues a training that was stopped."
+    app.command(_stage, epilog=(_ONLINE_EXAMPLE if _is_online else _EXAMPLE).format(stage=_stage))(_made)
 
 
 def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str], flags: dict[str, Any]) -> TrainSettings:
@@ -88,6 +132,8 @@ def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str
         document.override(dotted, value, source)
     if not document.data.get("data"):
         raise ConfigError(f"no data: name a run folder, for example: cai train {stage} runs/harmless")
+    if stage in ONLINE and not document.data.get("reward"):
+        raise ConfigError(f"no reward: name one, for example: cai train {stage} benign --reward models/reward")
     return document.validate(SETTINGS[stage])
 
 

@@ -16,18 +16,29 @@ from rich.table import Table
 
 from cai.cli.terminal import console, counted, duration, printable, time_left
 from cai.intervals import gathered
+from cai.models import best_model
+from cai.training import ONLINE
 
 if TYPE_CHECKING:
     from cai.training.watching import Show
 
 _LINE_EVERY = 15.0
 """Seconds between plain lines of one phase."""
-_SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "reward",
+    "objective/scores",
+    "kl",
+    "rewards/accuracies",
+    "rewards/margins",
+    "mean_token_accuracy",
+)
 """Measures that are shown as they come."""
-_ONLINE = ("ppo", "rloo", "grpo", "online-dpo")
 _NEXT = {
     "reward": "score completions:  cai reward score {out} completions.jsonl",
     "sft": "train on pairs:     cai train dpo DATA -m {out}",
+    **dict.fromkeys(ONLINE, "look at answers:    cai generate PROMPTS -m {out}"),
 }
 
 
@@ -117,12 +128,13 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
             console.print(
                 f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used; the first, {first}", soft_wrap=True
             )
+    limit = "the room that completions leave of the context" if manifest["stage"] in ONLINE else "trl.max_length"
     for split, count in manifest["too_long"].items():
-        console.print(f"[yellow]left out[/] {count:,} of {split}: longer than trl.max_length")
+        console.print(f"[yellow]left out[/] {count:,} of {split}: longer than {limit}")
     for split, count in manifest["unlabelled"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: no verdict on any objective")
     _show_guarded(manifest)
-    if not (any(one["test"] for one in manifest["data"]) or manifest["stage"] in _ONLINE):
+    if not (any(one["test"] for one in manifest["data"]) or manifest["stage"] in ONLINE):
         console.print("[yellow]no held-out rows[/]: how well it does on others is not known; name a test_split that has rows")
     console.print(f"\n[bold]measures[/] after {manifest['steps']:,} steps, {duration(manifest['seconds'])}")
     if told := manifest.get("training"):
@@ -137,7 +149,7 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         if (out / place).exists():
             console.print(f"{name}: {escape(str(out / place))}", soft_wrap=True)
     follow = _NEXT.get(manifest["stage"], "use it:             cai generate -m {out}")
-    console.print(escape(follow.format(out=out)), soft_wrap=True)
+    console.print(escape(follow.format(out=best_model(out))), soft_wrap=True)
 
 
 def _show_guarded(manifest: dict[str, Any]) -> None:
@@ -151,7 +163,7 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
             f"{best['step']:,}: {_estimated(best)}",
             soft_wrap=True,
         )
-    elif manifest["stage"] in _ONLINE:
+    elif manifest["stage"] in ONLINE:
         console.print("[yellow]no gold measure[/]: whether answers got better with the reward is not known")
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cai.config import Recipe
 from cai.errors import CaiError, ConfigError
 from cai.pipeline.planning import plan
 from cai.pipeline.recipe import Pipeline, Settings
 from cai.pipeline.steps import Step, base_model
 from cai.prompts import find_source, read_prompts
-from cai.training import TrainSettings
-
-
-def refuse_ppo(step: Step) -> None:
-    """Raises `ConfigError` for a stage of PPO."""
-    if step.kind == "ppo":
-        raise ConfigError(f"{step.where}: PPO is not in this version of cai; add --until with the stage before it")
+from cai.training import OnlineSettings, TrainSettings
 
 
 def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
     """Check a step as far as that can be without what earlier steps have yet to make, and return its settings, in which the
     model that an earlier step begins with stands for the one that it will train. Raises `ConfigError`."""
-    settings = step.with_places(lambda one: one.folder if one in finished or one.kind == "generate" else base_model(one))
+    settings = step.with_places(lambda one: _stand_in(one, step, finished))
     try:
         if isinstance(settings, Recipe):
             plan(settings)
@@ -31,10 +27,30 @@ def check_step(pipeline: Pipeline, step: Step, finished: set[Step]) -> Settings:
                 read_prompts(settings.prompts)
         else:
             _check_training(pipeline, step, settings)
+            if isinstance(settings, OnlineSettings):
+                _check_online(step, settings, finished)
     except CaiError as exc:
         shown = str(exc)
         raise ConfigError(shown if shown.startswith(step.where.rpartition(":")[0]) else f"{step.where}: {shown}") from exc
     return settings
+
+
+def _stand_in(made: Step, step: Step, finished: set[Step]) -> Path | str:
+    """What stands for what an earlier step makes: where it is not there yet, for a model that is trained on the one that
+    training begins with. For a reward model of an online stage nothing does."""
+    if made in finished or made.kind == "generate":
+        return made.made
+    is_reward = made.kind == "reward" and isinstance(step.section, OnlineSettings)
+    return made.folder if is_reward else base_model(made)
+
+
+def _check_online(step: Step, settings: OnlineSettings, finished: set[Step]) -> None:
+    from cai.training.arguments import make_arguments, room_for_prompts
+    from cai.training.loading import context_of
+    from cai.training.online.rewards import check_rewards
+
+    check_rewards(settings, {str(one.folder) for one in step.reads if one not in finished})
+    room_for_prompts(settings, make_arguments(step.training, settings, step.folder), context_of(settings))
 
 
 def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cai.errors import ConfigError
-from cai.pipeline.checking import check_step, refuse_ppo
+from cai.pipeline.checking import check_step
 from cai.pipeline.inputs import inputs_of, settings_told
 from cai.pipeline.recipe import Pipeline, Settings
 from cai.pipeline.steps import Step, find_step, unfold
@@ -128,8 +128,6 @@ def forecast(pipeline: Pipeline, out: Path, choice: Choice | None = None) -> For
     steps = unfold(pipeline, out, {(one["name"], one["round"]): folder for folder, one in entries.items()})
     chosen = choose(steps, choice)
     finished = {step for step in steps if step not in chosen and is_done(step)}
-    for step in chosen:
-        refuse_ppo(step)
     verdicts: dict[Step, Verdict] = {}
     settings: dict[Step, Settings] = {}
     for step in chosen:

@@ -14,8 +14,9 @@ from cai.constitution import load_constitution
 from cai.models import folder_version, locate
 from cai.pipeline.manifest import file_hashes
 from cai.pipeline.steps import Step
-from cai.training import TrainSettings
+from cai.training import OnlineSettings, TrainSettings
 from cai.training.base_settings import QUIET
+from cai.training.online.versions import function_file
 
 _NEUTRAL = ("ray", "budget", "generation.concurrency", "policy.batch_size", "policy.batch_tokens", "dataset.shard_rows")
 """Keys of a recipe that change nothing in its rows."""
@@ -28,7 +29,7 @@ def inputs_of(step: Step) -> dict[str, str]:
         parts[f"@{target.name}" if isinstance(target, Step) else text] = (
             output_of(target) if isinstance(target, Step) else target
         )
-    own = step.with_places(lambda _: "@")
+    own = step.with_places(lambda target: f"@{target.folder.name}")
     return parts | dict(_of_recipe(own) if isinstance(own, Recipe) else _of_training(own))
 
 
@@ -62,11 +63,28 @@ def _of_training(settings: TrainSettings) -> Iterator[tuple[str, str]]:
         yield from _model(model, settings.revision if model == settings.model else None)
     for source in settings.data:
         yield from _content(f"data {source.source}", source.source)
+    if isinstance(settings, OnlineSettings):
+        yield from _of_rewards(settings)
+
+
+def _of_rewards(settings: OnlineSettings) -> Iterator[tuple[str, str]]:
+    sources = [*settings.reward, *filter(None, [settings.gold])]
+    judges = [one.judge.model for one in sources if one.judge]
+    models = [*(one.model for one in sources), *judges, getattr(settings, "critic", None)]
+    for model in dict.fromkeys(filter(None, models)):
+        yield from _model(model)
+    for source in sources:
+        if source.constitution:
+            yield f"constitution {source.constitution}", load_constitution(source.constitution).hash
+        if source.function:
+            yield from _content(f"function {source.function}", str(function_file(source.function)))
 
 
 def _content(name: str, source: str) -> Iterator[tuple[str, str]]:
     """The hash of a file, of a run's data, or of any other folder that rows are read from; what is elsewhere has none."""
     path = Path(os.path.expanduser(source))
+    if source.startswith("@"):
+        return
     if path.is_file():
         yield name, _digest(path)[:16]
     elif (path / "manifest.json").is_file() and (path / "data").is_dir():
@@ -92,7 +110,7 @@ def _digest(file: Path) -> str:
 def _model(name: str, revision: str | None = None) -> Iterator[tuple[str, str]]:
     """The version of the weights, where they are on this machine; what is elsewhere is known by its name."""
     path = name.removeprefix("vllm:")
-    if path != "@" and not path.startswith("scripted:") and os.path.exists(os.path.expanduser(path)):
+    if not path.startswith(("@", "scripted:")) and os.path.exists(os.path.expanduser(path)):
         yield f"model {name}", locate(path, revision, rewards=True).version
 
 

@@ -12,10 +12,11 @@ model of the round before, in the first round the one that is named after it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,14 +28,19 @@ from cai.recipes import beside, find_recipe, resolve_paths
 from cai.training import (
     CpoSettings,
     DpoSettings,
+    GrpoSettings,
     KtoSettings,
+    OnlineDpoSettings,
     OrpoSettings,
+    PpoSettings,
     RewardSettings,
+    RlooSettings,
     SftSettings,
+    StageName,
     TrainSettings,
 )
 
-Kind = Literal["generate", "sft", "reward", "dpo", "kto", "orpo", "cpo", "ppo"]
+Kind = Literal["generate"] | StageName
 Settings = Recipe | TrainSettings
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 _REFERENCE = re.compile(r"(?P<scheme>vllm:)?@(?P<stage>[\w-]+)(?: or (?P<first>\S.*))?")
@@ -76,31 +82,40 @@ class Stage(Part):
     """ORPO."""
     cpo: CpoSettings | None = None
     """CPO or SimPO."""
-    ppo: dict[str, Any] | None = None
-    """PPO, which this version does not have: a pipeline runs up to it."""
+    ppo: PpoSettings | None = None
+    """PPO on prompts."""
+    rloo: RlooSettings | None = None
+    """REINFORCE leave-one-out on prompts."""
+    grpo: GrpoSettings | None = None
+    """GRPO on prompts."""
+    online_dpo: OnlineDpoSettings | None = Field(default=None, alias="online-dpo")
+    """DPO on pairs that the policy writes."""
     once: bool = False
     """Whether it runs in the first round only."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Stage:
         if len(self._given) != 1:
-            kinds = ", ".join(name for name in type(self).model_fields if name != "once")
+            kinds = ", ".join(field.alias or name for name, field in type(self).model_fields.items() if name != "once")
             raise ValueError(f"expected exactly one of {kinds}, found {' and '.join(self._given) or 'none'}")
         return self
 
     @property
-    def _given(self) -> list[str]:
-        return [name for name in type(self).model_fields if name != "once" and getattr(self, name) is not None]
+    def _given(self) -> dict[str, Any]:
+        """The sections by the names that they have in a recipe."""
+        fields = type(self).model_fields
+        found = {field.alias or name: getattr(self, name) for name, field in fields.items() if name != "once"}
+        return {name: section for name, section in found.items() if section is not None}
 
     @property
     def kind(self) -> Kind:
         """What it does."""
-        return self._given[0]  # type: ignore[return-value]
+        return cast(Kind, next(iter(self._given)))
 
     @property
     def section(self) -> Any:
-        """Its settings; of `ppo` a mapping."""
-        return getattr(self, self.kind)
+        """Its settings."""
+        return self._given[self.kind]
 
 
 class Pipeline(Part):
@@ -156,21 +171,26 @@ class Pipeline(Part):
     def _unfit(self, name: str, loc: Loc, target: str) -> str | None:
         """Why what the stage `target` makes cannot stand there."""
         kind, key = self.stages[target].kind, _last_key(loc)
+        rewards = loc[0] in ("reward", "gold", "critic") and "judge" not in loc
         if key == "source" and kind != "generate":
             return f"'@{target}' is a trained model, and rows are read here; name a stage that generates"
         if key != "source" and kind == "generate":
             return f"'@{target}' is a dataset, and a model is needed here; name a stage that trains"
+        if rewards:
+            wanted = f"'@{target}' gives no reward, and a reward model is needed here; name a stage of the kind reward"
+            return None if kind == "reward" and key in ("model", "critic") else wanted
         lora = getattr(self.stages[target].section, "lora", None)
         if (
             key in ("model", "reference")
             and lora
             and not lora.merge
+            and "judge" not in loc
             and not {kind, self.stages[name].kind} & {"reward", "generate"}
         ):
             return f"'@{target}' saves adapters alone, which no training begins with; set lora.merge of '{target}' to true"
-        judging = loc[0] == "judge" or self.stages[name].kind in ("reward", "ppo")
+        judging = loc[0] == "judge" or self.stages[name].kind == "reward"
         if key in ("model", "reference") and kind == "reward" and not judging:
-            return f"'@{target}' is a reward model, which answers nothing; name another stage, or use it as the judge's model"
+            return f"'@{target}' is a reward model, which answers nothing; name another stage, or use it as a judge's model"
         return None
 
     def __eq__(self, other: object) -> bool:
@@ -184,7 +204,7 @@ class Pipeline(Part):
 
     def to_yaml(self) -> str:
         """What was given, as YAML."""
-        return dump(self.model_dump(mode="json", exclude_unset=True))
+        return dump(self.model_dump(mode="json", exclude_unset=True, by_alias=True))
 
 
 def _wrong(loc: Loc, problem: str) -> PydanticCustomError:
@@ -207,8 +227,7 @@ def _last_key(loc: Loc) -> str:
 
 def texts_in(section: Any) -> Iterator[tuple[Loc, str]]:
     """Every text of a stage's settings, and where it stands."""
-    data = section if isinstance(section, Mapping) else section.model_dump(mode="json", exclude_unset=True)
-    yield from _walk(data, ())
+    yield from _walk(section.model_dump(mode="json", exclude_unset=True), ())
 
 
 def _walk(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
@@ -260,9 +279,26 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
                 resolve_paths(section, folder)
             elif isinstance(section, dict):
                 beside(section, folder, "data")
-                sources = section.get("data")
-                for source in sources if isinstance(sources, list) else [sources]:
+                for source in _listed(section.get("data")):
                     beside(source, folder, "source")
+                for key in ("reward", "gold"):
+                    if key in section:
+                        section[key] = _reward_beside(section[key], folder)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _reward_beside(value: Any, folder: Path) -> Any:
+    """A reward, or several, with what is a file beside the recipe (a constitution, a function's) written out."""
+    if isinstance(value, list):
+        return [_reward_beside(one, folder) for one in value]
+    if isinstance(value, dict):
+        files = {key: _reward_beside(value[key], folder) for key in ("constitution", "function") if key in value}
+        return {**value, **files}
+    place, colon, name = value.rpartition(":") if isinstance(value, str) and ".py:" in value else (value, "", "")
+    return f"{folder / place}{colon}{name}" if isinstance(place, str) and os.path.isfile(folder / place) else value
 
 
 def _check_stage(document: Document, dotted: str, source: str) -> None:

@@ -40,6 +40,10 @@ _MEASURES = (
     "eval_accuracy",
     "eval_rewards/accuracies",
     "eval_mean_token_accuracy",
+    "reward",
+    "objective/scores",
+    "objective/kl",
+    "kl",
     "eval_loss",
     "train_loss",
 )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cai.errors import ConfigError, nearest
+from cai.models import best_model
 from cai.pipeline.recipe import Kind, Pipeline, Reference, Settings, reference_in, replaced, texts_in
 from cai.training import StageName
 
@@ -39,8 +40,8 @@ class Step:
     @property
     def training(self) -> StageName:
         """Its kind, of a step that trains."""
-        assert self.kind not in ("generate", "ppo")
-        return cast(StageName, self.kind)
+        assert self.kind != "generate"
+        return self.kind
 
     @property
     def reads(self) -> list[Step]:
@@ -49,8 +50,13 @@ class Step:
 
     @property
     def settings(self) -> Settings:
-        """The settings with the folders in place of the references."""
-        return self.with_places(lambda step: str(step.folder))
+        """The settings with the models and rows that were made in place of the references."""
+        return self.with_places(lambda step: str(step.made))
+
+    @property
+    def made(self) -> Path:
+        """The folder of what it made: rows, or the model, of which there may be a better one than the last."""
+        return self.folder if self.kind == "generate" else best_model(self.folder)
 
     def with_places(self, place: Any) -> Settings:
         """The same, with what `place` says of each step that is referred to."""
@@ -85,7 +91,7 @@ def unfold(pipeline: Pipeline, out: Path, made: Mapping[StageRound, str] | None 
         for name, stage in pipeline.stages.items():
             if stage.once and number_of_round > 1:
                 continue
-            section = stage.section if stage.kind == "ppo" else _seeded(stage.section, pipeline.seed, number_of_round - 1)
+            section = _seeded(stage.section, pipeline.seed, number_of_round - 1)
             folder = made.get((name, number_of_round)) or _free_folder(len(steps) + 1, name, taken)
             taken.add(folder)
             step = Step(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cai.config import ModelConfig
 from cai.documents import Document
@@ -163,6 +163,45 @@ def _batches(rows: list[list[int]], most: int) -> list[list[int]]:
     return batches
 
 
+def check_reward_model(path: str | Path) -> None:
+    """Raises `ConfigError` for what is no reward model; reads no weights."""
+    folder = Path(os.path.expanduser(path))
+    if (folder / SPEC).is_file():
+        Document.read(folder / SPEC).validate(RewardSpec)
+        return
+    place = locate(str(path), rewards=True)
+    if place.is_gguf:
+        raise ConfigError(_no_reward(str(path)))
+    with loading(f"the configuration of '{path}'"):
+        config = AutoConfig.from_pretrained(place.source, revision=place.revision)
+    if config.architectures and not any(one.endswith("ForSequenceClassification") for one in config.architectures):
+        raise ConfigError(_no_reward(str(path)))
+    if config.num_labels != 1:
+        raise ConfigError(_not_so_many(str(path), config.num_labels, 1))
+
+
+def first_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a reward model's first network. Raises as `RewardModel.load` does."""
+    folder, revision = Path(os.path.expanduser(path)), None
+    if (folder / SPEC).is_file():
+        source = str(folder / Document.read(folder / SPEC).validate(RewardSpec).members[0].folder)
+    else:
+        source, revision = pretrained(locate(str(path), rewards=True))
+    with loading(f"the tokenizer of reward model '{path}'"):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _no_reward(source: str) -> str:
+    return (
+        f"'{source}' is a language model, which gives no reward; name a folder of cai train reward, or a sequence classifier "
+        "with one output"
+    )
+
+
+def _not_so_many(source: str, found: int, expected: int) -> str:
+    return f"'{source}' has {found} outputs; expected {expected}, as a reward model has"
+
+
 def _load(
     spec: MemberSpec, name: str, folder: Path, outputs: int, options: ModelConfig, bases: dict[_Base, _Member]
 ) -> _Member:
@@ -171,7 +210,7 @@ def _load(
     if spec.base is None:
         network = _classifier(source, spec.revision, None, options)
         if network.config.num_labels != outputs:
-            raise ConfigError(f"'{source}' has {network.config.num_labels} outputs; expected {outputs}, as a reward model has")
+            raise ConfigError(_not_so_many(source, network.config.num_labels, outputs))
         return _Member(network, _tokenizer(network, source, spec.revision))
     if find_spec("peft") is None:
         raise ConfigError(f"reward model '{source}' is adapters, which need peft: pip install 'cai-toolkit[train]'")
@@ -201,9 +240,12 @@ def _classifier(
     name, revision = pretrained(place)
     more = {} if outputs is None else {"num_labels": outputs}
     with loading(f"reward model '{source}'"):
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, revision=revision, dtype=resolve_dtype(options), **more
+        model: Any
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            name, revision=revision, dtype=resolve_dtype(options), output_loading_info=True, **more
         )
+    if outputs is None and told["missing_keys"]:  # transformers makes up what is not there
+        raise ConfigError(_no_reward(source))
     make_exact(model)
     return model.to(options.device or best_device()).eval().requires_grad_(False)
 

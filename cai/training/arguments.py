@@ -145,6 +145,8 @@ def make_arguments(
     """
     check_arguments(stage, settings.trl)
     _check_reports(settings.trl.get("report_to"))
+    if settings.trl.get("use_vllm") and find_spec("vllm") is None:
+        raise ConfigError("trl.use_vllm: vllm is not installed: pip install 'cai-toolkit[vllm]' where there is a GPU")
     config = config_class(stage)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)

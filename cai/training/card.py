@@ -11,7 +11,7 @@ from cai.documents import dump
 from cai.intervals import gathered
 from cai.models import ALIASES, public_name
 from cai.training.base_settings import TrainSettings
-from cai.training.online.settings import OnlineSettings
+from cai.training.online.settings import OnlineSettings, RewardSource
 from cai.training.settings import StageName
 
 _WHAT: dict[StageName, str] = {
@@ -42,6 +42,7 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         base=base,
         metadata=dump(_metadata(stage, settings, base)),
         what=_WHAT[stage],
+        rewards=[_rewarded(one) for one in settings.reward] if isinstance(settings, OnlineSettings) else [],
         versions=manifest["versions"],
         sources=[{**_UNKNOWN, **one, "source": public_name(one["source"])} for one in manifest["data"]],
         training=manifest["training"],
@@ -69,10 +70,35 @@ def _metadata(stage: StageName, settings: TrainSettings, base: str) -> dict[str,
     }
 
 
+def _rewarded(source: RewardSource) -> tuple[str, float]:
+    """What rewards by it, in words, and its weight."""
+    if source.model is not None:
+        return f"the reward model `{public_name(source.model)}`", source.weight
+    if source.function is not None:
+        return f"the function `{source.name}`", source.weight
+    constitution = f"the constitution `{public_name(source.constitution or '')}`"
+    if source.judge is None or source.judge.method == "checks":
+        return f"the checks of {constitution}", source.weight
+    judge = f"`{public_name(source.judge.model or '')}`"
+    return f"what {judge} says under {constitution} (`{source.judge.method}`)", source.weight
+
+
 def _recipe(settings: TrainSettings) -> dict[str, Any]:
     told = settings.model_dump(mode="json", exclude_defaults=True)
     sources = [{**one, "source": public_name(one["source"])} for one in told["data"]]
+    if isinstance(settings, OnlineSettings):
+        told |= {"reward": [_named(one) for one in told["reward"]]}
+        told |= {key: change(told[key]) for key, change in (("gold", _named), ("critic", public_name)) if key in told}
     return {**told, "model": public_name(settings.model), "data": sources}
+
+
+def _named(source: dict[str, Any]) -> dict[str, Any]:
+    """A reward or gold measure without the folders of the machine."""
+    told = {key: public_name(one) if key in ("model", "constitution") else one for key, one in source.items()}
+    if "function" in source:
+        place, _, name = source["function"].rpartition(":")
+        told["function"] = f"{public_name(place)}:{name}"
+    return {**told, "judge": _named(source["judge"])} if "judge" in source else told
 
 
 def _with_ends(value: float, ends: tuple[float, float] | None) -> str:

@@ -22,7 +22,8 @@ _CONTINUES = "the same command continues"
 
 @contextmanager
 def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
-    """Raises `EngineError` where memory runs out, `StoreError` where the disk does, `Interrupted` for a `KeyboardInterrupt`."""
+    """Raises `EngineError` where memory runs out or a vLLM server does not answer, `StoreError` where the disk is full,
+    `Interrupted` for a `KeyboardInterrupt`."""
     try:
         yield
     except CaiError:
@@ -33,6 +34,8 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _memory(arguments) from exc
     except (OSError, SafetensorError) as exc:
+        if _is_of_network(exc) and getattr(arguments, "use_vllm", False):
+            raise _no_server(arguments) from exc
         raise _disk(folder, exc) from exc
     except RuntimeError as exc:
         if _NO_DISK.search(str(exc)):
@@ -43,10 +46,32 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
 
 
 def _memory(arguments: Any) -> EngineError:
+    batch = f"trl.per_device_train_batch_size ({arguments.per_device_train_batch_size} here; "
+    length = next((name for name in ("max_completion_length", "max_new_tokens") if hasattr(arguments, name)), None)
+    if length is None:
+        what = f"lower {batch}trl.gradient_accumulation_steps keeps what a step sees) or trl.max_length"
+    else:
+        groups = ", a multiple of trl.num_generations" if hasattr(arguments, "num_generations") else ""
+        what = f"lower trl.{length} ({getattr(arguments, length)} here) or {batch}trl.gradient_accumulation_steps keeps what a "
+        what += f"step sees{groups})"
+    more = ", set trl.value_function: head" if getattr(arguments, "value_function", None) == "critic" else ""
     return EngineError(
-        f"out of memory: lower trl.per_device_train_batch_size ({arguments.per_device_train_batch_size} here; "
-        "trl.gradient_accumulation_steps keeps what a step sees) or trl.max_length, or set trl.gradient_checkpointing: true, "
-        f"or lora: true to train adapters; then {STARTS_OVER}"
+        f"out of memory: {what}, set trl.gradient_checkpointing: true{more}, or lora: true to train adapters; then "
+        f"{STARTS_OVER}"
+    )
+
+
+def _is_of_network(exc: BaseException) -> bool:
+    """By name: `requests`, by which TRL asks the server, has a type of its own for it."""
+    return any(one.__name__ == "ConnectionError" for one in type(exc).__mro__)
+
+
+def _no_server(arguments: Any) -> EngineError:
+    named = arguments.vllm_server_base_url or f"http://{arguments.vllm_server_host}:{arguments.vllm_server_port}"
+    return EngineError(
+        f"no vLLM server answers at {named}: start one (VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config "
+        """'{"backend": "nccl"}'), or """
+        f"set trl.vllm_server_base_url; without a server, trl.vllm_mode: colocate; then {_CONTINUES}"
     )
 
 
@@ -66,5 +91,5 @@ def refusals(name: str) -> Iterator[None]:
         yield
     except CaiError:
         raise
-    except (ValueError, NotImplementedError) as exc:
+    except (ValueError, NotImplementedError, ImportError) as exc:
         raise ConfigError(f"trl: the {name} trainer refuses this: {exc}") from exc

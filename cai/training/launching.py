@@ -25,7 +25,7 @@ from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
 from cai.training.arguments import make_arguments
 from cai.training.base_settings import TrainSettings
 from cai.training.folder import Mode
-from cai.training.loading import find_model
+from cai.training.loading import check_rewards_of, find_model
 from cai.training.settings import StageName
 from cai.training.watching import STOPPING, Show
 from cai.weights import best_device, device_count, one_gpu
@@ -48,6 +48,7 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
     launcher = [sys.executable] if how is None else _accelerate(*find_config(how))
     find_model(settings)
     make_arguments(stage, settings, out)
+    check_rewards_of(settings)
     with tempfile.TemporaryDirectory(prefix="cai-launch-") as name:
         folder = Path(name)
         job = {"stage": stage, "settings": settings.model_dump(mode="json"), "out": str(out.absolute()), "mode": mode}

@@ -22,9 +22,13 @@ def drop_long_rows(data: StageData, tokenizer: Any, limit: int | None) -> tuple[
         return data, {}
     train, test = _short(data.train, tokenizer, limit), data.test and _short(data.test, tokenizer, limit)
     if not len(train):
-        raise ConfigError(
-            f"all {len(data.train)} rows are longer than {limit} tokens; raise trl.max_length, or use shorter rows"
-        )
+        count = len(data.train)
+        if "columns" in data.train.column_names:
+            raise ConfigError(
+                f"all {count} prompts are longer than the {limit} tokens that completions leave of the model's context; lower "
+                "trl.max_completion_length (of online-dpo trl.max_new_tokens), or use shorter prompts"
+            )
+        raise ConfigError(f"all {count} rows are longer than {limit} tokens; raise trl.max_length, or use shorter rows")
     dropped = {"train": len(data.train) - len(train), "test": len(data.test or ()) - len(test or ())}
     return replace(data, train=train, test=test or None), {name: count for name, count in dropped.items() if count}
 
@@ -35,5 +39,11 @@ def _short(rows: Dataset, tokenizer: Any, longest: int) -> Dataset:
 
 def row_lengths(row: dict[str, Any], tokenizer: Any) -> list[int]:
     """Tokens of each dialogue of a row, prompt and all."""
-    dialogues = [[*row["prompt"], *row[name]] for name in _ENDS if name in row] or [row["prompt"]]
-    return [len(tokenizer.apply_chat_template(one, tokenize=True, return_dict=True)["input_ids"]) for one in dialogues]
+    dialogues = [[*row["prompt"], *row[name]] for name in _ENDS if name in row]
+    if not dialogues:
+        return [_length(row["prompt"], tokenizer, add_generation_prompt=True)]
+    return [_length(one, tokenizer) for one in dialogues]
+
+
+def _length(dialogue: list[dict[str, str]], tokenizer: Any, **more: bool) -> int:
+    return len(tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=True, **more)["input_ids"])

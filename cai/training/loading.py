@@ -13,6 +13,7 @@ from cai.errors import ConfigError, EngineError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
 from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
+from cai.training.online.settings import OnlineSettings
 from cai.training.settings import DpoSettings, RewardSettings
 from cai.weights import best_device, config_of_place, context_of_place, loading, pretrained, vocabulary_of_place
 
@@ -72,6 +73,14 @@ def check_reference(settings: TrainSettings) -> None:
         what = f"other tokens than model '{settings.model}'"
     if what:
         raise ConfigError(f"reference '{settings.reference}' has {what}, whose it reads; name one with the same tokenizer")
+
+
+def check_rewards_of(settings: TrainSettings) -> None:
+    """Raises `ConfigError` for what an online stage is rewarded or measured by, where that can be seen to be wrong."""
+    if isinstance(settings, OnlineSettings):
+        from cai.training.online.rewards import check_rewards
+
+        check_rewards(settings)
 
 
 def context_of(settings: TrainSettings) -> int | None:

@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value
 
 from cai.config import PromptsConfig
 from cai.errors import PromptSourceError, RowError
-from cai.prompts import read_raw, to_completion, to_pair, to_prompt
+from cai.prompts import built_in_sets, read_raw, to_completion, to_pair, to_prompt
 from cai.prompts.files import Raw, read_file
 from cai.prompts.sources import What
 from cai.training.base_settings import SourceSettings
@@ -94,7 +94,8 @@ def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Ite
     if is_run(path):
         files = sorted((path / "data" / _FOLDERS.get(view, view)).glob(f"{split}-*.parquet"))
         return islice(chain.from_iterable(map(read_file, files)), source.limit) if files else None
-    is_one_split = source.source == "-" or path.is_file() or (path / "state.json").is_file()
+    is_file = source.source == "-" or source.source in built_in_sets() or path.is_file()
+    is_one_split = is_file or (path / "state.json").is_file()
     if is_one_split and split != source.split:
         return None
     where = source.model_dump(include={"source", "subset", "data_dir", "revision", "limit"})

@@ -27,8 +27,9 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import check_reference, context_of, find_model, load_tokenizer
-from cai.training.online.settings import OnlineSettings
+from cai.training.loading import check_reference, check_rewards_of, context_of, find_model, load_tokenizer
+from cai.training.online.settings import OnlineSettings, PpoSettings, RewardSource
+from cai.training.online.versions import version_of
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
@@ -38,8 +39,10 @@ from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
 """Parts of the names of measures that say nothing of the model."""
-_NO_BARS = {"TQDM_DISABLE": "1"}
-"""Of TRL's own loops; what is done is noted by whoever shows the training."""
+_QUIET = {"TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+"""Bars of TRL's own loops, since whoever shows the training notes what is done; what it calls experimental, the help says."""
+_ONLINE = ("reward", "objective/scores", "objective/kl", "kl")
+"""What is told of the last completions that were trained on, by TRL's names; `objective/kl` in nats of a completion."""
 
 
 def train(
@@ -62,6 +65,7 @@ def train(
         place = find_model(settings)
         make_arguments(stage, settings, out)
         check_reference(settings)
+        check_rewards_of(settings)
         show.note("reading the data")
         data = load_data(stage, settings)
         processes = PartialState()
@@ -77,8 +81,8 @@ def _quietly() -> Iterator[None]:
     """Without bars of libraries, which would garble what is shown, and what they announce of their next versions."""
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    before = {name: os.environ.get(name) for name in _NO_BARS}
-    os.environ.update(_NO_BARS)
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -99,7 +103,10 @@ def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialS
 
 def identity(stage: StageName, settings: TrainSettings, version: str, data: StageData, processes: int = 1) -> dict[str, Any]:
     """What decides the trained model: the settings, the weights it begins with, the rows, and how many processes share a
-    global batch of so many times `trl.per_device_train_batch_size`."""
+    global batch of so many times `trl.per_device_train_batch_size`.
+
+    All of `gold` and `limits` belongs to it: they say where the training ends, and which of its models is the best.
+    """
     bases = settings.bases if isinstance(settings, RewardSettings) else ()
     reference = settings.reference if isinstance(settings, DpoSettings) else None
     return {
@@ -108,9 +115,22 @@ def identity(stage: StageName, settings: TrainSettings, version: str, data: Stag
         **({"bases": [f"{Path(one).name}@{locate(one).version}" for one in bases]} if bases else {}),
         "model": f"{Path(settings.model).name}@{version}",
         **({"reference": f"{Path(reference).name}@{locate(reference).version}"} if reference else {}),
+        **(_rewarded_by(settings) if isinstance(settings, OnlineSettings) else {}),
         "rows": rows_hash(data),
         "processes": processes,
         "trl": {key: value for key, value in settings.trl.items() if key not in QUIET},
+    }
+
+
+def _rewarded_by(settings: OnlineSettings) -> dict[str, Any]:
+    """Rewards, gold measure and critic with the versions of what they are made of."""
+    critic = settings.critic if isinstance(settings, PpoSettings) else None
+    gold = settings.gold
+    measured = gold and {**version_of(gold), **gold.model_dump(mode="json", exclude={*RewardSource.model_fields})}
+    return {
+        "reward": [{**version_of(one), "weight": one.weight} for one in settings.reward],
+        "gold": measured,
+        **({"critic": f"{Path(critic).name}@{locate(critic, rewards=True).version}"} if critic else {}),
     }
 
 
@@ -218,15 +238,17 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None
 
 
 def measure(trainer: Any, data: StageData) -> dict[str, float]:
-    """TRL's measures on the held-out rows at the end, and the last loss."""
+    """TRL's measures on the held-out rows at the end, the last loss, and of an online stage the last reward and KL."""
     history = trainer.state.log_history
     losses = [line["loss"] for line in history if "loss" in line]
     told = {"train_loss": losses[-1]} if losses else {}
+    for line in history:
+        told |= {name: line[name] for name in _ONLINE if name in line}
     if data.test is None or trainer.args.eval_strategy == "no":
         return told
     ended = (line for line in history if line["step"] == trainer.state.global_step and "eval_loss" in line)
-    found = next(ended, None) or trainer.evaluate()
-    return told | {key: value for key, value in found.items() if not any(word in key for word in _UNWANTED)}
+    measured = next(ended, None) or trainer.evaluate()
+    return told | {key: value for key, value in measured.items() if not any(word in key for word in _UNWANTED)}
 
 
 def _version(name: str) -> str | None:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from cai.documents import Text
 from cai.rewards.spec import Combine, Weight
 from cai.training.base_settings import TrainSettings
-from cai.training.online.settings import GrpoSettings, OnlineDpoSettings, PpoSettings, RlooSettings
+from cai.training.online.settings import GrpoSettings, OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
 
 StageName = Literal["sft", "reward", "dpo", "kto", "orpo", "cpo", "ppo", "rloo", "grpo", "online-dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -105,3 +105,5 @@ SETTINGS: dict[StageName, type[TrainSettings]] = {
     "grpo": GrpoSettings,
     "online-dpo": OnlineDpoSettings,
 }
+ONLINE: tuple[StageName, ...] = tuple(stage for stage, settings in SETTINGS.items() if issubclass(settings, OnlineSettings))
+"""The stages that train on completions which the policy writes."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cai.errors import ConfigError
 from cai.models import locate
+from cai.rewards.model import first_tokenizer
 from cai.training.loading import adapters, find_model, load_policy
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
@@ -43,6 +45,28 @@ def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
 def _ppo(settings: PpoSettings, given: dict[str, Any]) -> Any:
     from cai.training.ppo import PPOTrainer
 
-    start = settings.critic or next((one.model for one in settings.reward if one.model), None)
-    place = locate(start, rewards=True).source if start else None
+    place = _critic_start(settings, given["processing_class"], given["args"].value_function == "head")
     return PPOTrainer(**given, value_model=place, base_version=find_model(settings).version)
+
+
+def _critic_start(settings: PpoSettings, tokenizer: Any, is_head: bool) -> str | None:
+    """Where the reward model is that the critic begins with: one that reads the policy's tokens.
+
+    Raises `ConfigError` where the one that is named does not, or where the value function is no critic.
+    """
+    if settings.critic is None:
+        named = [one.model for one in settings.reward if one.model]
+        start = None if is_head else next((one for one in named if _reads(one, tokenizer)), None)
+        return start and locate(start, rewards=True).source
+    if is_head:
+        raise ConfigError("critic: with trl.value_function: head there is none; remove one of them")
+    if not _reads(settings.critic, tokenizer):
+        raise ConfigError(
+            f"critic: '{settings.critic}' has another tokenizer than the policy, whose tokens it would read; leave critic out"
+        )
+    return locate(settings.critic, rewards=True).source
+
+
+def _reads(reward_model: str, tokenizer: Any) -> bool:
+    """Whether a token means to the reward model what it means to the policy."""
+    return bool(first_tokenizer(reward_model).get_vocab() == tokenizer.get_vocab())

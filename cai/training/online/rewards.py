@@ -10,22 +10,23 @@ import asyncio
 import importlib
 import json
 import math
-import os
 import runpy
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cai.config import JudgeConfig, Recipe
 from cai.constitution import Constitution, Principle, load_constitution
 from cai.engines import build_engine
-from cai.errors import CaiError, ConfigError, EngineError, VerdictError, nearest
+from cai.errors import CaiError, CapabilityError, ConfigError, EngineError, VerdictError, nearest
+from cai.judging import NEEDS
 from cai.judging.checks import ChecksJudge, prepare
 from cai.judging.likelihood import LikelihoodJudge
 from cai.judging.pointwise import PointwiseJudge
 from cai.judging.score import ScoreJudge
-from cai.rewards.model import RewardModel
-from cai.training.online.settings import RewardSource
+from cai.rewards.model import RewardModel, check_reward_model
+from cai.training.online.settings import OnlineSettings, RewardSource
+from cai.training.online.versions import function_file, version_of
 from cai.types import Message, Messages
 
 Dialogue = Sequence[Mapping[str, str]]
@@ -44,7 +45,8 @@ class Reward:
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """A number or None for each completion. Raises `EngineError` for any other answer."""
         rows = [json.loads(one) for one in columns.pop("columns", ())]
-        columns |= {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
+        names = {name for row in rows for name in row} - columns.keys() - {"prompts", "completions"}
+        columns |= {name: [row.get(name) for row in rows] for name in names}
         try:
             answer = self._score(prompts=prompts, completions=completions, **columns)
         except CaiError:
@@ -86,13 +88,37 @@ def build_reward(source: RewardSource, seed: int, tell: Tell | None = None) -> R
     return Reward(source.name, JudgeReward(constitution, source.judge or JudgeConfig(method="checks")), tell)
 
 
-def check_source(source: RewardSource) -> None:
+def check_rewards(settings: OnlineSettings, unmade: Collection[str] = ()) -> None:
+    """Raises `ConfigError` for a reward, gold measure or critic that can be seen to be wrong without loading a model, and for a
+    gold measure that is trained on; `unmade` are reward models that are not there yet."""
+    sources = {f"reward[{place}]" if settings.reward[1:] else "reward": one for place, one in enumerate(settings.reward)}
+    for key, source in (sources | ({"gold": settings.gold} if settings.gold else {})).items():
+        try:
+            check_source(source, unmade)
+        except ConfigError as exc:
+            raise type(exc)(f"{key}: {exc}") from exc
+    if settings.gold and settings.gold.model not in unmade:
+        gold = version_of(settings.gold)
+        if any(version_of(one) == gold for one in settings.reward if one.model not in unmade):
+            raise ConfigError("gold: this is trained on as a reward; an honest measure is one that is not")
+    critic = getattr(settings, "critic", None)
+    if critic is not None and critic not in unmade:
+        try:
+            check_reward_model(critic)
+        except ConfigError as exc:
+            raise ConfigError(f"critic: {exc}") from exc
+
+
+def check_source(source: RewardSource, unmade: Collection[str] = ()) -> None:
     """Raises `ConfigError` for what can be seen to be wrong without loading a model."""
+    if source.model is not None and source.model not in unmade:
+        check_reward_model(source.model)
     if source.function is not None:
         find_function(source.function)
     if source.constitution is not None:
         judge = source.judge or JudgeConfig(method="checks")
         _principles(load_constitution(source.constitution), judge)
+        _pointwise(judge)
 
 
 class ModelReward:
@@ -121,7 +147,8 @@ class JudgeReward:
         """Raises `ConfigError` where nothing of the constitution can be judged so."""
         self._principles, self._config = _principles(constitution, config), config
         self._judge = _pointwise(config)
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner()  # one loop for all calls: an engine's sessions belong to the loop that they began in
+        weakref.finalize(self, self._runner.close)
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """One reward each."""
@@ -145,6 +172,8 @@ def _pointwise(config: JudgeConfig) -> PointwiseJudge:
     if config.method == "checks":
         return ChecksJudge()
     engine = build_engine(Recipe(judge=config).judge_model(config), section="judge")
+    if missing := sorted(NEEDS[config.method] - engine.capabilities):
+        raise CapabilityError(f"judge.method: {config.method} needs {missing[0]}, which {config.model} does not offer")
     return ScoreJudge(engine) if config.method == "score" else LikelihoodJudge(engine, config)
 
 
@@ -153,7 +182,7 @@ def _principles(constitution: Constitution, config: JudgeConfig) -> list[Princip
     by_checks = config.method == "checks"
     found = [one for one in constitution.comparing if bool(one.check) == by_checks]
     if not found:
-        missing = "check; add one, or name a judge" if by_checks else "preference question"
+        missing = "check; add one, or name a judge beside it" if by_checks else "preference question"
         raise ConfigError(f"constitution '{constitution.name}' has no principle with a {missing}")
     prepare(found, config.allow_python)
     return found
@@ -166,14 +195,12 @@ def _messages(dialogue: Dialogue) -> Messages:
 def find_function(target: str) -> Callable[..., Any]:
     """The function that FILE.py:NAME or package.module:NAME means. Raises `ConfigError`."""
     place, _, name = target.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"function '{target}': expected FILE.py:NAME or package.module:NAME")
+    file = function_file(target)
     try:
-        is_file = place.endswith(".py")
-        names = runpy.run_path(os.path.expanduser(place)) if is_file else vars(importlib.import_module(place))
+        names = runpy.run_path(str(file)) if place.endswith(".py") else vars(importlib.import_module(place))
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything
         raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
     if not callable(function := names.get(name)):
         known = [one for one, value in names.items() if callable(value)]
-        raise ConfigError(f"function '{target}': {Path(place).name} has no such function{nearest(name, known)}")
+        raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
     return function  # type: ignore[no-any-return]

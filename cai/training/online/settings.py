@@ -15,9 +15,13 @@ from typing import Any
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from cai.config import JudgeConfig
+from cai.constitution import built_in_names
 from cai.documents import Part, Text
 from cai.rewards.spec import Weight
 from cai.training.base_settings import TrainSettings
+
+_OF_JUDGES = {"model", "revision", "server", "vllm", "method", "length", "allow_python"}
+"""The keys of a judge that say something of how it judges one completion."""
 
 
 class RewardSource(Part):
@@ -43,11 +47,8 @@ class RewardSource(Part):
             raise ValueError(f"expected exactly one of model, constitution, function, found {' and '.join(given) or 'none'}")
         if self.judge is not None and self.constitution is None:
             raise ValueError("judge: judges by a constitution; name one beside it")
-        if self.judge is not None and self.judge.method not in ("score", "likelihood", "checks"):
-            raise ValueError(
-                f"judge.method: '{self.judge.method}' compares completions, and a reward is of one alone; use score, "
-                "likelihood or checks"
-            )
+        if self.judge is not None and (problem := _judge_problem(self.judge)):
+            raise ValueError(problem)
         return self
 
     @property
@@ -57,6 +58,30 @@ class RewardSource(Part):
             return self.function.rpartition(":")[2]
         named = self.model or self.constitution or ""
         return named.rstrip("/").rpartition("/")[2].removesuffix(".yaml")
+
+
+def _judge_problem(judge: JudgeConfig) -> str | None:
+    """Why a judge cannot say what one completion is worth."""
+    if judge.method not in ("score", "likelihood", "checks"):
+        return (
+            f"judge.method: '{judge.method}' compares completions, and a reward is of one alone; use score, likelihood or "
+            "checks"
+        )
+    if judge.method != "checks" and judge.model is None:
+        return "judge.model: a model is needed that judges; the policy is what is trained"
+    if unread := sorted(judge.model_fields_set - _OF_JUDGES):
+        return f"judge.{unread[0]}: says nothing of one completion judged by every principle; remove it"
+    return None
+
+
+def _source_of(value: Any) -> Any:
+    """What a text rewards by: FILE.py:NAME a function, a built-in name or a YAML file a constitution, else a reward model."""
+    if not isinstance(value, str):
+        return value
+    place, _, name = value.rpartition(":")
+    if place and name.isidentifier():
+        return {"function": value}
+    return {"constitution" if value in built_in_names() or value.endswith((".yaml", ".yml")) else "model": value}
 
 
 class GoldSettings(RewardSource):
@@ -85,9 +110,10 @@ class OnlineSettings(TrainSettings):
     """What all online stages are told. `data` is prompts: of other rows the prompts are taken."""
 
     reward: tuple[RewardSource, ...] = Field(min_length=1)
-    """What rewards completions; the weighted sum of several. A text is a reward model."""
+    """What rewards completions; the weighted sum of several. A text is FILE.py:NAME of a function, a constitution's name or
+    file, or else a reward model."""
     gold: GoldSettings | None = None
-    """What measures completions honestly; null: nothing does, and over-optimisation goes unseen."""
+    """What measures completions honestly, a text as in `reward`; null: nothing does, and over-optimisation goes unseen."""
     limits: LimitSettings = LimitSettings()
     """When to stop."""
 
@@ -95,14 +121,12 @@ class OnlineSettings(TrainSettings):
     @classmethod
     def _rewards_as_a_list(cls, value: Any) -> Any:
         listed = [value] if isinstance(value, str | Mapping) else value
-        if not isinstance(listed, list | tuple):
-            return listed
-        return [{"model": one} if isinstance(one, str) else one for one in listed]
+        return [_source_of(one) for one in listed] if isinstance(listed, list | tuple) else listed
 
     @field_validator("gold", mode="before")
     @classmethod
-    def _as_a_model(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+    def _gold_of_a_text(cls, value: Any) -> Any:
+        return _source_of(value)
 
     @model_validator(mode="after")
     def _gold_is_another(self) -> OnlineSettings:

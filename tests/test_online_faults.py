@@ -1,0 +1,316 @@
+"""What goes wrong where completions are rewarded: each a clear error, and early where it can be seen early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cai.cli.train import resolve_settings
+from cai.errors import CapabilityError, ConfigError, EngineError
+from cai.rewards.model import RewardModel
+from cai.training import arguments
+from cai.training.arguments import make_arguments
+from cai.training.running import train
+from tests import runs
+from tests.stages import write_rows
+from tests.test_online import CHECKED, HERE, settings
+from tests.test_reward_model import make_reward_model
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BAD = """\
+def raises(completions, **columns):
+    raise KeyError("score")
+def not_a_number(completions, **columns):
+    return [1.0] * (len(completions) - 1) + [float("nan")]
+def too_few(completions, **columns):
+    return [1.0]
+def no_list(completions, **columns):
+    return None
+def words(completions, **columns):
+    return ["good"] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), context=256)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(8)])
+
+
+@pytest.fixture
+def functions(tmp_path) -> Path:
+    (tmp_path / "fun.py").write_text(BAD)
+    return tmp_path / "fun.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "reward 'raises' raised KeyError: 'score'"),
+        ("not_a_number", r"reward 'not_a_number' is nan for the completion '.*'; return None where there is no reward"),
+        ("too_few", "reward 'too_few' returned 1 numbers, and there are 4 completions"),
+        ("no_list", "reward 'no_list' returned None; expected a list with a number for each completion"),
+        ("words", r"reward 'words' returned \['good', .*; expected a list with a number for each"),
+    ],
+)
+def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, message):
+    with pytest.raises(EngineError, match=message):
+        train("ppo", settings("ppo", tiny, rows, reward=f"{functions}:{name}"), tmp_path / "out")
+
+
+def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
+    named = ("train", "ppo", rows, "-m", tiny, "--reward", f"{functions}:raises", "-o", tmp_path / "out")
+    done = runs.command(*named, "--set", "trl={max_steps: 1, per_device_train_batch_size: 4, max_completion_length: 4}")
+    assert done.returncode == 1
+    assert "cai: reward 'raises' raised KeyError: 'score'" in done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("FUN:raise", r"reward: function '.*fun.py:raise': fun.py has no such function \(did you mean 'raises'\?\)"),
+        ("./nowhere.py:brief", r"reward: function './nowhere.py:brief': there is no ./nowhere.py; expected FILE.py:NAME or"),
+        ("no.such.module:brief", "reward: function 'no.such.module:brief': there is no no.such.module; expected"),
+        ({"function": "brief"}, "reward: function 'brief': there is no file; expected FILE.py:NAME or package.module:NAME"),
+        ("BROKEN:brief", "reward: function '.*broken.py:brief': ZeroDivisionError"),
+        ("./nowhere", "reward: model './nowhere': there is no such folder"),
+        ("TINY", "reward: '.*tiny.*' is a language model, which gives no reward; name a folder of cai train reward, or"),
+        ("smollm2-135m", "reward: 'smollm2-135m' is a language model, which gives no reward"),
+        ("THREE", "reward: '.*three' has 3 outputs; expected 1, as a reward model has"),
+        (["FUN:raises", "THREE"], r"reward\[1\]: '.*three' has 3 outputs"),
+        ("harmless", "reward: constitution 'harmless' has no principle with a check; add one, or name a judge beside it"),
+        ("nowhere.yaml", "reward: no constitution 'nowhere.yaml': neither a file nor a built-in name"),
+        (
+            {"constitution": "harmless", "judge": {"method": "score", "model": "./nowhere"}},
+            "reward: model './nowhere': there is no such folder",
+        ),
+        (
+            {"constitution": "harmless", "judge": {"method": "score", "model": "THREE"}},
+            "reward: model '.*three' is a reward model",
+        ),
+    ],
+)
+def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, tmp_path, reward, message):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    make_reward_model(tmp_path / "three", labels=3)
+    places = {"FUN": functions, "BROKEN": tmp_path / "broken.py", "TINY": tiny, "THREE": tmp_path / "three"}
+    text = json.dumps(reward)
+    for name, place in places.items():
+        text = text.replace(name, str(place))
+    with pytest.raises(ConfigError, match=message):
+        train("rloo", settings("rloo", tiny, tmp_path / "not there.jsonl", reward=json.loads(text)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"reward": []}, "at least 1 item"),
+        ({"reward": {"weight": 2}}, "expected exactly one of model, constitution, function, found none"),
+        ({"reward": {"model": "a", "function": "b:c"}}, "found model and function"),
+        ({"reward": {"model": "a", "judge": {"method": "checks"}}}, "judge: judges by a constitution; name one beside it"),
+        ({"reward": {"constitution": "harmless", "judge": {"model": "m"}}}, "judge.method: 'choice' compares completions"),
+        ({"reward": {"constitution": "harmless", "judge": {"method": "score"}}}, "judge.model: a model is needed that judges"),
+        (
+            {"reward": {"constitution": "harmless", "judge": {"method": "score", "model": "m", "samples": 3}}},
+            "judge.samples: says nothing of one completion",
+        ),
+        ({"reward": "a/b", "gold": "a/b"}, "gold: this is trained on as a reward; an honest measure is one that is not"),
+    ],
+)
+def test_what_a_source_cannot_be(tiny, rows, keys, message):
+    with pytest.raises(ValidationError, match=message):
+        settings("ppo", tiny, rows, **keys)
+
+
+def test_a_gold_measure_that_is_a_reward_under_another_name(tiny, rows, tmp_path):
+    make_reward_model(tmp_path / "model")
+    (tmp_path / "again").symlink_to(tmp_path / "model")
+    given = settings("ppo", tiny, rows, reward=str(tmp_path / "model"), gold=f"{tmp_path}/./model")
+    with pytest.raises(ConfigError, match="gold: this is trained on as a reward"):
+        train("ppo", given, tmp_path / "out")
+
+
+def test_a_reward_is_asked_for_by_its_flag(tmp_path):
+    with pytest.raises(ConfigError, match="no reward: name one, for example: cai train grpo benign --reward models/reward"):
+        resolve_settings("grpo", None, [], {"data": ["benign"]})
+    done = runs.command("train", "ppo", "benign", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "no reward: name one" in done.stderr
+    assert "--reward" in runs.command("train", "ppo", "--help").stdout
+    assert "--reward" not in runs.command("train", "sft", "--help").stdout
+
+
+def test_what_a_flag_rewards_by_follows_from_what_it_is():
+    flags = ["models/reward", "owner/name", "rewards.py:brief", "package.module:brief", "harmless", "mine/own.yaml"]
+    given = resolve_settings("ppo", None, [], {"data": ["benign"], "reward": flags})
+    named = [one.model_dump(exclude_defaults=True) for one in given.reward]
+    kinds = ["model", "model", "function", "function", "constitution", "constitution"]
+    assert named == [{kind: flag} for kind, flag in zip(kinds, flags, strict=True)]
+
+
+def test_a_judge_that_cannot_answer_so_is_refused(tiny, rows, tmp_path):
+    from cai.engines import ScriptedEngine
+    from cai.training.online import rewards
+
+    class Writing(ScriptedEngine):
+        capabilities = frozenset({"generate"})
+
+    judge = {"method": "score", "model": f"scripted:{HERE}:ten_choices"}
+    given = settings("ppo", tiny, rows, reward={"constitution": "harmless", "judge": judge})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "build_engine", lambda *_, **__: Writing(lambda request: "text"))
+        with pytest.raises(CapabilityError, match=r"reward: judge.method: score needs choice_logprobs, which scripted:"):
+            train("ppo", given, tmp_path / "out")
+
+
+def test_a_language_model_is_no_reward_model_whatever_its_config_says(tiny, tmp_path):
+    for name in ("plain", "lying"):
+        make_tiny_model(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["architectures"] = None if name == "plain" else ["LlamaForSequenceClassification"]
+        config["num_labels"] = 1
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=f"'.*{name}' is a language model, which gives no reward"):
+            RewardModel.load(tmp_path / name)
+    make_reward_model(tmp_path / "two", labels=2)
+    with pytest.raises(ConfigError, match="has 2 outputs; expected 1"):
+        RewardModel.load(tmp_path / "two")
+
+
+def swap_tokens(folder: Path) -> None:
+    """Let the tokenizer's first two letters stand for one another."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_what_a_critic_cannot_begin_with(tiny, rows, tmp_path):
+    make_reward_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"critic: '.*' is a language model"):
+        train("ppo", settings("ppo", tiny, rows, critic=str(tiny)), tmp_path / "language")
+    head = settings("ppo", tiny, rows, critic=str(tmp_path / "model"), trl={"value_function": "head"})
+    with pytest.raises(ConfigError, match=r"critic: with trl.value_function: head there is none; remove one of them"):
+        train("ppo", head, tmp_path / "head")
+    swap_tokens(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"critic: '.*' has another tokenizer than the policy, whose tokens it would read"):
+        train("ppo", settings("ppo", tiny, rows, critic=str(tmp_path / "model")), tmp_path / "out")
+
+
+def test_a_critic_begins_with_a_reward_model_that_reads_the_policys_tokens(tiny, rows, tmp_path, monkeypatch):
+    from cai.training import running
+
+    built: list[Any] = []
+    build = running.build_trainer
+    monkeypatch.setattr(running, "build_trainer", lambda *given: built.append(build(*given)) or built[-1])
+    make_reward_model(tmp_path / "same")
+    for name, started in (("same", True), ("other", False)):
+        if name == "other":
+            swap_tokens(make_reward_model(tmp_path / "other"))
+        train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / name), trl={"max_steps": 1}), tmp_path / f"out-{name}")
+        assert built[-1].started_from_reward_model is started
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"answer": "a"}, {"answer": "b"}], "none of its 2 rows is a prompt; the first, bad.jsonl:1: no prompt; columns here"),
+        ([{"prompt": ""}], "its only row is not a prompt; the first, bad.jsonl:1: 'prompt' is empty"),
+        ([{"prompt": "long " * 500}] * 3, "all 3 prompts are longer than the 250 tokens that completions leave of the model's"),
+    ],
+)
+def test_rows_that_are_no_prompts(tiny, tmp_path, rows, message):
+    file = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ConfigError, match=message):
+        train("ppo", settings("ppo", tiny, file), tmp_path / "out")
+
+
+def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted(tiny, tmp_path):
+    from cai.training.lengths import row_lengths
+    from cai.training.loading import load_tokenizer
+
+    def prompt(words: int) -> dict[str, Any]:
+        return {"prompt": [{"role": "user", "content": "a" + " a" * words}]}
+
+    tokenizer = load_tokenizer(settings("ppo", tiny, "x"))
+    lengths = {row_lengths(prompt(words), tokenizer)[0]: words for words in range(250)}
+    ids = tokenizer.apply_chat_template(prompt(3)["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert lengths[len(ids["input_ids"])] == 3
+    limit = max(one for one in lengths if one <= 250)
+    above = min(one for one in lengths if one > 250)
+    rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2)]
+    manifest = train("ppo", settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out")
+    assert manifest["too_long"] == {"train": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "trl", "message"),
+    [
+        ("ppo", {"max_completion_length": 256}, "trl: completions of 256 tokens leave no room for prompts in a context of 256"),
+        ("online-dpo", {"max_new_tokens": 300}, "trl: completions of 300 tokens leave no room for prompts"),
+        ("grpo", {"num_generations": 8}, r"trl: GRPOConfig refuses these values: generation_batch_size \(4\) must be div"),
+        ("rloo", {"num_generations": 8}, r"trl: RLOOConfig refuses these values: generation_batch_size \(4\) must be div"),
+        ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
+        ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
+    ],
+)
+def test_values_that_do_not_go_together(tiny, rows, tmp_path, stage, trl, message):
+    with pytest.raises(ConfigError, match=message):
+        train(stage, settings(stage, tiny, rows, trl=trl), tmp_path / "out")
+
+
+def test_a_vllm_server_that_does_not_answer(tiny, rows, tmp_path):
+    pytest.importorskip("vllm")
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0.1, "vllm_server_base_url": "http://127.0.0.1:9"}
+    with pytest.raises(EngineError, match=r"no vLLM server answers at http://127.0.0.1:9: start one \(.*vllm serve MODEL"):
+        train("ppo", settings("ppo", tiny, rows, trl=server), tmp_path / "out")
+
+
+def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"trl.use_vllm: vllm is not installed: pip install 'cai-toolkit\[vllm\]'"):
+        make_arguments("grpo", settings("grpo", tiny, rows, trl={"use_vllm": True}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            "ppo",
+            r"out of memory: lower trl.max_completion_length \(6 here\) or trl.per_device_train_batch_size \(4 here; .*, a "
+            r"multiple of trl.num_generations\), .*, set trl.value_function: head, or lora: true to train adapters; then",
+        ),
+        (
+            "online-dpo",
+            r"out of memory: lower trl.max_new_tokens \(6 here\) or trl.per_device_train_batch_size \(4 here; .*--lora",
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, stage, message):
+    def raising(completions: Any, **columns: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    from cai.training.online import rewards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards.Reward, "__call__", lambda self, prompts, completions, **columns: raising(completions))
+        with pytest.raises(EngineError, match=message):
+            train(stage, settings(stage, tiny, rows), tmp_path / "out")
+
+
+def test_a_constitution_with_a_check_needs_no_judge(tiny, rows, tmp_path):
+    (tmp_path / "checked.yaml").write_text(CHECKED)
+    given = settings("ppo", tiny, rows, reward=str(tmp_path / "checked.yaml"), trl={"max_steps": 1})
+    assert 0 <= train("ppo", given, tmp_path / "out")["measures"]["reward"] <= 1
