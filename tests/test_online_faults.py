@@ -294,7 +294,7 @@ def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):
         ),
         (
             "online-dpo",
-            r"out of memory: lower trl.max_new_tokens \(6 here\) or trl.per_device_train_batch_size \(4 here; .*--lora",
+            r"out of memory: lower trl.max_new_tokens \(6 here\) or trl.per_device_train_batch_size \(4 .*lora: true",
         ),
     ],
 )
