@@ -56,7 +56,8 @@ def _critic_start(settings: PpoSettings, tokenizer: Any, is_head: bool) -> str |
     """
     if settings.critic is None:
         named = [one.model for one in settings.reward if one.model]
-        start = None if is_head else next((one for one in named if _reads(one, tokenizer)), None)
+        fit = (one for one in named if _reads(one, tokenizer))
+        start = None if is_head else next(fit, next(iter(named), None))  # of one that is not, the trainer tells why
         return start and locate(start, rewards=True).source
     if is_head:
         raise ConfigError("critic: with trl.value_function: head there is none; remove one of them")
@@ -68,5 +69,6 @@ def _critic_start(settings: PpoSettings, tokenizer: Any, is_head: bool) -> str |
 
 
 def _reads(reward_model: str, tokenizer: Any) -> bool:
-    """Whether a token means to the reward model what it means to the policy."""
-    return bool(first_tokenizer(reward_model).get_vocab() == tokenizer.get_vocab())
+    """Whether each token of the policy means the same to the reward model."""
+    known = first_tokenizer(reward_model).get_vocab()
+    return all(known.get(token) == place for token, place in tokenizer.get_vocab().items())
