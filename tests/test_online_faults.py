@@ -220,7 +220,7 @@ def test_a_critic_begins_with_a_reward_model_that_reads_the_policys_tokens(tiny,
         if name == "other":
             swap_tokens(make_reward_model(tmp_path / "other"))
         train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / name), trl={"max_steps": 1}), tmp_path / f"out-{name}")
-        assert built[-1].started_from_reward_model is started
+        assert (built[-1].critic_note is None) is started
 
 
 @pytest.mark.parametrize(
