@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ppo import BATCH, EPOCHS, KL, TOKENS, short_words
+from benchmarks.ppo import BATCH, EPOCHS, KL, MINIBATCHES, PPO_RATE, TOKENS, worth
 
 
 def apart(name: str, completions: str, folder: str, result: str, model: str) -> None:
@@ -36,8 +36,8 @@ def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
         if network is not stand_in:
             return ask(network, texts, padding, context)
         answers = tokenizer.batch_decode(texts[:, context:], skip_special_tokens=True)
-        asked.extend(short_words(one) for one in answers)
-        return None, torch.tensor([short_words(one) for one in answers]), None
+        asked.extend(worth(one) for one in answers)
+        return None, torch.tensor([worth(one) for one in answers]), None
 
     ppo_trainer.get_reward = get_reward
     trainer = PPOTrainer(
@@ -50,14 +50,14 @@ def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
             gradient_accumulation_steps=1,
             local_rollout_forward_batch_size=BATCH,
             num_ppo_epochs=EPOCHS,
-            num_mini_batches=1,
+            num_mini_batches=MINIBATCHES,
             num_sample_generations=0,
             total_episodes=completions,
             response_length=TOKENS,
             temperature=1.0,
             stop_token="eos",
             kl_coef=KL,
-            learning_rate=2e-4,
+            learning_rate=PPO_RATE,
             lr_scheduler_type="constant",
             report_to="none",
             save_strategy="no",
