@@ -1,13 +1,14 @@
 """A reward model is trained on few pairs, a quarter of them mislabelled, and PPO optimises it: what becomes of the gold?
 
-What is wanted, the gold, is answers of about 12 words: 1 less how far off the number of words is, as a share of 12, at least
--1. The model's own answers are longer, so pairs of them say that shorter is better, and so will the reward model, far below
-12. Two trainings with each seed: one with one reward model and no safeguards, and one with an ensemble (mean less variance),
-the gold measured on held-out prompts (`gold:` of `cai train ppo`), and its stop. Printed: gold at the start, at its best and at
-the end, with 95 % intervals; with safeguards the best is what was kept. A picture of gold and reward over the square root of
-the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written beside the results.
+What is wanted, the gold, is answers of 12 words: 1 less how far off the number of words is, as a share of 12, at least -1. The
+model's own answers are longer, so pairs of them say that shorter is better, and so will the reward model, far below 12. Two
+trainings with each seed: one reward model and no safeguards; and an ensemble (mean less variance) with the gold measured on
+held-out prompts and its stop, as `gold:` of `cai train ppo`. Then answers to prompts that neither training nor measuring has
+seen, four to each, are measured: of the model that they begin with, of the best and the last of the first training, and of
+the best of the second, which is what is kept; with 95 % intervals over prompts. A picture of gold and reward over the
+square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
-    python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 3 a temporary folder; continues in a kept one)
+    python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 3 overoptimization; continues in a kept folder)
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 import cai
 from benchmarks.ppo import THINGS
+from cai.intervals import difference
 from cai.pipeline import read_records
 from cai.training import SETTINGS, StageName
 from cai.training.running import train
 
-MODEL, WANTED, TOKENS = "smollm2-135m", 12, 40
+MODEL, WANTED, TOKENS = "smollm2-135m", 12, 48
 PAIRS, FLIPPED = 64, 0.25
-HELD_OUT = 32
-STEPS = 160
+HELD_OUT, FRESH = 32, 32
+ROLLOUTS, BATCH = 24, 32
 Point = dict[str, float]
 
 
@@ -44,30 +47,37 @@ def gold_rewards(completions: Any, **columns: Any) -> list[float]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Questions to train on, and others to measure on."""
-    lines = [json.dumps({"prompt": [{"role": "user", "content": f"Tell me about {one}."}]}) for one in THINGS.split()]
-    random.Random(0).shuffle(lines)
-    (folder / "held-out.jsonl").write_text("\n".join(lines[:HELD_OUT]) + "\n")
-    (folder / "train.jsonl").write_text("\n".join(lines[HELD_OUT:]) + "\n")
+    """Requests to train on, others to measure on while training, and others to measure on at the end."""
+    asked = [f"{words} {one} in one sentence." for words in ("Tell me about", "Describe") for one in THINGS.split()]
+    random.Random(0).shuffle(asked)
+    cut = {"held-out": asked[:HELD_OUT], "fresh": asked[HELD_OUT : HELD_OUT + FRESH], "train": asked[HELD_OUT + FRESH :]}
+    for name, some in cut.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in some))
+
+
+def answers(folder: Path, model: str, prompts: str, seed: int, name: str) -> list[tuple[str, list[str]]]:
+    """Each prompt with four answers at temperature 1."""
+    recipe = {
+        "constitution": str(Path(__file__).with_name("effect.yaml")),
+        "seed": seed,
+        "prompts": {"source": str(folder / f"{prompts}.jsonl")},
+        "policy": {"model": model},
+        "judge": {"method": "checks", "principles": "all"},
+        "generation": {"candidates": 4, "rounds": 0, "pairs": "samples", "temperature": 1.0, "max_tokens": TOKENS},
+    }
+    cai.generate(cai.Recipe.model_validate(recipe), folder / name)
+    found = read_records(folder / name)
+    return [(one.prompt.messages[-1].content, [answer.text for answer in one.candidates]) for one in found]
 
 
 def write_pairs(folder: Path, seed: int) -> Path:
     """Pairs of the model's own answers, the better one by the gold first, but for a quarter of them."""
-    recipe = {
-        "constitution": str(Path(__file__).with_name("effect.yaml")),
-        "seed": seed,
-        "prompts": {"source": str(folder / "train.jsonl")},
-        "policy": {"model": MODEL},
-        "judge": {"method": "checks", "principles": "all"},
-        "generation": {"candidates": 4, "rounds": 0, "pairs": "samples", "temperature": 1.0, "max_tokens": TOKENS},
-    }
-    cai.generate(cai.Recipe.model_validate(recipe), folder / f"answers-{seed}")
     draw, pairs = random.Random(seed), []
-    for record in read_records(folder / f"answers-{seed}"):
-        for first, second in combinations((one.text for one in record.candidates), 2):
+    for prompt, texts in answers(folder, MODEL, "train", seed, f"answers-{seed}"):
+        for first, second in combinations(texts, 2):
             if gold(first) != gold(second):
                 better, worse = sorted((first, second), key=gold, reverse=True)
-                pairs.append({"prompt": record.prompt.messages[-1].content, "chosen": better, "rejected": worse})
+                pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})
     pairs = draw.sample(pairs, PAIRS)
     for pair in draw.sample(pairs, round(FLIPPED * PAIRS)):
         pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
@@ -92,13 +102,15 @@ def optimise(folder: Path, seed: int, name: str, reward: Path, more: dict[str, A
         "gold": measure | more.get("gold", {}),
         "limits": more.get("limits", {}),
         "trl": {
-            "max_steps": STEPS,
+            "max_steps": 4 * ROLLOUTS,
             "num_iterations": 2,
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": BATCH // 2,
+            "steps_per_generation": 2,
             "max_completion_length": TOKENS,
             "learning_rate": 5e-4,
+            "value_learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
-            "beta": 0.01,
+            "beta": 0.02,
         },
     }
     out = run("ppo", settings, folder / f"{name}-{seed}")
@@ -123,16 +135,18 @@ def one_seed(folder: Path, seed: int) -> dict[str, list[Point]]:
     }
 
 
-def show(seed: int, found: dict[str, list[Point]]) -> None:
-    """A line for each training."""
-    for name, points in found.items():
-        best = max(points, key=lambda one: one["gold"])
-        told = ", ".join(
-            f"{what} {one['gold']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f}) at step {one['step']:.0f}"
-            for what, one in (("start", points[0]), ("best", best), ("end", points[-1]))
-        )
-        proxy = f"reward {points[0]['proxy']:+.2f} -> {points[-1]['proxy']:+.2f}"
-        print(f"seed {seed}, {name:<13}: gold {told}; {proxy}, KL {points[-1]['kl']:.1f}", flush=True)
+def show(folder: Path, seed: int) -> None:
+    """A line for each model, measured on fresh prompts."""
+    bare, guarded = folder / f"bare-{seed}", folder / f"guarded-{seed}"
+    models = {"start": MODEL, "one, best": bare / "best", "one, last": bare, "guarded, kept": guarded / "best"}
+    for name, model in models.items():
+        found = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{name.replace(', ', '-')}")
+        each = numpy.array([gold(text) for _, texts in found for text in texts])
+        whole = difference(each, numpy.repeat(numpy.arange(len(found)), 4), 0)
+        words = numpy.mean([len(text.split()) for _, texts in found for text in texts])
+        print(f"seed {seed}, {name:<14} gold {whole.value:+.2f} ({whole.low:+.2f} to {whole.high:+.2f}), {words:.0f} words")
+    told = json.loads((guarded / "manifest.json").read_bytes())
+    print(f"seed {seed}, the guarded training: {told.get('stopped', 'ran to its end')}", flush=True)
 
 
 def draw(found: list[dict[str, list[Point]]], file: Path) -> None:
@@ -157,17 +171,14 @@ def draw(found: list[dict[str, list[Point]]], file: Path) -> None:
 
 def main() -> None:
     given = dict(enumerate(sys.argv[1:]))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(given.get(1, temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_prompts(folder)
-        found = []
-        for seed in range(int(given.get(0, "3"))):
-            found.append(one_seed(folder, seed))
-            show(seed, found[-1])
-        picture = Path("overoptimization.svg") if folder == Path(temporary).resolve() else folder / "overoptimization.svg"
-        draw(found, picture)
-        print(f"picture: {picture}")
+    folder = Path(given.get(1, "overoptimization")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder)
+    found = []
+    for seed in range(int(given.get(0, "3"))):
+        found.append(one_seed(folder, seed))
+        show(folder, seed)
+        draw(found, folder / "overoptimization.svg")
 
 
 if __name__ == "__main__":

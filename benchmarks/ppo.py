@@ -97,7 +97,7 @@ def measure(name: str, completions: int, folder: Path) -> dict[str, Any]:
         "kl": [line.get("objective/kl", line.get("kl", 0.0) * line["completions/mean_length"]) for line in told],
         "explained": [line["value/explained_variance"] for line in told if "value/explained_variance" in line],
         "seconds": seconds,
-        "tokens": completions * TOKENS,
+        "tokens": round(sum(line["completions/mean_length"] for line in told) * BATCH),
     }
 
 

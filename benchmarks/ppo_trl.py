@@ -1,4 +1,7 @@
-"""The PPO that TRL had until 1.12, on the job of `benchmarks.ppo`. Runs on a copy of TRL 1.12.0 alone."""
+"""The PPO that TRL had until 1.12, on the job of `benchmarks.ppo`. Runs on a copy of TRL 1.12.0 alone.
+
+Its value function is a model of its own of which all weights are trained, which is all that it has; ours are adapters.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,13 @@ def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
     classifier = {"num_labels": 1, "dtype": torch.bfloat16}
     value, stand_in = (AutoModelForSequenceClassification.from_pretrained(place, **classifier) for _ in range(2))
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
-    asked, ask = [], ppo_trainer.get_reward
+    asked, written, ask = [], [], ppo_trainer.get_reward
 
     def get_reward(network: Any, texts: Any, padding: int, context: int) -> Any:
         if network is not stand_in:
             return ask(network, texts, padding, context)
         answers = tokenizer.batch_decode(texts[:, context:], skip_special_tokens=True)
+        written.append(int((texts[:, context:] != padding).sum()))
         asked.extend(worth(one) for one in answers)
         return None, torch.tensor([worth(one) for one in answers]), None
 
@@ -83,7 +87,7 @@ def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
         "kl": [line["objective/kl"] for line in told],
         "explained": [],
         "seconds": seconds,
-        "tokens": completions * TOKENS,
+        "tokens": sum(written),
     }
 
 
