@@ -61,7 +61,7 @@ def plain_values(trainer: Any, form: str, row: Row) -> Tensor:
     hidden = backbone[form]()(input_ids=torch.tensor([row.prompt + row.ids])).last_hidden_state[0]
     centred = hidden - hidden.mean(-1, keepdim=True)
     normal = centred / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    after = normal @ value.layer.linear.weight[0] / hidden.shape[-1] ** 0.5 + value.layer.linear.bias
+    after = normal @ value.layer.linear.weight[0] * (250 / hidden.shape[-1]) + value.layer.linear.bias
     return after[len(row.prompt) - 1 : -1]
 
 

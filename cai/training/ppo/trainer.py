@@ -14,11 +14,13 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from accelerate.utils import is_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -38,6 +40,7 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
+from cai.training.ppo.logprobs import is_plain, token_logprobs
 from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
 
@@ -133,22 +136,59 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
             yield
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """In here matrix products are computed as autocast says, adapters' too: PEFT would widen what they are given before."""
+        narrow = self.args.bf16 and is_peft_model(self.model) and not self.args.gradient_checkpointing
+        with self.accelerator.autocast(), disable_input_dtype_casting(self.model, active=bool(narrow)):
+            yield
+
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The critic's values of the state before each of the last `length` tokens."""
-        with self.accelerator.autocast():
+        with self._computing():
             values: Tensor = cast(Critic, self.value).values(ids, mask)
         return values[:, -length - 1 : -1]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
     ) -> Any:
-        """TRL's; a head's values of each pass of the trunk are kept in `_watched`."""
+        """TRL's, or on a CPU our own; a head's values of each pass of the trunk are kept in `_watched`."""
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if is_peft_model(base) else base
+        ask = super()._get_per_token_logps_and_entropies
+        if ids.device.type == "cpu" and is_plain(base) and not (self._entropy_bonus_enabled or self.aux_loss_enabled):
+            ask = partial(self._plain_logps, base)
         if not isinstance(self.value, TrunkHead) or model is self.ref_model:
-            return super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
+            return ask(model, ids, mask, length, *given, **named)
         with self.value.watching(self._warms_up) as seen:
-            found = super()._get_per_token_logps_and_entropies(model, ids, mask, length, *given, **named)
+            found = ask(model, ids, mask, length, *given, **named)
         self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
         return found
+
+    def _plain_logps(
+        self,
+        base: Any,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor,
+        length: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
+        size, features, found = batch_size or len(ids), [], []
+        handle = base.base_model.register_forward_hook(lambda *passed: features.append(passed[-1].last_hidden_state))
+        try:
+            for part, attention in zip(ids.split(size), mask.split(size), strict=True):
+                with self._computing():
+                    model(input_ids=part, attention_mask=attention, use_cache=False, logits_to_keep=1)
+                before, tokens = features.pop()[:, -length - 1 : -1], part[:, -length:]
+                found.append(token_logprobs(before, base.get_output_embeddings(), tokens, self.temperature, compute_entropy))
+        finally:
+            handle.remove()
+        logps, entropies = (torch.cat(one) for one in zip(*found, strict=True))
+        return logps, entropies if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------ rollouts
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
