@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.cli.training import show_summary
 from cai.errors import ConfigError, Interrupted
+from cai.report.written import best_of, read_lines
 from cai.training.arguments import make_arguments
 from cai.training.data import StageData, load_data
 from cai.training.launching import launch
@@ -212,11 +213,11 @@ def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from
     for count, stops in ((5, False), (6, True)):
         assert bool(gold.over_optimised(series((0, [1.0] * count), (1, [0.5] * count)), 0)) == stops
     nothing = series((0, [None, None]))
-    assert (nothing[0]["gold"], gold.best_of(nothing), gold.over_optimised(nothing, 0)) == (None, None, "")
+    assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing, 0)) == (None, None, "")
 
 
 def test_the_first_of_several_best_ones_is_the_best():
-    found = gold.best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
+    found = best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
     assert found is not None
     assert found["step"] == 1
 
@@ -256,7 +257,7 @@ def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
     lines.append(file, {"step": 1}, {"step": 2, "text": "\ud800"}, {"step": 3})
     file.write_text(file.read_text() + '{"step": 2, "te')
     assert [one["step"] for one in lines.keep_until(file, 2)] == [1, 2]
-    assert [one["step"] for one in lines.read(file)] == [1, 2]
+    assert [one["step"] for one in read_lines(file)] == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -301,8 +302,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def the_one_at(step: int) -> Any:
+    """In place of the best one."""
+    return lambda told: next((one for one in told if one["step"] == step), None)
+
+
 def written(out: Path, name: str) -> list[dict[str, Any]]:
-    return lines.read(out / "run" / f"{name}.jsonl")
+    return read_lines(out / "run" / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
@@ -409,11 +415,14 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     manifest = train("grpo", settings, killed)
     assert [line["step"] for line in written(killed, "gold")] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in written(killed, "rollouts")] == [1, 2, 3, 4]
+    assert [line["step"] for line in written(killed, "log")] == [1, 2, 3, 4, 4]
     assert Counter(line["step"] for line in written(killed, "samples")) == dict.fromkeys(range(5), 6)
     assert manifest["best"]["step"] == 4
     assert same(weights(killed / "best"), weights(killed))
 
-    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 2), None))
+    monkeypatch.setattr(
+        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 2), None)
+    )
     train("grpo", settings, tmp_path / "again")
     assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
 
@@ -432,7 +441,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows
         train("grpo", settings, out)
     assert [path.name for path in (out / "run" / "best").iterdir()] == ["1"]
     monkeypatch.setattr(Safeguards, "on_step_end", usual)
-    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 0), None))
+    monkeypatch.setattr(
+        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 0), None)
+    )
     assert train("grpo", settings, out)["best"]["step"] == 0
     assert same(weights(out / "best"), weights(tiny))
     assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cai.report import figures
-from cai.report.training import Written, draw, read_training, render_training, write_page
+from cai.report.training import draw, render_training, write_page
+from cai.report.written import Written, read_training
 from tests.records import HOSTILE
 from tests.test_agreement_page import Page, texts
 
@@ -101,12 +102,13 @@ def test_many_steps_are_shown_at_six_of_them():
 def test_it_is_made_of_what_lies_beside_the_training(tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
-    again = [{"step": 2, "objective/kl": 9.0}]
+    again = [{"step": 2, "objective/kl": 9.0}, {"step": 5, "train_runtime": 3.0}]
     for name, told in (("log", LOG + again), ("rollouts", ROLLOUTS), ("gold", GOLD), ("samples", WHOLE.samples)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told) + '{"step": 6, "gol')
     found = read_training(tmp_path)
     assert [line["step"] for line in found.log] == [1, 2, 3, 4, 5]
-    assert found.log[1] == again[0]
+    assert found.log[1] == LOG[1] | again[0]
+    assert found.log[4] == LOG[4] | again[1], "at its end a training logs the last step again"
     assert found.gold == GOLD
     write_page(tmp_path)
     page = (tmp_path / "training.html").read_text()

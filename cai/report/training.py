@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
+from cai.report.written import Line, Written, best_of, read_training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,43 +38,12 @@ _MONITORS = {
 _ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
 """Of the intervals of both."""
 
-Line = Mapping[str, Any]
-
-
-class Written(NamedTuple):
-    """What a training has written so far: lines of each step, in their order."""
-
-    log: list[Line]
-    rollouts: list[Line]
-    gold: list[Line]
-    samples: list[Line]
-    stopped: Line | None
-
 
 def write_page(out: Path) -> None:
     """Write OUT/training.html, whole or not at all."""
     part = out / f"{PAGE}.part"
     part.write_text(render_training(read_training(out), out.name), encoding="utf-8", errors="backslashreplace")
     part.replace(out / PAGE)
-
-
-def read_training(out: Path) -> Written:
-    """What lies in OUT/run; of a step that was logged twice, since the training went on from before it, the last line."""
-    run, stopped = out / "run", out / "run" / "stopped.json"
-    by_step = [{line["step"]: line for line in _lines(run / f"{name}.jsonl")} for name in ("log", "rollouts", "gold")]
-    log, rollouts, gold = ([one[step] for step in sorted(one)] for one in by_step)
-    told = json.loads(stopped.read_bytes()) if stopped.exists() else None
-    return Written(log, rollouts, gold, _lines(run / "samples.jsonl"), told)
-
-
-def _lines(file: Path) -> list[Line]:
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the last one, while it is written
-    return found
 
 
 def render_training(written: Written, title: str) -> str:
@@ -93,11 +62,6 @@ def render_training(written: Written, title: str) -> str:
     return environment.get_template("training.html.jinja").render(
         written=written, title=title, figures=drawn, steps=last, best=best_of(written.gold), samples=_shown(written.samples)
     )
-
-
-def best_of(gold: Sequence[Line]) -> Line | None:
-    """The measure with the highest gold, the first of several."""
-    return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
 
 
 def draw(written: Written) -> dict[str, Figure]:

@@ -10,20 +10,19 @@ Rewards that are trained on rise whether answers get better or not: from some KL
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cai.intervals import Estimate, difference
+from cai.report.written import Line, best_of
 from cai.training.online.held_out import Answer
 from cai.training.online.monitors import words
 from cai.training.online.rollouts import weighted
 
 SHOWN = 8
 """Answers that are written into run/samples.jsonl each time."""
-
-Line = Mapping[str, Any]
 
 
 def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], seed: int) -> dict[str, Any]:
@@ -53,11 +52,6 @@ def _mean(names: tuple[str, str, str], values: Sequence[float | None], seed: int
         return {names[0]: None}
     found = difference(known, np.arange(len(known)), seed)
     return dict(zip(names, (found.value, found.low, found.high), strict=True))
-
-
-def best_of(lines: Sequence[Line]) -> Line | None:
-    """The one with the highest gold, the first of several."""
-    return max((line for line in lines if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
 
 
 def change(before: Line, after: Line, seed: int) -> Estimate | None:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from cai.report.written import best_of
 from cai.store import write_whole
 from cai.training.online import gold as golden
 from cai.training.online import lines
@@ -114,7 +115,8 @@ class Safeguards(TrainerCallback):
             return
         self._went_on, step = True, step or -1
         if self._leads:
-            lines.keep_until(self._run / "samples.jsonl", step)
+            for name in ("samples", "log"):
+                lines.keep_until(self._run / f"{name}.jsonl", step)
             self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
             self._golds = lines.keep_until(self._run / "gold.jsonl", step)
             told = self._run / "stopped.json"
@@ -158,7 +160,7 @@ class Safeguards(TrainerCallback):
         seed = self.settings.seed
         answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
         line = golden.measured(step, answers, self._rollouts.weights, seed)
-        if golden.best_of([*self._golds, line]) is line:
+        if best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
         self._golds.append(line)
         if self._leads:
@@ -196,7 +198,7 @@ class Safeguards(TrainerCallback):
     def finish(self) -> dict[str, Any]:
         """Write OUT/best and the page; what the manifest tells of all this. All processes call this."""
         self._go_on(self._trainer.state.global_step)
-        if self._golds and (best := golden.best_of(self._golds)):
+        if self._golds and (best := best_of(self._golds)):
             self._best.save(self._trainer, self.settings, best["step"])
         if self._leads:
             self._draw(last=True)
@@ -204,11 +206,11 @@ class Safeguards(TrainerCallback):
 
     @property
     def _best_step(self) -> int | None:
-        best = golden.best_of(self._golds)
+        best = best_of(self._golds)
         return int(best["step"]) if best else None
 
     def _told_gold(self) -> dict[str, Any]:
-        best = golden.best_of(self._golds)
+        best = best_of(self._golds)
         if best is None or self.settings.gold is None:
             return {}
         first, last = self._golds[0], self._golds[-1]
