@@ -187,33 +187,59 @@ def noisy(mean: float, seed: int = 0) -> list[float]:
     return list(np.random.default_rng(seed).normal(mean, 0.3, 32))
 
 
-def test_it_stops_where_gold_falls_with_significance_while_the_proxy_rises():
+def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises():
     rising = series((0, noisy(0)), (1, noisy(1)), (2, noisy(2)))
-    assert gold.over_optimised(rising, 0) == ""
-    assert gold.over_optimised([*rising, *series((3, noisy(1.9, seed=1)))], 0) == "", "within noise"
-    assert gold.over_optimised([*rising, *series((1.5, noisy(1)))], 0) == "", "the proxy has fallen too"
-    told = gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))], 0)
-    assert "its best, 1.95 at step 2, while the reward has risen from 2 to 3" in told
-    assert gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))][2:], 0)
+    fallen = series((2.5, noisy(1, seed=2)), (3, noisy(1, seed=3)))
+    within_noise, less_proxy = series((2.5, noisy(1.9, seed=1)), (1.5, noisy(1)))
+    assert gold.over_optimised(rising) == ""
+    assert gold.over_optimised([*rising, fallen[0]]) == "", "once is not enough"
+    assert gold.over_optimised([*rising, within_noise, within_noise]) == ""
+    assert gold.over_optimised([*rising, fallen[0], less_proxy]) == "", "the proxy has fallen too"
+    assert gold.over_optimised([*rising, fallen[0], *series((4, noisy(2.1)))]) == "", "it is better again"
+    told = gold.over_optimised([*rising, *fallen])
+    assert "its best, 1.95 at step 2, in 2 measures in a row (p " in told
+    assert "while the reward has risen from 2 to 3" in told
+
+
+@pytest.mark.parametrize("measures", [11, 21])
+def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(measures):
+    def told(falls_at: int, draw: np.random.Generator) -> int | None:
+        """At which measure it stops."""
+        given: list[dict[str, Any]] = []
+        for place in range(measures):
+            golds = draw.normal(-0.5 if place >= falls_at else 0.0, 1.0, 64).tolist()
+            mean = math.fsum(golds) / len(golds)
+            given.append({"step": place, "gold": mean, "proxy": float(place), "golds": golds})
+            if gold.over_optimised(given):
+                return place
+        return None
+
+    draw = np.random.default_rng(0)
+    false = [told(measures, draw) for _ in range(300)]
+    assert sum(one is not None for one in false) / 300 <= 0.07
+    falls_at = measures - 3
+    caught = [told(falls_at, draw) for _ in range(60)]
+    assert sum(one is not None and one >= falls_at for one in caught) / 60 >= 0.75
 
 
 def test_the_difference_is_that_of_the_same_prompts():
     easy = [0.0] * 16 + [10.0] * 16
     shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
-    before, after = series((0, easy), (1, shifted))
+    before, after, again = series((0, easy), (1, shifted), (2, shifted))
     assert before["low"] < after["gold"] < before["high"], "not to be seen in the means"
-    assert gold.over_optimised([before, after], 0)
-    found = gold.change(before, after, 0)
-    assert found.value == pytest.approx(after["gold"] - before["gold"])
+    assert gold.over_optimised([before, after, again])
+    assert gold.fall(before, [after, again])[0] == pytest.approx(after["gold"] - before["gold"])
 
 
-def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_six_on():
-    before, after = series((0, [1.0, None, 1.0]), (1, [0.5, 0.5, None]))
-    assert gold.change(before, after, 0).pairs == 1
-    for count, stops in ((5, False), (6, True)):
-        assert bool(gold.over_optimised(series((0, [1.0] * count), (1, [0.5] * count)), 0)) == stops
+def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_eight_on():
+    before, after = series((0, [2.0, None, 1.0, 5.0]), (1, [0.0, 0.5, None, 4.5]))
+    assert gold.fall(before, [after])[0] == pytest.approx(-1.25)
+    assert gold.fall(before, [after, {"golds": [None, 1.0, 1.0, 1.0]}]) == (0.0, 1.0), "one prompt has no spread"
+    for count, stops in ((7, False), (8, True)):
+        alike = series((0, [1.1] * count), (1, [0.5] * count), (2, [0.5] * count))
+        assert bool(gold.over_optimised(alike)) == stops
     nothing = series((0, [None, None]))
-    assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing, 0)) == (None, None, "")
+    assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing)) == (None, None, "")
 
 
 def test_the_first_of_several_best_ones_is_the_best():
@@ -315,19 +341,19 @@ def written(out: Path, name: str) -> list[dict[str, Any]]:
 def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(stage, tiny, rows, functions, tmp_path, capsys):
     out, show = tmp_path / "out", Shown()
     manifest = train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out, show=show)
-    assert (manifest["status"], manifest["steps"], manifest["best"]["step"]) == ("done", 3, 2)
+    assert (manifest["status"], manifest["steps"], manifest["best"]["step"]) == ("done", 4, 2)
     kls = [line.get("kl") for line in written(out, "gold")]
-    assert kls == [None] * 4 if stage == "grpo" else (abs(kls[0]) < 1e-4 < abs(kls[2])), "GRPO keeps no reference"
-    assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 3)
-    assert len([note for note in show.notes if note.startswith("stopped after step 3: gold has changed by")]) == 1
-    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
-    assert len(written(out, "samples")) == 4 * 6
+    assert kls == [None] * 5 if stage == "grpo" else (abs(kls[0]) < 1e-4 < abs(kls[2])), "GRPO keeps no reference"
+    assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 4)
+    assert len([note for note in show.notes if note.startswith("stopped after step 4: gold has changed by")]) == 1
+    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3, 4]
+    assert len(written(out, "samples")) == 5 * 6
     assert [line["completions"] for line in written(out, "rollouts")] == (
-        [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 3
+        [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 4
     )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
-    assert same(weights(out), weights(out / "checkpoints" / "checkpoint-3"))
+    assert same(weights(out), weights(out / "checkpoints" / "checkpoint-4"))
     assert not same(weights(out), weights(out / "best"))
     assert AutoModelForCausalLM.from_pretrained(out / "best").config.use_cache
     assert AutoTokenizer.from_pretrained(out / "best").chat_template
@@ -335,11 +361,11 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out) == manifest
     show_summary(manifest, out)
     told = " ".join(capsys.readouterr().out.split())
-    assert "stopped after step 3: gold has changed by" in told
+    assert "stopped after step 4: gold has changed by" in told
     assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
     card = " ".join((out / "README.md").read_text().split())
     assert "after step 2, which is in `best/`." in card
-    assert "It was stopped after step 3: gold has changed by" in card
+    assert "It was stopped after step 4: gold has changed by" in card
 
 
 def test_the_best_adapters_are_merged(tiny, rows, functions, tmp_path):
@@ -461,7 +487,7 @@ def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, funct
         train("grpo", settings, out)
     monkeypatch.setattr(Safeguards, "finish", usual)
     manifest = train("grpo", settings, out)
-    assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (3, 3, 2)
+    assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (4, 4, 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
 
 
@@ -502,8 +528,8 @@ def test_two_processes_decide_alike(stage, tiny, rows, functions, tmp_path):
         stage, tiny, rows, functions, "rising", "rising_then_falling", trl={"per_device_train_batch_size": 4}
     )
     manifest = launch(stage, settings, out, "continue", "2", show)
-    assert (manifest["steps"], manifest["stopped"]["reason"], manifest["best"]["step"]) == (3, "gold", 2)
+    assert (manifest["steps"], manifest["stopped"]["reason"], manifest["best"]["step"]) == (4, "gold", 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
-    assert [line["answers"] for line in written(out, "gold")] == [6] * 4
+    assert [line["answers"] for line in written(out, "gold")] == [6] * 5
     assert written(out, "rollouts")[0]["completions"] == (16 if stage == "online-dpo" else 8)
     assert len([note for note in show.notes if note.startswith("stopped after")]) == 1

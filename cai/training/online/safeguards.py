@@ -168,7 +168,7 @@ class Safeguards(TrainerCallback):
             lines.append(self._run / "gold.jsonl", line)
             self._draw()
         assert self.settings.gold is not None
-        text = golden.over_optimised(self._golds, seed) if self.settings.gold.stop else ""
+        text = golden.over_optimised(self._golds) if self.settings.gold.stop else ""
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
 
     def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
