@@ -352,6 +352,8 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
         [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 4
     )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
+    assert manifest["measures"].get("kl") == written(out, "rollouts")[-1].get("kl")
+    assert "objective/kl" not in manifest["measures"]
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
     assert same(weights(out), weights(out / "checkpoints" / "checkpoint-4"))
     assert not same(weights(out), weights(out / "best"))

@@ -26,11 +26,19 @@ def sample(step: int, completion: str, prompt: str = "What is rust?") -> dict[st
 
 
 LOG = [
-    {"step": step, "objective/kl": step / 2, "objective/kl_coef": 0.05, "value/explained_variance": step / 10, "loss": 1.0}
+    {"step": step, "objective/kl": 99.0, "objective/kl_coef": 0.05, "value/explained_variance": step / 10, "loss": 1.0}
     for step in range(1, 6)
 ]
 ROLLOUTS = [
-    {"step": step, "words": 30.0 + step, "distinct_1": 0.4, "distinct_2": 0.7, "repetition": 0.1, "rewards": {}}
+    {
+        "step": step,
+        "kl": 3.0 * step,
+        "words": 30.0 + step,
+        "distinct_1": 0.4,
+        "distinct_2": 0.7,
+        "repetition": 0.1,
+        "rewards": {},
+    }
     for step in range(1, 6)
 ]
 GOLD = [gold_line(0, 0.411, 1.0, kl=0.0), gold_line(3, 0.777, 2.0, kl=4.0), gold_line(5, 0.5, -3.0, kl=9.0)]
@@ -58,6 +66,14 @@ def test_series_that_are_missing_are_left_out():
     text = texts(render_training(NOTHING, "empty"))
     assert "0 steps. There is no gold measure" in text
     assert not re.search(r"nan|None|Stopped", text)
+
+
+def test_the_kl_is_that_of_the_rollouts_whatever_the_trainer_logs():
+    """Online DPO logs a sum over padding too, GRPO and RLOO the KL of a token."""
+    with figures.style():
+        kl, coefficient = draw(WHOLE._replace(log=[{**line, "kl": 1e6} for line in LOG]))["kl"].axes
+    assert list(kl.lines[0].get_ydata()) == [3.0, 6.0, 9.0, 12.0, 15.0]
+    assert list(coefficient.lines[0].get_ydata()) == [0.05] * 5
 
 
 def test_gold_over_steps_and_over_the_root_of_the_kl_with_bands_and_the_best():

@@ -22,7 +22,8 @@ _FOLDER = Path(__file__).parent
 _TIMES = 6
 """Steps at which completions are shown, spread over the training."""
 _COLOURS = (BLUE, ORANGE, GREY)
-_KL = {"KL, nats a completion": ("objective/kl",), "coefficient of the KL": ("objective/kl_coef",)}
+_COEFFICIENT = "objective/kl_coef"
+_KL = {"KL, nats a completion": ("kl",), "coefficient of the KL": (_COEFFICIENT,)}
 _VALUE = {"explained variance of the values": ("value/explained_variance",), "loss of the values": ("value/loss",)}
 _LENGTH = {"words of a completion": ("words",), "tokens of a completion": ("tokens",)}
 _DISAGREEMENT = {"disagreement of the ensemble": ("reward_disagreement",)}
@@ -71,13 +72,18 @@ def draw(written: Written) -> dict[str, Figure]:
     found = {
         "gold": _gold(written.gold, _step, "step", mark),
         "frontier": _frontier(written.gold, best),
-        "kl": _plots([*written.log], _KL, mark) or _plots(written.rollouts, {"KL, nats a completion": ("kl",)}, mark),
+        "kl": _plots([*written.rollouts, *_coefficients(written.log)], _KL, mark),
         "value": _plots(written.log, _VALUE, mark),
         "length": _plots(written.rollouts, _LENGTH, mark),
         "disagreement": _plots(written.log, _DISAGREEMENT, mark),
         "monitors": _plots(written.rollouts, _MONITORS, mark),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _coefficients(log: Sequence[Line]) -> list[Line]:
+    """Without the KL that is logged, of which each trainer means something else: that of a rollout is in nats a completion."""
+    return [{name: line[name] for name in ("step", _COEFFICIENT)} for line in log if _COEFFICIENT in line]
 
 
 def _step(line: Line) -> float:

@@ -196,13 +196,16 @@ class Safeguards(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------------ at the end
     def finish(self) -> dict[str, Any]:
-        """Write OUT/best and the page; what the manifest tells of all this. All processes call this."""
+        """Write OUT/best and the page; what the manifest tells of all this, and among its `measures` the last KL, in nats a
+        completion. All processes call this."""
         self._go_on(self._trainer.state.global_step)
         if self._golds and (best := best_of(self._golds)):
             self._best.save(self._trainer, self.settings, best["step"])
         if self._leads:
             self._draw(last=True)
-        return {**({"stopped": self._stopped} if self._stopped else {}), **self._told_gold()}
+        kls = [line["kl"] for line in self._lines if "kl" in line]
+        stopped = {"stopped": self._stopped} if self._stopped else {}
+        return {"measures": {"kl": kls[-1]} if kls else {}, **stopped, **self._told_gold()}
 
     @property
     def _best_step(self) -> int | None:
