@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,14 +21,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.cli.training import show_summary
-from cai.errors import ConfigError, Interrupted
-from cai.report.written import best_of, read_lines
+from cai.errors import ConfigError, EngineError, Interrupted
+from cai.report.written import best_of, read_lines, unscored
 from cai.training.arguments import make_arguments
+from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
 from cai.training.online import gold, lines, monitors
 from cai.training.online.distance import log_ratios
+from cai.training.online.drift import Drift
 from cai.training.online.held_out import Answer, hold_out
 from cai.training.online.limits import collapsed, over_kl
 from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
@@ -49,6 +52,17 @@ def rising_then_falling(prompts, completions, trainer_state, **columns):
 
 def rising_gold(prompts, completions, trainer_state, **columns):
     return [2.0 * trainer_state.global_step + len(one[-1]["content"]) / 1000 for one in completions]
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+def half(completions, **columns):
+    return [None if place % 2 else len(one[-1]["content"]) for place, one in enumerate(completions)]
+
+def raising(completions, trainer_state, **columns):
+    if trainer_state.global_step == 2:
+        raise ValueError("no such word")
+    return [len(one[-1]["content"]) for one in completions]
 
 def constant(completions, **columns):
     return [0.5] * len(completions)
@@ -172,6 +186,43 @@ def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
     assert told[1][0].startswith("reward 'x' is the same (0.5) for all 32 completions so far: nothing can be learned from it")
     nothing = Rollouts(["z"], [1.0]).constant(Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
     assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
+
+
+# ---------------------------------------------------------------------------------------------------- notes
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"refusals": 0.1}, {"refusals": 0.4}, "40 % of completions refuse; it was 10 % at the beginning"),
+        ({"refusals": 0.5}, {"refusals": 0.7}, ""),
+        ({"language_changes": 0.0}, {"language_changes": 0.5}, "50 % of completions are in another language than their prompt"),
+        ({"words": 40.0}, {"words": 81.0}, "81 words a completion; it was 40 at the beginning"),
+        ({"words": 40.0}, {"words": 19.0}, "19 words a completion"),
+        ({"words": 40.0}, {"words": 70.0}, ""),
+        ({"entropy": 2.0}, {"entropy": 0.4}, "0.4 nats a token are the policy's entropy; it was 2 at the beginning"),
+        ({"entropy": 2.0}, {"entropy": 9.0}, "9 nats a token"),
+        ({"length_correlation_overall": 0.1}, {"length_correlation_overall": 0.6}, "the reward goes with length"),
+        ({"length_correlation_within_prompts": 0.1}, {"length_correlation_within_prompts": -0.6}, "goes against length"),
+        ({"length_correlation_overall": 0.5}, {"length_correlation_overall": 0.7}, ""),
+        ({}, {"refusals": 1.0}, ""),
+    ],
+)
+def test_what_moves_far_from_the_beginning_is_told_once(before, after, says):
+    drift = Drift()
+    assert drift.new([before] * 3 + [after] * 2) == []
+    assert drift.new([before] * 3 + [after, after, before]) == []
+    told = drift.new([before] * 3 + [after] * 3)
+    assert [says in one for one in told] == [True] * bool(says)
+    assert drift.new([before] * 3 + [after] * 4) == []
+
+
+def test_completions_without_a_reward_are_counted_and_told_from_a_tenth_on():
+    rollouts, drift = Rollouts(["x", "y"], [1.0, 1.0]), Drift()
+    line = rollouts.line(1, Rollout(["p"] * 20, ["t"] * 20, [[None] * 3 + [1.0] * 17, [2.0] * 20]), {})
+    assert line["unscored"] == {"x": 3, "y": 0}
+    assert drift.new([line]) == [], "of too few"
+    assert drift.new([line, line]) == ["reward 'x' had no number for 6 of 40 completions so far"]
+    assert Drift().new([{"completions": 40, "unscored": {"x": 4}}]) == []
+    assert unscored([line, {"completions": 9}, line]) == {"x": (6, 40)}
 
 
 # ---------------------------------------------------------------------------------------------------- gold
@@ -366,6 +417,8 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert "stopped after step 4: gold has changed by" in told
     assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
     card = " ".join((out / "README.md").read_text().split())
+    assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
+    assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
     assert "It was stopped after step 4: gold has changed by" in card
 
@@ -512,6 +565,65 @@ def test_steps_and_collapse_stop_a_run(tiny, rows, functions, tmp_path, monkeypa
     settings = settings_of("grpo", tiny, rows, functions, "length", limits=limits, trl={"max_steps": 4})
     manifest = train("grpo", settings, tmp_path / "out")
     assert (manifest["steps"], manifest.get("stopped", {}).get("reason")) == (steps, reason)
+
+
+@pytest.mark.parametrize("by", ["rising_gold", None])
+def test_gold_is_measured_where_a_limit_stops_and_the_card_says_what_the_model_is(
+    by, tiny, rows, functions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cai.training.online.safeguards.collapsed", lambda told: "all alike" if len(told) > 1 else "")
+    settings = settings_of("grpo", tiny, rows, functions, "length", by, trl={"save_strategy": "no"})
+    settings = settings.model_copy(update={"gold": settings.gold and settings.gold.model_copy(update={"every": 5})})
+    manifest = train("grpo", settings, tmp_path)
+    assert (manifest["steps"], [line["step"] for line in written(tmp_path, "gold")]) == (2, [0, 2] if by else [])
+    kept = "best/ holds step 2" if by else "earlier ones are in checkpoints/ if any were saved"
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert f"stopped after step 2: all alike; the model is the policy after that, past the limit, and {kept}." in card
+
+
+def test_rewards_and_gold_without_numbers_are_told(tiny, rows, functions, tmp_path):
+    show = Shown()
+    manifest = train("grpo", settings_of("grpo", tiny, rows, functions, "half", "nothing"), tmp_path, show=show)
+    assert len([note for note in show.notes if note.startswith("reward 'half' had no number for")]) == 1
+    assert len([note for note in show.notes if note.startswith("gold had no number for any answer at step 0")]) == 1
+    assert manifest["unscored"] == {"half": {"none": 24, "of": 48}}
+    assert (manifest["gold"]["unscored"], "best" in manifest) == (7 * 6, False)
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert "Gold, the function `nothing`, had no number for any answer" in card
+    assert "The reward `half` had no number for 24 of 48 completions." in card
+
+
+def test_the_page_is_drawn_where_a_training_fails_and_is_no_reason_to_fail(tiny, rows, functions, tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match="no such word"):
+        train("rloo", settings_of("rloo", tiny, rows, functions, "raising"), tmp_path / "failed")
+    assert "2 steps. There is no gold measure" in (tmp_path / "failed" / "training.html").read_text()
+
+    def fail(out: Path) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("cai.report.training.write_page", fail)
+    show = Shown()
+    settings = settings_of("rloo", tiny, rows, functions, "length", trl={"max_steps": 1})
+    assert train("rloo", settings, tmp_path / "out", show=show)["status"] == "done"
+    assert "training.html could not be drawn: ValueError: no font" in show.notes
+
+
+def test_the_card_names_what_measures_gold_and_no_server_or_key(tiny, rows, functions):
+    judge = {"model": "http://10.0.0.7:8000/v1", "method": "score", "server": {"name": "big-judge", "key_file": "/home/me/key"}}
+    trl = {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "10.0.0.8", "hub_token": "hf_abc"}
+    gold_by = {"constitution": "concise-and-clear", "judge": judge}
+    settings = settings_of("grpo", tiny, rows, functions, "length", gold=gold_by, trl=trl)
+    measure = {"step": 0, "gold": 0.5}
+    told = {"first": measure, "last": {**measure, "step": 9}, "by": "concise-and-clear", "prompts": 8, "unscored": 2}
+    training = {"learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 0, "rows_per_step": 8, "rows_per_device": 8}
+    training |= {"accumulation": 1, "processes": 1, "epochs": 1}
+    manifest = {"measures": {}, "versions": {"trl": "1"}, "data": [], "training": training, "steps": 9, "too_long": {}}
+    manifest |= {"unlabelled": {}, "best": measure, "gold": told}
+    card = render_card("grpo", settings, manifest, "name")
+    said = "Gold is what `big-judge` says under the constitution `concise-and-clear` (`score`), which was not trained on"
+    assert said in " ".join(card.split())
+    assert "Gold had no number for 2 answers." in card
+    assert not any(secret in card for secret in ("10.0.0", "8000", "key", "hf_abc"))
 
 
 def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):

@@ -49,12 +49,23 @@ NOTHING = Written([], [], [], [], None)
 
 def test_the_numbers_the_reason_and_the_answers_are_there():
     text = texts(render_training(WHOLE, "harmless"))
-    assert "After 5 steps, gold is 0.5 (0.4 to 0.6) ; it began at 0.411 (0.311 to 0.511), and is best at step 3 :" in text
+    assert "5 steps. At step 5, gold is 0.5 (0.4 to 0.6) ; it began at 0.411 (0.311 to 0.511), and is best at step 3 :" in text
     assert "3 : 0.777 (0.677 to 0.877) ." in text
     assert "Stopped after step 5: gold has changed by −0.277." in text
     assert "5 0.5 (0.4 to 0.6) −3 (−3.2 to −2.8) 9 31.5" in text
     assert all(f"answer {step}" in text for step in (0, 3, 5))
     assert [name for name, _ in Page(render_training(WHOLE, "x")).elements].count("svg") == 6
+
+
+def test_completions_without_a_reward_and_gold_without_a_number_are_told():
+    rollouts = [{"step": step, "completions": 40, "unscored": {"brief": step, "other": 0}} for step in range(3)]
+    gold = [{"step": 0, "gold": None, "proxy": 1.0, "words": 3.0, "answers": 64, "golds": [None]}]
+    page = render_training(NOTHING._replace(rollouts=rollouts, gold=gold), "x")
+    text = " ".join(texts(page).split())
+    assert "Reward brief had no number for 3 of 120 completions." in text
+    assert "Reward other" not in text
+    assert "Gold had no number for any answer" in text
+    assert "no gold measure" not in text
 
 
 def test_series_that_are_missing_are_left_out():

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
-from cai.report.written import Line, Written, best_of, read_training
+from cai.report.written import Line, Written, best_of, read_training, unscored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,13 @@ def render_training(written: Written, title: str) -> str:
         drawn = {name: Markup(figures.svg(figure, name)) for name, figure in draw(written).items()}
     last = max((line["step"] for line in (*written.log, *written.rollouts, *written.gold)), default=0)
     return environment.get_template("training.html.jinja").render(
-        written=written, title=title, figures=drawn, steps=last, best=best_of(written.gold), samples=_shown(written.samples)
+        written=written,
+        title=title,
+        figures=drawn,
+        steps=last,
+        best=best_of(written.gold),
+        samples=_shown(written.samples),
+        unscored=unscored(written.rollouts),
     )
 
 

@@ -47,3 +47,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def best_of(gold: Sequence[Line]) -> Line | None:
     """The measure with the highest gold, the first of several; None where no answer had a number."""
     return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
+
+
+def unscored(rollouts: Sequence[Line]) -> dict[str, tuple[int, int]]:
+    """Of each reward that had no number for some completions: for how many, and of how many."""
+    names = dict.fromkeys(name for line in rollouts for name, count in line.get("unscored", {}).items() if count)
+    of = sum(int(line["completions"]) for line in rollouts if "unscored" in line)
+    return {name: (sum(line.get("unscored", {}).get(name, 0) for line in rollouts), of) for name in names}

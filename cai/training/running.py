@@ -195,7 +195,12 @@ def _train_one(
         show.note(_loading(settings, arguments))
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
-        fit(trainer, watch, folder.last_checkpoint(), show)
+        try:
+            fit(trainer, watch, folder.last_checkpoint(), show)
+        except BaseException:  # a Ctrl-C too
+            if isinstance(settings, OnlineSettings):
+                trainer.safeguards.draw()
+            raise
         show.note("saving the model" if arguments.eval_strategy == "no" else "measuring on held-out rows")
         measures = measure(trainer, data)
         save_model(trainer, settings, folder.path)

@@ -4,7 +4,7 @@ Rewards that are trained on rise whether answers get better or not: from some KL
 2210.10760). Lines of run/gold.jsonl:
 
 {"step": 60, "gold": 0.41, "low": 0.33, "high": 0.48, "proxy": 1.9, "proxy_low": 1.7, "proxy_high": 2.1, "kl": 12.3,
- "words": 71.5, "answers": 64, "golds": [0.5, ...]}
+ "words": 71.5, "answers": 64, "unscored": 0, "golds": [0.5, ...]}
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], see
         **({"kl": math.fsum(ratios) / len(ratios)} if ratios else {}),
         "words": math.fsum(len(words(one.text)) for one in answers) / len(answers),
         "answers": len(answers),
+        "unscored": golds.count(None),
         "golds": golds,
     }
 
