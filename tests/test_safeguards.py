@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,13 +21,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.cli.training import show_summary
-from cai.errors import ConfigError, Interrupted
+from cai.errors import ConfigError, EngineError, Interrupted
+from cai.report.written import best_of, read_lines, unscored
 from cai.training.arguments import make_arguments
+from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
 from cai.training.online import gold, lines, monitors
 from cai.training.online.distance import log_ratios
+from cai.training.online.drift import Drift
 from cai.training.online.held_out import Answer, hold_out
 from cai.training.online.limits import collapsed, over_kl
 from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
@@ -48,6 +52,17 @@ def rising_then_falling(prompts, completions, trainer_state, **columns):
 
 def rising_gold(prompts, completions, trainer_state, **columns):
     return [2.0 * trainer_state.global_step + len(one[-1]["content"]) / 1000 for one in completions]
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+def half(completions, **columns):
+    return [None if place % 2 else len(one[-1]["content"]) for place, one in enumerate(completions)]
+
+def raising(completions, trainer_state, **columns):
+    if trainer_state.global_step == 2:
+        raise ValueError("no such word")
+    return [len(one[-1]["content"]) for one in completions]
 
 def constant(completions, **columns):
     return [0.5] * len(completions)
@@ -173,6 +188,43 @@ def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
     assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
 
 
+# ---------------------------------------------------------------------------------------------------- notes
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"refusals": 0.1}, {"refusals": 0.4}, "40 % of completions refuse; it was 10 % at the beginning"),
+        ({"refusals": 0.5}, {"refusals": 0.7}, ""),
+        ({"language_changes": 0.0}, {"language_changes": 0.5}, "50 % of completions are in another language than their prompt"),
+        ({"words": 40.0}, {"words": 81.0}, "81 words a completion; it was 40 at the beginning"),
+        ({"words": 40.0}, {"words": 19.0}, "19 words a completion"),
+        ({"words": 40.0}, {"words": 70.0}, ""),
+        ({"entropy": 2.0}, {"entropy": 0.4}, "0.4 nats a token are the policy's entropy; it was 2 at the beginning"),
+        ({"entropy": 2.0}, {"entropy": 9.0}, "9 nats a token"),
+        ({"length_correlation_overall": 0.1}, {"length_correlation_overall": 0.6}, "the reward goes with length"),
+        ({"length_correlation_within_prompts": 0.1}, {"length_correlation_within_prompts": -0.6}, "goes against length"),
+        ({"length_correlation_overall": 0.5}, {"length_correlation_overall": 0.7}, ""),
+        ({}, {"refusals": 1.0}, ""),
+    ],
+)
+def test_what_moves_far_from_the_beginning_is_told_once(before, after, says):
+    drift = Drift()
+    assert drift.new([before] * 3 + [after] * 2) == []
+    assert drift.new([before] * 3 + [after, after, before]) == []
+    told = drift.new([before] * 3 + [after] * 3)
+    assert [says in one for one in told] == [True] * bool(says)
+    assert drift.new([before] * 3 + [after] * 4) == []
+
+
+def test_completions_without_a_reward_are_counted_and_told_from_a_tenth_on():
+    rollouts, drift = Rollouts(["x", "y"], [1.0, 1.0]), Drift()
+    line = rollouts.line(1, Rollout(["p"] * 20, ["t"] * 20, [[None] * 3 + [1.0] * 17, [2.0] * 20]), {})
+    assert line["unscored"] == {"x": 3, "y": 0}
+    assert drift.new([line]) == [], "of too few"
+    assert drift.new([line, line]) == ["reward 'x' had no number for 6 of 40 completions so far"]
+    assert Drift().new([{"completions": 40, "unscored": {"x": 4}}]) == []
+    assert unscored([line, {"completions": 9}, line]) == {"x": (6, 40)}
+
+
 # ---------------------------------------------------------------------------------------------------- gold
 def series(*measures: tuple[float, list[float]]) -> list[dict[str, Any]]:
     """Lines of gold measures: the proxy's mean, and gold of each prompt."""
@@ -186,37 +238,63 @@ def noisy(mean: float, seed: int = 0) -> list[float]:
     return list(np.random.default_rng(seed).normal(mean, 0.3, 32))
 
 
-def test_it_stops_where_gold_falls_with_significance_while_the_proxy_rises():
+def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises():
     rising = series((0, noisy(0)), (1, noisy(1)), (2, noisy(2)))
-    assert gold.over_optimised(rising, 0) == ""
-    assert gold.over_optimised([*rising, *series((3, noisy(1.9, seed=1)))], 0) == "", "within noise"
-    assert gold.over_optimised([*rising, *series((1.5, noisy(1)))], 0) == "", "the proxy has fallen too"
-    told = gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))], 0)
-    assert "its best, 1.95 at step 2, while the reward has risen from 2 to 3" in told
-    assert gold.over_optimised([*rising, *series((3, noisy(1, seed=2)))][2:], 0)
+    fallen = series((2.5, noisy(1, seed=2)), (3, noisy(1, seed=3)))
+    within_noise, less_proxy = series((2.5, noisy(1.9, seed=1)), (1.5, noisy(1)))
+    assert gold.over_optimised(rising) == ""
+    assert gold.over_optimised([*rising, fallen[0]]) == "", "once is not enough"
+    assert gold.over_optimised([*rising, within_noise, within_noise]) == ""
+    assert gold.over_optimised([*rising, fallen[0], less_proxy]) == "", "the proxy has fallen too"
+    assert gold.over_optimised([*rising, fallen[0], *series((4, noisy(2.1)))]) == "", "it is better again"
+    told = gold.over_optimised([*rising, *fallen])
+    assert "its best, 1.95 at step 2, in 2 measures in a row (p " in told
+    assert "while the reward has risen from 2 to 3" in told
+
+
+@pytest.mark.parametrize("measures", [11, 21])
+def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(measures):
+    def told(falls_at: int, draw: np.random.Generator) -> int | None:
+        """At which measure it stops."""
+        given: list[dict[str, Any]] = []
+        for place in range(measures):
+            golds = draw.normal(-0.5 if place >= falls_at else 0.0, 1.0, 64).tolist()
+            mean = math.fsum(golds) / len(golds)
+            given.append({"step": place, "gold": mean, "proxy": float(place), "golds": golds})
+            if gold.over_optimised(given):
+                return place
+        return None
+
+    draw = np.random.default_rng(0)
+    false = [told(measures, draw) for _ in range(300)]
+    assert sum(one is not None for one in false) / 300 <= 0.07
+    falls_at = measures - 3
+    caught = [told(falls_at, draw) for _ in range(60)]
+    assert sum(one is not None and one >= falls_at for one in caught) / 60 >= 0.75
 
 
 def test_the_difference_is_that_of_the_same_prompts():
     easy = [0.0] * 16 + [10.0] * 16
     shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
-    before, after = series((0, easy), (1, shifted))
+    before, after, again = series((0, easy), (1, shifted), (2, shifted))
     assert before["low"] < after["gold"] < before["high"], "not to be seen in the means"
-    assert gold.over_optimised([before, after], 0)
-    found = gold.change(before, after, 0)
-    assert found.value == pytest.approx(after["gold"] - before["gold"])
+    assert gold.over_optimised([before, after, again])
+    assert gold.fall(before, [after, again])[0] == pytest.approx(after["gold"] - before["gold"])
 
 
-def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_six_on():
-    before, after = series((0, [1.0, None, 1.0]), (1, [0.5, 0.5, None]))
-    assert gold.change(before, after, 0).pairs == 1
-    for count, stops in ((5, False), (6, True)):
-        assert bool(gold.over_optimised(series((0, [1.0] * count), (1, [0.5] * count)), 0)) == stops
+def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_eight_on():
+    before, after = series((0, [2.0, None, 1.0, 5.0]), (1, [0.0, 0.5, None, 4.5]))
+    assert gold.fall(before, [after])[0] == pytest.approx(-1.25)
+    assert gold.fall(before, [after, {"golds": [None, 1.0, 1.0, 1.0]}]) == (0.0, 1.0), "one prompt has no spread"
+    for count, stops in ((7, False), (8, True)):
+        alike = series((0, [1.1] * count), (1, [0.5] * count), (2, [0.5] * count))
+        assert bool(gold.over_optimised(alike)) == stops
     nothing = series((0, [None, None]))
-    assert (nothing[0]["gold"], gold.best_of(nothing), gold.over_optimised(nothing, 0)) == (None, None, "")
+    assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing)) == (None, None, "")
 
 
 def test_the_first_of_several_best_ones_is_the_best():
-    found = gold.best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
+    found = best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
     assert found is not None
     assert found["step"] == 1
 
@@ -256,7 +334,7 @@ def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
     lines.append(file, {"step": 1}, {"step": 2, "text": "\ud800"}, {"step": 3})
     file.write_text(file.read_text() + '{"step": 2, "te')
     assert [one["step"] for one in lines.keep_until(file, 2)] == [1, 2]
-    assert [one["step"] for one in lines.read(file)] == [1, 2]
+    assert [one["step"] for one in read_lines(file)] == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -301,27 +379,34 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def the_one_at(step: int) -> Any:
+    """In place of the best one."""
+    return lambda told: next((one for one in told if one["step"] == step), None)
+
+
 def written(out: Path, name: str) -> list[dict[str, Any]]:
-    return lines.read(out / "run" / f"{name}.jsonl")
+    return read_lines(out / "run" / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
 def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(stage, tiny, rows, functions, tmp_path, capsys):
     out, show = tmp_path / "out", Shown()
     manifest = train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out, show=show)
-    assert (manifest["status"], manifest["steps"], manifest["best"]["step"]) == ("done", 3, 2)
+    assert (manifest["status"], manifest["steps"], manifest["best"]["step"]) == ("done", 4, 2)
     kls = [line.get("kl") for line in written(out, "gold")]
-    assert kls == [None] * 4 if stage == "grpo" else (abs(kls[0]) < 1e-4 < abs(kls[2])), "GRPO keeps no reference"
-    assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 3)
-    assert len([note for note in show.notes if note.startswith("stopped after step 3: gold has changed by")]) == 1
-    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
-    assert len(written(out, "samples")) == 4 * 6
+    assert kls == [None] * 5 if stage == "grpo" else (abs(kls[0]) < 1e-4 < abs(kls[2])), "GRPO keeps no reference"
+    assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 4)
+    assert len([note for note in show.notes if note.startswith("stopped after step 4: gold has changed by")]) == 1
+    assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3, 4]
+    assert len(written(out, "samples")) == 5 * 6
     assert [line["completions"] for line in written(out, "rollouts")] == (
-        [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 3
+        [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 4
     )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
+    assert manifest["measures"].get("kl") == written(out, "rollouts")[-1].get("kl")
+    assert "objective/kl" not in manifest["measures"]
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
-    assert same(weights(out), weights(out / "checkpoints" / "checkpoint-3"))
+    assert same(weights(out), weights(out / "checkpoints" / "checkpoint-4"))
     assert not same(weights(out), weights(out / "best"))
     assert AutoModelForCausalLM.from_pretrained(out / "best").config.use_cache
     assert AutoTokenizer.from_pretrained(out / "best").chat_template
@@ -329,11 +414,13 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert train(stage, settings_of(stage, tiny, rows, functions, "rising", "rising_then_falling"), out) == manifest
     show_summary(manifest, out)
     told = " ".join(capsys.readouterr().out.split())
-    assert "stopped after step 3: gold has changed by" in told
+    assert "stopped after step 4: gold has changed by" in told
     assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
     card = " ".join((out / "README.md").read_text().split())
+    assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
+    assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
-    assert "It was stopped after step 3: gold has changed by" in card
+    assert "It was stopped after step 4: gold has changed by" in card
 
 
 def test_the_best_adapters_are_merged(tiny, rows, functions, tmp_path):
@@ -409,11 +496,14 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     manifest = train("grpo", settings, killed)
     assert [line["step"] for line in written(killed, "gold")] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in written(killed, "rollouts")] == [1, 2, 3, 4]
+    assert [line["step"] for line in written(killed, "log")] == [1, 2, 3, 4, 4]
     assert Counter(line["step"] for line in written(killed, "samples")) == dict.fromkeys(range(5), 6)
     assert manifest["best"]["step"] == 4
     assert same(weights(killed / "best"), weights(killed))
 
-    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 2), None))
+    monkeypatch.setattr(
+        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 2), None)
+    )
     train("grpo", settings, tmp_path / "again")
     assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
 
@@ -432,7 +522,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows
         train("grpo", settings, out)
     assert [path.name for path in (out / "run" / "best").iterdir()] == ["1"]
     monkeypatch.setattr(Safeguards, "on_step_end", usual)
-    monkeypatch.setattr("cai.training.online.gold.best_of", lambda told: next((one for one in told if one["step"] == 0), None))
+    monkeypatch.setattr(
+        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 0), None)
+    )
     assert train("grpo", settings, out)["best"]["step"] == 0
     assert same(weights(out / "best"), weights(tiny))
     assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
@@ -450,7 +542,7 @@ def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, funct
         train("grpo", settings, out)
     monkeypatch.setattr(Safeguards, "finish", usual)
     manifest = train("grpo", settings, out)
-    assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (3, 3, 2)
+    assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (4, 4, 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
 
 
@@ -475,6 +567,65 @@ def test_steps_and_collapse_stop_a_run(tiny, rows, functions, tmp_path, monkeypa
     assert (manifest["steps"], manifest.get("stopped", {}).get("reason")) == (steps, reason)
 
 
+@pytest.mark.parametrize("by", ["rising_gold", None])
+def test_gold_is_measured_where_a_limit_stops_and_the_card_says_what_the_model_is(
+    by, tiny, rows, functions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cai.training.online.safeguards.collapsed", lambda told: "all alike" if len(told) > 1 else "")
+    settings = settings_of("grpo", tiny, rows, functions, "length", by, trl={"save_strategy": "no"})
+    settings = settings.model_copy(update={"gold": settings.gold and settings.gold.model_copy(update={"every": 5})})
+    manifest = train("grpo", settings, tmp_path)
+    assert (manifest["steps"], [line["step"] for line in written(tmp_path, "gold")]) == (2, [0, 2] if by else [])
+    kept = "best/ holds step 2" if by else "earlier ones are in checkpoints/ if any were saved"
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert f"stopped after step 2: all alike; the model is the policy after that, past the limit, and {kept}." in card
+
+
+def test_rewards_and_gold_without_numbers_are_told(tiny, rows, functions, tmp_path):
+    show = Shown()
+    manifest = train("grpo", settings_of("grpo", tiny, rows, functions, "half", "nothing"), tmp_path, show=show)
+    assert len([note for note in show.notes if note.startswith("reward 'half' had no number for")]) == 1
+    assert len([note for note in show.notes if note.startswith("gold had no number for any answer at step 0")]) == 1
+    assert manifest["unscored"] == {"half": {"none": 24, "of": 48}}
+    assert (manifest["gold"]["unscored"], "best" in manifest) == (7 * 6, False)
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert "Gold, the function `nothing`, had no number for any answer" in card
+    assert "The reward `half` had no number for 24 of 48 completions." in card
+
+
+def test_the_page_is_drawn_where_a_training_fails_and_is_no_reason_to_fail(tiny, rows, functions, tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match="no such word"):
+        train("rloo", settings_of("rloo", tiny, rows, functions, "raising"), tmp_path / "failed")
+    assert "2 steps. There is no gold measure" in (tmp_path / "failed" / "training.html").read_text()
+
+    def fail(out: Path) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("cai.report.training.write_page", fail)
+    show = Shown()
+    settings = settings_of("rloo", tiny, rows, functions, "length", trl={"max_steps": 1})
+    assert train("rloo", settings, tmp_path / "out", show=show)["status"] == "done"
+    assert "training.html could not be drawn: ValueError: no font" in show.notes
+
+
+def test_the_card_names_what_measures_gold_and_no_server_or_key(tiny, rows, functions):
+    judge = {"model": "http://10.0.0.7:8000/v1", "method": "score", "server": {"name": "big-judge", "key_file": "/home/me/key"}}
+    trl = {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "10.0.0.8", "hub_token": "hf_abc"}
+    gold_by = {"constitution": "concise-and-clear", "judge": judge}
+    settings = settings_of("grpo", tiny, rows, functions, "length", gold=gold_by, trl=trl)
+    measure = {"step": 0, "gold": 0.5}
+    told = {"first": measure, "last": {**measure, "step": 9}, "by": "concise-and-clear", "prompts": 8, "unscored": 2}
+    training = {"learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 0, "rows_per_step": 8, "rows_per_device": 8}
+    training |= {"accumulation": 1, "processes": 1, "epochs": 1}
+    manifest = {"measures": {}, "versions": {"trl": "1"}, "data": [], "training": training, "steps": 9, "too_long": {}}
+    manifest |= {"unlabelled": {}, "best": measure, "gold": told}
+    card = render_card("grpo", settings, manifest, "name")
+    said = "Gold is what `big-judge` says under the constitution `concise-and-clear` (`score`), which was not trained on"
+    assert said in " ".join(card.split())
+    assert "Gold had no number for 2 answers." in card
+    assert not any(secret in card for secret in ("10.0.0", "8000", "key", "hf_abc"))
+
+
 def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
     show = Shown()
     train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)
@@ -491,8 +642,8 @@ def test_two_processes_decide_alike(stage, tiny, rows, functions, tmp_path):
         stage, tiny, rows, functions, "rising", "rising_then_falling", trl={"per_device_train_batch_size": 4}
     )
     manifest = launch(stage, settings, out, "continue", "2", show)
-    assert (manifest["steps"], manifest["stopped"]["reason"], manifest["best"]["step"]) == (3, "gold", 2)
+    assert (manifest["steps"], manifest["stopped"]["reason"], manifest["best"]["step"]) == (4, "gold", 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
-    assert [line["answers"] for line in written(out, "gold")] == [6] * 4
+    assert [line["answers"] for line in written(out, "gold")] == [6] * 5
     assert written(out, "rollouts")[0]["completions"] == (16 if stage == "online-dpo" else 8)
     assert len([note for note in show.notes if note.startswith("stopped after")]) == 1

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from cai.cli import training
+from cai.cli.train import resolve_settings
 from cai.cli.training import progress, show_summary
+from cai.errors import ConfigError
 
 
 def test_lines_show_the_first_measures_the_last_and_some_between(capsys, monkeypatch):
@@ -79,8 +81,29 @@ def test_the_summary_of_an_online_training_tells_what_stopped_it_and_how_gold_we
     show_summary({**GUARDED, "stopped": stopped, "best": best, "gold": gold}, tmp_path)
     told = " ".join(capsys.readouterr().out.split())
     assert "stopped after step 12: the KL is [red] 60" in told
-    assert "gold by judge: from 0.25 (0.2 to 0.31) to 0.125, best at step 8: 0.5 (0.4 to 0.6)" in told
+    assert "gold by judge: from 0.25 (0.2 to 0.31) to 0.125 at step 12, best at step 8: 0.5 (0.4 to 0.6)" in told
     assert f"best by gold: {tmp_path}/best pictures: {tmp_path}/training.html" in told
+
+
+def test_gold_is_named_by_a_flag_and_set_goes_into_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gold: {constitution: concise-and-clear, every: 7}")
+    flags = {"data": ["benign"], "reward": ["models/reward"], "gold": "gold.py:honest"}
+    gold = resolve_settings("grpo", str(recipe), ["gold.prompts=5"], flags).gold
+    assert (gold.function, gold.constitution, gold.every, gold.prompts) == ("gold.py:honest", None, 7, 5)
+    assert resolve_settings("ppo", None, [], {**flags, "gold": "models/other"}).gold.model == "models/other"
+    with pytest.raises(ConfigError, match="trained on as a reward"):
+        resolve_settings("grpo", None, [], {**flags, "gold": "models/reward"})
+    with pytest.raises(ConfigError, match="--gold"):
+        resolve_settings("grpo", None, [], {**flags, "gold": ""})
+
+
+def test_the_summary_tells_of_gold_and_rewards_without_numbers(capsys, tmp_path):
+    gold = {"by": "judge", "prompts": 64, "unscored": 128, "first": {"step": 0}, "last": {"step": 9}}
+    show_summary({**GUARDED, "gold": gold, "unscored": {"brief": {"none": 3, "of": 64}}}, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "gold by judge had no number for any answer" in told
+    assert "no number of reward 'brief' for 3 of 64 completions" in told
 
 
 def test_the_summary_of_an_online_training_without_gold_says_so(capsys, tmp_path):

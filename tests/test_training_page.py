@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cai.report import figures
-from cai.report.training import Written, draw, read_training, render_training, write_page
+from cai.report.training import draw, render_training, write_page
+from cai.report.written import Written, read_training
 from tests.records import HOSTILE
 from tests.test_agreement_page import Page, texts
 
@@ -25,11 +26,19 @@ def sample(step: int, completion: str, prompt: str = "What is rust?") -> dict[st
 
 
 LOG = [
-    {"step": step, "objective/kl": step / 2, "objective/kl_coef": 0.05, "value/explained_variance": step / 10, "loss": 1.0}
+    {"step": step, "objective/kl": 99.0, "objective/kl_coef": 0.05, "value/explained_variance": step / 10, "loss": 1.0}
     for step in range(1, 6)
 ]
 ROLLOUTS = [
-    {"step": step, "words": 30.0 + step, "distinct_1": 0.4, "distinct_2": 0.7, "repetition": 0.1, "rewards": {}}
+    {
+        "step": step,
+        "kl": 3.0 * step,
+        "words": 30.0 + step,
+        "distinct_1": 0.4,
+        "distinct_2": 0.7,
+        "repetition": 0.1,
+        "rewards": {},
+    }
     for step in range(1, 6)
 ]
 GOLD = [gold_line(0, 0.411, 1.0, kl=0.0), gold_line(3, 0.777, 2.0, kl=4.0), gold_line(5, 0.5, -3.0, kl=9.0)]
@@ -40,12 +49,23 @@ NOTHING = Written([], [], [], [], None)
 
 def test_the_numbers_the_reason_and_the_answers_are_there():
     text = texts(render_training(WHOLE, "harmless"))
-    assert "After 5 steps, gold is 0.5 (0.4 to 0.6) ; it began at 0.411 (0.311 to 0.511), and is best at step 3 :" in text
+    assert "5 steps. At step 5, gold is 0.5 (0.4 to 0.6) ; it began at 0.411 (0.311 to 0.511), and is best at step 3 :" in text
     assert "3 : 0.777 (0.677 to 0.877) ." in text
     assert "Stopped after step 5: gold has changed by −0.277." in text
     assert "5 0.5 (0.4 to 0.6) −3 (−3.2 to −2.8) 9 31.5" in text
     assert all(f"answer {step}" in text for step in (0, 3, 5))
     assert [name for name, _ in Page(render_training(WHOLE, "x")).elements].count("svg") == 6
+
+
+def test_completions_without_a_reward_and_gold_without_a_number_are_told():
+    rollouts = [{"step": step, "completions": 40, "unscored": {"brief": step, "other": 0}} for step in range(3)]
+    gold = [{"step": 0, "gold": None, "proxy": 1.0, "words": 3.0, "answers": 64, "golds": [None]}]
+    page = render_training(NOTHING._replace(rollouts=rollouts, gold=gold), "x")
+    text = " ".join(texts(page).split())
+    assert "Reward brief had no number for 3 of 120 completions." in text
+    assert "Reward other" not in text
+    assert "Gold had no number for any answer" in text
+    assert "no gold measure" not in text
 
 
 def test_series_that_are_missing_are_left_out():
@@ -57,6 +77,14 @@ def test_series_that_are_missing_are_left_out():
     text = texts(render_training(NOTHING, "empty"))
     assert "0 steps. There is no gold measure" in text
     assert not re.search(r"nan|None|Stopped", text)
+
+
+def test_the_kl_is_that_of_the_rollouts_whatever_the_trainer_logs():
+    """Online DPO logs a sum over padding too, GRPO and RLOO the KL of a token."""
+    with figures.style():
+        kl, coefficient = draw(WHOLE._replace(log=[{**line, "kl": 1e6} for line in LOG]))["kl"].axes
+    assert list(kl.lines[0].get_ydata()) == [3.0, 6.0, 9.0, 12.0, 15.0]
+    assert list(coefficient.lines[0].get_ydata()) == [0.05] * 5
 
 
 def test_gold_over_steps_and_over_the_root_of_the_kl_with_bands_and_the_best():
@@ -101,12 +129,13 @@ def test_many_steps_are_shown_at_six_of_them():
 def test_it_is_made_of_what_lies_beside_the_training(tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
-    again = [{"step": 2, "objective/kl": 9.0}]
+    again = [{"step": 2, "objective/kl": 9.0}, {"step": 5, "train_runtime": 3.0}]
     for name, told in (("log", LOG + again), ("rollouts", ROLLOUTS), ("gold", GOLD), ("samples", WHOLE.samples)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told) + '{"step": 6, "gol')
     found = read_training(tmp_path)
     assert [line["step"] for line in found.log] == [1, 2, 3, 4, 5]
-    assert found.log[1] == again[0]
+    assert found.log[1] == LOG[1] | again[0]
+    assert found.log[4] == LOG[4] | again[1], "at its end a training logs the last step again"
     assert found.gold == GOLD
     write_page(tmp_path)
     page = (tmp_path / "training.html").read_text()

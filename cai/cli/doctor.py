@@ -30,7 +30,7 @@ EXTRAS = {
     "judge": _JUDGE,
     "ray": ("ray",),
     "server": ("aiohttp", "aiolimiter", "tenacity", *(("uvloop",) if sys.platform != "win32" else ())),
-    "train": (*TRAINING, "matplotlib"),
+    "train": (*TRAINING, "matplotlib", "py3langid"),
     "vllm": (*_LOCAL, "psutil", "vllm"),
 }
 """What each extra brings, by the names under which it is imported."""

@@ -11,6 +11,7 @@ import typer
 from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Set, Yes, option
 from cai.errors import ConfigError, Interrupted
 from cai.training import ONLINE, SETTINGS, STAGES, StageName, TrainSettings, check_installed
+from cai.training.online.settings import GoldSettings, RewardSource, source_of
 
 if TYPE_CHECKING:
     from cai.training.folder import Mode
@@ -44,6 +45,15 @@ Rewards = Annotated[
         panel=INPUTS,
         metavar="MODEL|FILE.py:NAME|FILE.yaml",
         help="What rewards: a reward model, a Python function, or a constitution's checks; repeatable, their sum.",
+    ),
+]
+Gold = Annotated[
+    str | None,
+    option(
+        "--gold",
+        panel=INPUTS,
+        metavar="MODEL|FILE.py:NAME|FILE.yaml",
+        help="What measures answers honestly: as --reward, and none of what rewards. --set gold.every=0.05 says how often.",
     ),
 ]
 Model = Annotated[
@@ -90,6 +100,7 @@ def _online_command(stage: StageName) -> Any:
     def command(
         data: Prompts = None,
         reward: Rewards = None,
+        gold: Gold = None,
         model: Model = None,
         lora: Lora = False,
         recipe: File = None,
@@ -100,7 +111,14 @@ def _online_command(stage: StageName) -> Any:
         yes: Yes = False,
         launch: Launch = None,
     ) -> None:
-        flags = {"data": data or None, "reward": reward or None, "model": model, "lora": lora or None, "seed": seed}
+        flags = {
+            "data": data or None,
+            "reward": reward or None,
+            "gold": gold,
+            "model": model,
+            "lora": lora or None,
+            "seed": seed,
+        }
         settings = resolve_settings(stage, recipe, set_ or [], flags)
         folder = choose_out(stage, out)
         run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
@@ -108,10 +126,12 @@ def _online_command(stage: StageName) -> Any:
     return command
 
 
+_OF_MEASURING = GoldSettings.model_fields.keys() - RewardSource.model_fields.keys()
 _EXAMPLE = "Example:\n\n    cai train {stage} runs/harmless -m Qwen/Qwen3-0.6B --lora -o models/{stage}"
 _ONLINE_EXAMPLE = (
     "Example:\n\n    cai train reward runs/harmless -m smollm2-135m -o models/reward\n\n"
-    "    cai train {stage} benign -m smollm2-135m --reward models/reward -o models/{stage}"
+    "    cai train {stage} benign -m smollm2-135m --reward models/reward --gold models/other-reward "
+    "-o models/{stage}"
 )
 for _stage in STAGES:
     _is_online = _stage in ONLINE
@@ -127,7 +147,9 @@ def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str
 
     document = Document.read(Path(os.path.expanduser(recipe))) if recipe else Document("{}", "the command line")
     overrides = [parse_set(one) for one in assignments]
-    overrides += [(key, value, f"--{key}") for key, value in flags.items() if value is not None]
+    if (gold := flags.get("gold")) is not None:  # before what --set says of it
+        overrides.insert(0, ("gold", _gold(document.data.get("gold"), gold), "--gold"))
+    overrides += [(key, value, f"--{key}") for key, value in flags.items() if value is not None and key != "gold"]
     for dotted, value, source in overrides:
         document.override(dotted, value, source)
     if not document.data.get("data"):
@@ -135,6 +157,12 @@ def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str
     if stage in ONLINE and not document.data.get("reward"):
         raise ConfigError(f"no reward: name one, for example: cai train {stage} benign --reward models/reward")
     return document.validate(SETTINGS[stage])
+
+
+def _gold(before: object, text: str) -> Any:
+    """What measures by a text, as often and as the file says of what it measures by."""
+    kept = {key: one for key, one in before.items() if key in _OF_MEASURING} if isinstance(before, dict) else {}
+    return {**kept, **source_of(text)}
 
 
 def choose_out(stage: str, out: str | None) -> Path:

@@ -159,15 +159,26 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
     if best := manifest.get("best"):
         first, last = manifest["gold"]["first"], manifest["gold"]["last"]
         console.print(
-            f"gold by {escape(manifest['gold']['by'])}: from {_estimated(first)} to {_estimated(last)}, best at step "
-            f"{best['step']:,}: {_estimated(best)}",
+            f"gold by {escape(manifest['gold']['by'])}: from {_estimated(first)} to {_estimated(last)} at step "
+            f"{last['step']:,}, best at step {best['step']:,}: {_estimated(best)}",
             soft_wrap=True,
+        )
+    elif gold := manifest.get("gold"):
+        console.print(
+            f"[yellow]gold by {escape(gold['by'])}[/] had no number for any answer: nothing was measured", soft_wrap=True
         )
     elif manifest["stage"] in ONLINE:
         console.print("[yellow]no gold measure[/]: whether answers got better with the reward is not known")
+    for name, count in manifest.get("unscored", {}).items():
+        console.print(
+            f"[yellow]no number[/] of reward '{escape(name)}' for {count['none']:,} of {count['of']:,} completions",
+            soft_wrap=True,
+        )
 
 
 def _estimated(measure: Mapping[str, float]) -> str:
     """`0.41 (0.33 to 0.48)`."""
+    if "gold" not in measure:
+        return "unknown"
     ends = f" ({measure['low']:.3g} to {measure['high']:.3g})" if "low" in measure else ""
     return f"{measure['gold']:.3g}{ends}"

@@ -42,7 +42,6 @@ _MEASURES = (
     "eval_mean_token_accuracy",
     "reward",
     "objective/scores",
-    "objective/kl",
     "kl",
     "eval_loss",
     "train_loss",

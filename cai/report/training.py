@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
+from cai.report.written import Line, Written, best_of, read_training, unscored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,8 @@ _FOLDER = Path(__file__).parent
 _TIMES = 6
 """Steps at which completions are shown, spread over the training."""
 _COLOURS = (BLUE, ORANGE, GREY)
-_KL = {"KL, nats a completion": ("objective/kl",), "coefficient of the KL": ("objective/kl_coef",)}
+_COEFFICIENT = "objective/kl_coef"
+_KL = {"KL, nats a completion": ("kl",), "coefficient of the KL": (_COEFFICIENT,)}
 _VALUE = {"explained variance of the values": ("value/explained_variance",), "loss of the values": ("value/loss",)}
 _LENGTH = {"words of a completion": ("words",), "tokens of a completion": ("tokens",)}
 _DISAGREEMENT = {"disagreement of the ensemble": ("reward_disagreement",)}
@@ -38,43 +39,12 @@ _MONITORS = {
 _ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
 """Of the intervals of both."""
 
-Line = Mapping[str, Any]
-
-
-class Written(NamedTuple):
-    """What a training has written so far: lines of each step, in their order."""
-
-    log: list[Line]
-    rollouts: list[Line]
-    gold: list[Line]
-    samples: list[Line]
-    stopped: Line | None
-
 
 def write_page(out: Path) -> None:
     """Write OUT/training.html, whole or not at all."""
     part = out / f"{PAGE}.part"
     part.write_text(render_training(read_training(out), out.name), encoding="utf-8", errors="backslashreplace")
     part.replace(out / PAGE)
-
-
-def read_training(out: Path) -> Written:
-    """What lies in OUT/run; of a step that was logged twice, since the training went on from before it, the last line."""
-    run, stopped = out / "run", out / "run" / "stopped.json"
-    by_step = [{line["step"]: line for line in _lines(run / f"{name}.jsonl")} for name in ("log", "rollouts", "gold")]
-    log, rollouts, gold = ([one[step] for step in sorted(one)] for one in by_step)
-    told = json.loads(stopped.read_bytes()) if stopped.exists() else None
-    return Written(log, rollouts, gold, _lines(run / "samples.jsonl"), told)
-
-
-def _lines(file: Path) -> list[Line]:
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the last one, while it is written
-    return found
 
 
 def render_training(written: Written, title: str) -> str:
@@ -91,13 +61,14 @@ def render_training(written: Written, title: str) -> str:
         drawn = {name: Markup(figures.svg(figure, name)) for name, figure in draw(written).items()}
     last = max((line["step"] for line in (*written.log, *written.rollouts, *written.gold)), default=0)
     return environment.get_template("training.html.jinja").render(
-        written=written, title=title, figures=drawn, steps=last, best=best_of(written.gold), samples=_shown(written.samples)
+        written=written,
+        title=title,
+        figures=drawn,
+        steps=last,
+        best=best_of(written.gold),
+        samples=_shown(written.samples),
+        unscored=unscored(written.rollouts),
     )
-
-
-def best_of(gold: Sequence[Line]) -> Line | None:
-    """The measure with the highest gold, the first of several."""
-    return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
 
 
 def draw(written: Written) -> dict[str, Figure]:
@@ -107,13 +78,18 @@ def draw(written: Written) -> dict[str, Figure]:
     found = {
         "gold": _gold(written.gold, _step, "step", mark),
         "frontier": _frontier(written.gold, best),
-        "kl": _plots([*written.log], _KL, mark) or _plots(written.rollouts, {"KL, nats a completion": ("kl",)}, mark),
+        "kl": _plots([*written.rollouts, *_coefficients(written.log)], _KL, mark),
         "value": _plots(written.log, _VALUE, mark),
         "length": _plots(written.rollouts, _LENGTH, mark),
         "disagreement": _plots(written.log, _DISAGREEMENT, mark),
         "monitors": _plots(written.rollouts, _MONITORS, mark),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _coefficients(log: Sequence[Line]) -> list[Line]:
+    """Without the KL that is logged, of which each trainer means something else: that of a rollout is in nats a completion."""
+    return [{name: line[name] for name in ("step", _COEFFICIENT)} for line in log if _COEFFICIENT in line]
 
 
 def _step(line: Line) -> float:

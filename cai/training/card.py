@@ -28,6 +28,16 @@ _WHAT: dict[StageName, str] = {
 }
 _UNKNOWN = {"constitution": "", "constitution_hash": "", "judge": "", "left_out": 0}
 """Of a source that is no run folder."""
+_SERVED = "a model of a server"
+_PRIVATE = {
+    "hub_token",
+    "push_to_hub_token",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_group_port",
+}
+"""TRL's arguments that say where on a network something is, or are keys."""
 
 
 def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, Any], name: str) -> str:
@@ -42,7 +52,7 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         base=base,
         metadata=dump(_metadata(stage, settings, base)),
         what=_WHAT[stage],
-        rewards=[_rewarded(one) for one in settings.reward] if isinstance(settings, OnlineSettings) else [],
+        rewards=[(_rewarded_by(one), one.weight) for one in settings.reward] if isinstance(settings, OnlineSettings) else [],
         versions=manifest["versions"],
         sources=[{**_UNKNOWN, **one, "source": public_name(one["source"])} for one in manifest["data"]],
         training=manifest["training"],
@@ -55,6 +65,8 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         stopped=manifest.get("stopped"),
         best=manifest.get("best"),
         gold=manifest.get("gold"),
+        gold_by=_rewarded_by(settings.gold) if isinstance(settings, OnlineSettings) and settings.gold else "",
+        unscored=manifest.get("unscored", {}),
         recipe=dump({stage: _recipe(settings)}),
     )
 
@@ -70,17 +82,23 @@ def _metadata(stage: StageName, settings: TrainSettings, base: str) -> dict[str,
     }
 
 
-def _rewarded(source: RewardSource) -> tuple[str, float]:
-    """What rewards by it, in words, and its weight."""
+def _rewarded_by(source: RewardSource) -> str:
+    """What says what a completion is worth, in words."""
     if source.model is not None:
-        return f"the reward model `{public_name(source.model)}`", source.weight
+        return f"the reward model `{public_name(source.model)}`"
     if source.function is not None:
-        return f"the function `{source.name}`", source.weight
+        return f"the function `{source.name}`"
     constitution = f"the constitution `{public_name(source.constitution or '')}`"
     if source.judge is None or source.judge.method == "checks":
-        return f"the checks of {constitution}", source.weight
-    judge = f"`{public_name(source.judge.model or '')}`"
-    return f"what {judge} says under {constitution} (`{source.judge.method}`)", source.weight
+        return f"the checks of {constitution}"
+    server = source.judge.server
+    judge = _judge_name(source.judge.model or "", server.name if server else None)
+    return f"what `{judge}` says under {constitution} (`{source.judge.method}`)"
+
+
+def _judge_name(model: str, served: str | None) -> str:
+    """Of a server's model the name that it has there, never the URL."""
+    return served or _SERVED if "://" in model else public_name(model)
 
 
 def _recipe(settings: TrainSettings) -> dict[str, Any]:
@@ -89,16 +107,22 @@ def _recipe(settings: TrainSettings) -> dict[str, Any]:
     if isinstance(settings, OnlineSettings):
         told |= {"reward": [_named(one) for one in told["reward"]]}
         told |= {key: change(told[key]) for key, change in (("gold", _named), ("critic", public_name)) if key in told}
+    if "trl" in told:
+        told["trl"] = {key: one for key, one in told["trl"].items() if key not in _PRIVATE}
     return {**told, "model": public_name(settings.model), "data": sources}
 
 
 def _named(source: dict[str, Any]) -> dict[str, Any]:
-    """A reward or gold measure without the folders of the machine."""
+    """A reward or gold measure without the folders of the machine, and its judge without the server."""
     told = {key: public_name(one) if key in ("model", "constitution") else one for key, one in source.items()}
     if "function" in source:
         place, _, name = source["function"].rpartition(":")
         told["function"] = f"{public_name(place)}:{name}"
-    return {**told, "judge": _named(source["judge"])} if "judge" in source else told
+    if judge := source.get("judge"):
+        served = (judge.get("server") or {}).get("name")
+        named = {"model": _judge_name(judge["model"], served)} if judge.get("model") else {}
+        told["judge"] = {**{key: one for key, one in judge.items() if key != "server"}, **named}
+    return told
 
 
 def _with_ends(value: float, ends: tuple[float, float] | None) -> str:

@@ -41,8 +41,8 @@ _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
 """Parts of the names of measures that say nothing of the model."""
 _QUIET = {"TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 """Bars of TRL's own loops, since whoever shows the training notes what is done; what it calls experimental, the help says."""
-_ONLINE = ("reward", "objective/scores", "objective/kl", "kl")
-"""What is told of the last completions that were trained on, by TRL's names; `objective/kl` in nats of a completion."""
+_ONLINE = ("reward", "objective/scores")
+"""What is told of the last completions that were trained on, by TRL's names."""
 
 
 def train(
@@ -195,11 +195,17 @@ def _train_one(
         show.note(_loading(settings, arguments))
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
-        fit(trainer, watch, folder.last_checkpoint(), show)
+        try:
+            fit(trainer, watch, folder.last_checkpoint(), show)
+        except BaseException:  # a Ctrl-C too
+            if isinstance(settings, OnlineSettings):
+                trainer.safeguards.draw()
+            raise
         show.note("saving the model" if arguments.eval_strategy == "no" else "measuring on held-out rows")
         measures = measure(trainer, data)
         save_model(trainer, settings, folder.path)
         guarded = trainer.safeguards.finish() if isinstance(settings, OnlineSettings) else {}
+        measures |= guarded.pop("measures", {})
     return Outcome(trainer.state.global_step, measures, left_out, effective(arguments), guarded)
 
 
@@ -238,7 +244,7 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None
 
 
 def measure(trainer: Any, data: StageData) -> dict[str, float]:
-    """TRL's measures on the held-out rows at the end, the last loss, and of an online stage the last reward and KL."""
+    """TRL's measures on the held-out rows at the end, the last loss, and of an online stage the last reward."""
     history = trainer.state.log_history
     losses = [line["loss"] for line in history if "loss" in line]
     told = {"train_loss": losses[-1]} if losses else {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-_SUSTAINED = 3
+from cai.report.written import Line
+
+SUSTAINED = 3
 """Rollouts: the first so many are the beginning, and the last so many have to be beyond a limit, each of them."""
 _FIRST_DISTINCT = 0.25
 """Of the distinct-2 of the beginning: below this share of it, completions are nearly all alike."""
@@ -15,23 +16,21 @@ _REPETITION, _EMPTY, _UNFINISHED = 0.5, 0.75, 0.95
 _RISEN = 0.25
 """By how much such a share has to be above that of the beginning: what a policy began with is no collapse."""
 
-Line = Mapping[str, Any]
-
 
 def over_kl(lines: Sequence[Line], limit: float) -> str:
     """What is wrong with the KL from the reference, in nats a completion, or an empty text."""
-    last = [line["kl"] for line in lines if "kl" in line][-_SUSTAINED:]
-    if len(last) < _SUSTAINED or min(last) <= limit:
+    last = [line["kl"] for line in lines if "kl" in line][-SUSTAINED:]
+    if len(last) < SUSTAINED or min(last) <= limit:
         return ""
-    return f"the KL from the reference is {last[-1]:.3g} nats a completion, over limits.kl ({limit:g}) in {_SUSTAINED} rollouts"
+    return f"the KL from the reference is {last[-1]:.3g} nats a completion, over limits.kl ({limit:g}) in {SUSTAINED} rollouts"
 
 
 def collapsed(lines: Sequence[Line]) -> str:
     """How completions have collapsed in comparison with the first rollouts, or an empty text."""
-    if len(lines) < 2 * _SUSTAINED:
+    if len(lines) < 2 * SUSTAINED:
         return ""
-    first, last = lines[:_SUSTAINED], lines[-_SUSTAINED:]
-    beginning, now = _mean(first, "distinct_2"), _highest(last, "distinct_2")
+    first, last = lines[:SUSTAINED], lines[-SUSTAINED:]
+    beginning, now = mean(first, "distinct_2"), highest(last, "distinct_2")
     if beginning is not None and now is not None and now < _FIRST_DISTINCT * beginning:
         return f"completions are nearly all alike: distinct-2 is {now:.2g}, and was {beginning:.2g} at the beginning"
     for name, limit, what in (
@@ -39,7 +38,7 @@ def collapsed(lines: Sequence[Line]) -> str:
         ("empty", _EMPTY, "of completions are empty"),
         ("unfinished", _UNFINISHED, "of completions have no end"),
     ):
-        beginning, now = _mean(first, name), _lowest(last, name)
+        beginning, now = mean(first, name), lowest(last, name)
         if beginning is not None and now is not None and now > max(limit, beginning + _RISEN):
             return f"{100 * now:.0f} % {what}; it was {100 * beginning:.0f} % at the beginning"
     return ""
@@ -49,16 +48,19 @@ def _known(lines: Sequence[Line], name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def _mean(lines: Sequence[Line], name: str) -> float | None:
+def mean(lines: Sequence[Line], name: str) -> float | None:
+    """Of the lines that know it; None where none does."""
     known = _known(lines, name)
     return math.fsum(known) / len(known) if known else None
 
 
-def _highest(lines: Sequence[Line], name: str) -> float | None:
+def highest(lines: Sequence[Line], name: str) -> float | None:
+    """None where a line does not know it."""
     known = _known(lines, name)
     return max(known) if len(known) == len(lines) else None
 
 
-def _lowest(lines: Sequence[Line], name: str) -> float | None:
+def lowest(lines: Sequence[Line], name: str) -> float | None:
+    """None where a line does not know it."""
     known = _known(lines, name)
     return min(known) if len(known) == len(lines) else None

@@ -1,6 +1,7 @@
 """The rollouts of a training as rewards see them, whatever trainer writes them, and the lines that tell of each.
 
-{"step": 12, "completions": 64, "words": 41.2, "distinct_2": 0.71, "reward": 0.4, "rewards": {"brief": 0.4}, "kl": 3.1, ...}
+{"step": 12, "completions": 64, "words": 41.2, "distinct_2": 0.71, "reward": 0.4, "rewards": {"brief": 0.4},
+ "unscored": {"brief": 0}, "kl": 3.1, ...}
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ class Rollouts:
             for name, given in zip(self.names, rollout.rewards, strict=True)
             if (known := [one for one in given if one is not None])
         }
+        none = {name: sum(one is None for one in given) for name, given in zip(self.names, rollout.rewards, strict=True)}
         described = describe(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights))
-        return {"step": step, **described, "rewards": said, **logged}
+        return {"step": step, **described, "rewards": said, "unscored": none, **logged}
 
     def constant(self, rollout: Rollout) -> list[str]:
         """One line for each reward that has been the same for every completion so far, once."""

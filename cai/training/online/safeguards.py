@@ -19,10 +19,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from cai.report.written import best_of, unscored
 from cai.store import write_whole
 from cai.training.online import gold as golden
 from cai.training.online import lines
 from cai.training.online.best import Best
+from cai.training.online.drift import Drift
 from cai.training.online.held_out import HeldOut, answer, hold_out
 from cai.training.online.limits import collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
@@ -32,11 +34,12 @@ from cai.training.stage import Parts
 from cai.training.watching import AllSteps
 
 _UNSEEN = (
-    "no gold measure: where answers get worse while rewards rise (over-optimisation), nothing shows it; name under gold a "
-    "judge or a reward model that is not trained on"
+    "no gold measure: where answers get worse while rewards rise (over-optimisation), nothing shows it; name by --gold, or "
+    "under gold, a judge or a reward model that is not trained on"
 )
+_NO_LANGUAGES = "py3langid is not installed: whether completions change their language is not watched"
 _PAGE_EVERY = 30.0
-"""Seconds at least between two writings of the page."""
+"""Seconds at least between two writings of the page while it trains."""
 
 
 class Safeguards(TrainerCallback):
@@ -54,7 +57,7 @@ class Safeguards(TrainerCallback):
         self._gold = build_reward(gold, settings.seed) if gold else None
         self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
         self._leads = PartialState().is_main_process
-        self._best = Best(parts.folder)
+        self._best, self._drift = Best(parts.folder), Drift()
         self._lines: list[dict[str, Any]] = []
         self._golds: list[dict[str, Any]] = []
         self._stopped: dict[str, Any] | None = None
@@ -81,6 +84,8 @@ class Safeguards(TrainerCallback):
             raise AllSteps
         if self._gold is None:
             self._note(_UNSEEN)
+        if find_spec("py3langid") is None:
+            self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:
             self._note(
                 "limits.kl: with trl.beta 0 there is no reference, so the KL is not known and does not stop the training"
@@ -91,11 +96,11 @@ class Safeguards(TrainerCallback):
         """Look at the rollout, measure where it is time to, and stop where there is reason to."""
         step, limits = state.global_step, self.settings.limits
         reason = self._look(step)
-        if self._is_due(step, state.max_steps):
-            reason = self._measure(step) or reason
         if not reason and limits.steps is not None and step >= limits.steps:
             reason = ("steps", f"limits.steps is {limits.steps:,}")
         [reason] = broadcast_object_list([reason])
+        if reason or self._is_due(step, state.max_steps):
+            [reason] = broadcast_object_list([self._measure(step) or reason])
         if reason and step < state.max_steps:
             self._stop(step, *reason)
             control.should_training_stop = control.should_save = True
@@ -107,6 +112,7 @@ class Safeguards(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """What was best at the checkpoint before is not needed any more."""
         self._best.go_on(self._best_step)
+        self._redraw()
 
     def _go_on(self, step: int) -> None:
         """Take up what was written until `step`, the one of the checkpoint that training goes on from; without one, nothing."""
@@ -114,7 +120,8 @@ class Safeguards(TrainerCallback):
             return
         self._went_on, step = True, step or -1
         if self._leads:
-            lines.keep_until(self._run / "samples.jsonl", step)
+            for name in ("samples", "log"):
+                lines.keep_until(self._run / f"{name}.jsonl", step)
             self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
             self._golds = lines.keep_until(self._run / "gold.jsonl", step)
             told = self._run / "stopped.json"
@@ -124,16 +131,17 @@ class Safeguards(TrainerCallback):
                 self._stopped = None
         self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
         self._best.go_on(self._best_step)
+        self._drift.new(self._lines)  # was told before
 
     def _look(self, step: int) -> tuple[str, str] | None:
         """Write down what the rollout since the last step is like; why to stop, if there is a reason."""
         rollout = self._rollouts.take()
         if rollout is None:
             return None
-        for text in self._rollouts.constant(rollout):
-            self._note(text)
         line = self._rollouts.line(step, rollout, self._logged.take())
         self._lines.append(line)
+        for text in (*self._rollouts.constant(rollout), *self._drift.new(self._lines)):
+            self._note(text)
         if self._leads:
             lines.append(self._run / "rollouts.jsonl", line)
         limits = self.settings.limits
@@ -158,15 +166,20 @@ class Safeguards(TrainerCallback):
         seed = self.settings.seed
         answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
         line = golden.measured(step, answers, self._rollouts.weights, seed)
-        if golden.best_of([*self._golds, line]) is line:
+        if best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
+        assert self.settings.gold is not None
+        if line["gold"] is None and all(one["gold"] is not None for one in self._golds):
+            self._note(
+                f"gold had no number for any answer at step {step}: nothing is measured; look at "
+                f"'{self.settings.gold.name}', and at answers in run/samples.jsonl"
+            )
         self._golds.append(line)
         if self._leads:
             lines.append(self._run / "samples.jsonl", *self._samples(step, answers))
             lines.append(self._run / "gold.jsonl", line)
-            self._draw()
-        assert self.settings.gold is not None
-        text = golden.over_optimised(self._golds, seed) if self.settings.gold.stop else ""
+        self._redraw()
+        text = golden.over_optimised(self._golds) if self.settings.gold.stop else ""
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
 
     def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
@@ -183,6 +196,10 @@ class Safeguards(TrainerCallback):
         ]
 
     def _stop(self, step: int, reason: str, text: str) -> None:
+        if reason in ("kl", "collapse"):
+            best = self._best_step
+            kept = "earlier ones are in checkpoints/ if any were saved" if best is None else f"best/ holds step {best}"
+            text += f"; the model is the policy after that, past the limit, and {kept}"
         self._stopped = {"reason": reason, "step": step, "why": text}
         self._note(f"stopped after step {step}: {text}")
         if self._leads:
@@ -194,40 +211,51 @@ class Safeguards(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------------ at the end
     def finish(self) -> dict[str, Any]:
-        """Write OUT/best and the page; what the manifest tells of all this. All processes call this."""
+        """Write OUT/best and the page; what the manifest tells of all this, and among its `measures` the last KL, in nats a
+        completion. All processes call this."""
         self._go_on(self._trainer.state.global_step)
-        if self._golds and (best := golden.best_of(self._golds)):
+        if self._golds and (best := best_of(self._golds)):
             self._best.save(self._trainer, self.settings, best["step"])
-        if self._leads:
-            self._draw(last=True)
-        return {**({"stopped": self._stopped} if self._stopped else {}), **self._told_gold()}
+        self.draw()
+        kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
+        return {
+            "measures": {"kl": kls[-1]} if kls else {},
+            **({"stopped": self._stopped} if self._stopped else {}),
+            **({"unscored": {name: {"none": none, "of": of} for name, (none, of) in found.items()}} if found else {}),
+            **self._told_gold(),
+        }
 
     @property
     def _best_step(self) -> int | None:
-        best = golden.best_of(self._golds)
+        best = best_of(self._golds)
         return int(best["step"]) if best else None
 
     def _told_gold(self) -> dict[str, Any]:
-        best = golden.best_of(self._golds)
-        if best is None or self.settings.gold is None:
+        if self.settings.gold is None or not self._golds:
             return {}
-        first, last = self._golds[0], self._golds[-1]
-        return {
-            "best": _short(best),
-            "gold": {"by": self.settings.gold.name, "prompts": best["answers"], "first": _short(first), "last": _short(last)},
-        }
+        best, first, last = best_of(self._golds), self._golds[0], self._golds[-1]
+        counted = {"prompts": last["answers"], "unscored": sum(line["unscored"] for line in self._golds)}
+        told = {"by": self.settings.gold.name, **counted, "first": _short(first), "last": _short(last)}
+        return {"gold": told, **({"best": _short(best)} if best else {})}
 
-    def _draw(self, last: bool = False) -> None:
-        """Write the page, unless that was done just before."""
-        if not last and time.monotonic() - self._page_at < _PAGE_EVERY:
-            return
-        if find_spec("matplotlib") is None:
-            self._note("pictures need matplotlib: pip install matplotlib") if last else None
-            return
-        from cai.report.training import write_page
+    def _redraw(self) -> None:
+        if time.monotonic() - self._page_at >= _PAGE_EVERY:
+            self.draw()
 
-        write_page(self._out)
+    def draw(self) -> None:
+        """Write the page, in the first process; where that fails a note says so, and the training goes on."""
+        if not self._leads:
+            return
         self._page_at = time.monotonic()
+        if find_spec("matplotlib") is None:
+            self._note("pictures need matplotlib: pip install matplotlib")
+            return
+        try:
+            from cai.report.training import write_page
+
+            write_page(self._out)
+        except Exception as exc:  # a picture is no reason to end a training
+            self._note(f"training.html could not be drawn: {type(exc).__name__}: {exc}")
 
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:

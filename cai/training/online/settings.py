@@ -74,7 +74,7 @@ def _judge_problem(judge: JudgeConfig) -> str | None:
     return None
 
 
-def _source_of(value: Any) -> Any:
+def source_of(value: Any) -> Any:
     """What a text rewards by: FILE.py:NAME a function, a built-in name or a YAML file a constitution, else a reward model."""
     if not isinstance(value, str):
         return value
@@ -92,7 +92,7 @@ class GoldSettings(RewardSource):
     prompts: PositiveInt = 64
     """How many held-out prompts are answered each time; the same ones."""
     stop: bool = True
-    """Whether training stops where the measure has fallen from its best, with significance, while the reward has risen."""
+    """Whether training stops where two measures in a row are below the best, with significance, while the reward has risen."""
 
 
 class LimitSettings(Part):
@@ -121,12 +121,12 @@ class OnlineSettings(TrainSettings):
     @classmethod
     def _rewards_as_a_list(cls, value: Any) -> Any:
         listed = [value] if isinstance(value, str | Mapping) else value
-        return [_source_of(one) for one in listed] if isinstance(listed, list | tuple) else listed
+        return [source_of(one) for one in listed] if isinstance(listed, list | tuple) else listed
 
     @field_validator("gold", mode="before")
     @classmethod
     def _gold_of_a_text(cls, value: Any) -> Any:
-        return _source_of(value)
+        return source_of(value)
 
     @model_validator(mode="after")
     def _gold_is_another(self) -> OnlineSettings:
