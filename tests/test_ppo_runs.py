@@ -20,7 +20,9 @@ from cai.errors import ConfigError, EngineError
 from cai.models import folder_version
 from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
+from cai.training.folder import is_whole
 from cai.training.launching import find_config
+from cai.training.ppo import trainer as trainer_module
 from tests import ppo_runs
 from tests.ppo_runs import FORMS, LENGTH, Script, logged, low, low_or_none, make, policy_weights, rollout, value_weights
 from tests.tiny_model import make_tiny_model, tiny_config
@@ -72,6 +74,28 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, for
     plain = [{name: one for name, one in line.items() if "time" not in name} for line in whole.state.log_history[:-1]]
     assert told == plain
     assert found["step"] == 6
+
+
+def test_a_checkpoint_counts_as_whole_only_when_the_value_function_is_in_it(tiny, tmp_path, monkeypatch):
+    def fail(*given: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not is_whole(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_that_lacks_a_part(tiny, tmp_path):
+    make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    (folder / "rollout-0.pt").unlink()
+    again = make(tiny, tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=str(folder))
+    assert again.state.global_step == 2, "a new rollout is written"
+    (folder / "critic_optimizer.pt").unlink()
+    with pytest.raises(EngineError, match=r"checkpoint-1 was not written whole \(critic_optimizer.pt is not there\): delete it"):
+        make(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
 
 
 @each_form

@@ -42,6 +42,7 @@ from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
+_NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
 _HEAD_RATE = 1e-3
 
 
@@ -319,18 +320,26 @@ class PPOTrainer(GRPOTrainer):
                 configs[CRITIC] = hidden
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, then the value function, its optimizer, the KL coefficient, and the rollout that is being trained on."""
-        super()._save_checkpoint(model, trial)
+        """The value function, its optimizer, the KL coefficient, and the rollout that is being trained on; then TRL's, whose
+        state of the trainer comes last: where that is, all processes have written."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         rollout = {"step": self._step, "batches": self._buffered_inputs}
         torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
         if self.args.should_save:
             save_file({name: one.detach().contiguous() for name, one in self._trained.items()}, folder / _WEIGHTS)
             torch.save(self._value_optimizer.state_dict(), folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps({"kl_coefficient": self.kl.coefficient}))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """TRL's, then what `_save_checkpoint` added."""
+        """TRL's, then what `_save_checkpoint` added. Raises `EngineError` where that is not there."""
+        if checkpoint is not None and (missing := [one for one in _NEEDED if not Path(checkpoint, one).is_file()]):
+            raise EngineError(
+                f"{checkpoint} was not written whole ({missing[0]} is not there): delete it, then the same command continues "
+                "from the checkpoint before"
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -342,7 +351,8 @@ class PPOTrainer(GRPOTrainer):
         self._value_optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
         self.kl.coefficient = json.loads((folder / _STATE).read_bytes())["kl_coefficient"]
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
-        if rollout.is_file():
+        there = self._total(torch.tensor(int(rollout.is_file()), device=device))
+        if int(there) == self.accelerator.num_processes:  # else all of them write a new one
             kept = torch.load(rollout, map_location=device, weights_only=True)
             self._step, self._buffered_inputs = kept["step"], kept["batches"]
 
