@@ -172,12 +172,15 @@ class PPOTrainer(GRPOTrainer):
         score, scored = self._local_scores(out, len(inputs))
         mask = _loss_mask(out) * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
-        kl = kl_estimate(logps, out.get("ref_per_token_logps", logps), self.args.kl_estimator)
+        reference = out.get("ref_per_token_logps")
+        kl = kl_estimate(logps, logps if reference is None else reference, self.args.kl_estimator)
         kl = torch.where(mask > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
-        self._tell(kl, score, scored, values, returns, mask)
+        self._tell(score, scored, values, returns, mask)
+        if reference is not None:
+            self._tell_kl(kl, score, scored, mask)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
         more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
@@ -221,24 +224,36 @@ class PPOTrainer(GRPOTrainer):
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
-    def _tell(self, kl: Tensor, score: Tensor, scored: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """Log the rollout and steer the KL."""
-        mode = "train" if self.model.training else "eval"
-        nats, mean_score = (float(Moments.of(one, scored, self._total).mean) for one in (kl.sum(dim=1), score))
+    def _mean(self, values: Tensor, counted: Tensor) -> float:
+        return float(Moments.of(values, counted, self._total).mean)
+
+    def _log(self, told: dict[str, float]) -> None:
+        for name, value in told.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _tell(self, score: Tensor, scored: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Log the rollout."""
         told = {
-            "kl": float(Moments.of(kl, mask, self._total).mean),
-            "objective/kl": nats,
-            "objective/kl_coef": self.kl.coefficient,
-            "objective/score": mean_score,
-            "objective/rlhf_reward": mean_score - self.kl.coefficient * nats,
-            "value/mean": float(Moments.of(values, mask, self._total).mean),
-            "value/returns": float(Moments.of(returns, mask, self._total).mean),
+            "objective/score": self._mean(score, scored),
+            "value/mean": self._mean(values, mask),
+            "value/returns": self._mean(returns, mask),
             "value/explained_variance": explained_variance(values, returns, mask, self._total),
         }
+        mode = "train" if self.model.training else "eval"
         self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups, which there are none of here
-        for name, value in told.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train":
+        self._log(told)
+
+    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, mask: Tensor) -> None:
+        """Log the KL and steer it."""
+        nats = self._mean(kl.sum(dim=1), scored)
+        told = {
+            "kl": self._mean(kl, mask),
+            "objective/kl": nats,
+            "objective/kl_coef": self.kl.coefficient,
+            "objective/rlhf_reward": self._mean(score, scored) - self.kl.coefficient * nats,
+        }
+        self._log(told)
+        if self.model.training:
             self.kl.update(nats, int(self._total(scored.sum())))
 
     # ------------------------------------------------------------------------------------------------ losses
@@ -275,9 +290,7 @@ class PPOTrainer(GRPOTrainer):
         errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
         loss = (errors * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps)
-        mode = "train" if self.model.training else "eval"
-        for name, one in (("value/loss", errors.detach()), ("value/clip_fraction", is_clipped.float())):
-            self._metrics[mode][name].append(float(Moments.of(one, mask, self._total).mean))
+        self._log({"value/loss": self._mean(errors.detach(), mask), "value/clip_fraction": self._mean(is_clipped.float(), mask)})
         return loss
 
     def training_step(self, *given: Any, **named: Any) -> Tensor:
