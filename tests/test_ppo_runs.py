@@ -370,5 +370,13 @@ def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_pa
         trainer._build_value(None, None)
 
 
+def test_a_model_that_sees_is_refused(tmp_path):
+    tiny = make_tiny_model(tmp_path / "tiny")
+    told = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(told | {"vision_config": {}}))
+    with pytest.raises(ConfigError, match="^PPO: the model is one that sees images"):
+        make(tiny, tmp_path)
+
+
 def test_completions_are_as_long_as_is_told(tiny, tmp_path):
     assert rollout(make(tiny, tmp_path))["completion_ids"].shape[1] <= LENGTH

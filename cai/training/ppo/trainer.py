@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -79,6 +79,8 @@ class PPOTrainer(GRPOTrainer):
         self._watched: list[Tensor] = []
         self._scores = torch.empty(0)
         super().__init__(model, reward_funcs, args, *given, **named)
+        if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
+            raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self.critic_note: str | None = None
         """Why the critic does not begin with the reward model that was named."""
@@ -195,9 +197,7 @@ class PPOTrainer(GRPOTrainer):
         watched = self._watched[0] if self._watched and logps is not None else None
         with torch.no_grad():
             if logps is None:
-                logps = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention, length, batch_size=size, **_multimodal(out)
-                )[0]
+                logps = self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size=size)[0]
                 watched = self._watched[-1] if self._watched else None
             if watched is None:
                 with self._of_critic():
@@ -379,21 +379,3 @@ def _whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
     mask: Tensor = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-_MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
-
-def _multimodal(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in _MULTIMODAL if name in batch}
