@@ -182,6 +182,23 @@ def test_two_processes_train_one_ppo(tiny, tmp_path):
     assert changed(tmp_path / "out", tiny) > 0
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_the_reference_is_of_the_revision_and_dtype_that_the_policy_is(tiny, tmp_path, monkeypatch, stage):
+    from trl.trainer import grpo_trainer, rloo_trainer
+
+    from cai.training import loading
+
+    told: list[dict[str, Any]] = []
+    find, create = loading.find_model, grpo_trainer.create_model_from_path
+    monkeypatch.setattr(loading, "find_model", lambda one: find(one)._replace(revision="branch"))
+    for module in (grpo_trainer, rloo_trainer):
+        monkeypatch.setattr(module, "create_model_from_path", lambda name, **given: told.append(given) or create(name, **given))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?"}] * 4)
+    train(stage, settings(stage, tiny, rows, dtype="bfloat16", trl={"beta": 0.1, "max_steps": 1}), tmp_path / "out")
+    assert [(one["revision"], one["dtype"]) for one in told] == [("branch", torch.bfloat16)]
+    assert logged(tmp_path / "out", "kl")[0] == pytest.approx(0, abs=1e-3)
+
+
 # --- what a training is told apart by
 
 

@@ -183,11 +183,12 @@ def _adapters(tiny: Path, outputs: int, seed: int) -> Any:
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outputs):
     folder = make_reward_model(tiny, tmp_path / "reward", outputs, members, more_tokens=0 if members else 3)
-    trainer = make(tiny, tmp_path, form, value_model=folder, base_version=folder_version(tiny), rollout_func=Script())
+    told = {"base_version": folder_version(tiny), "value_weight": -2.5}
+    trainer = make(tiny, tmp_path, form, value_model=folder, rollout_func=Script(), **told)
     assert trainer.critic_note is None
     model, rows = RewardModel.load(folder, device="cpu", dtype="float32"), [[5, 9, 280, 1, 14], [7, 8]]
     found = model.compute([[row] * max(1, members) for row in rows])
-    rewards = combine(model.spec, found, found[:, 0, 0] * 0, found[:, 0, 0] * 0).members[:, 0]
+    rewards = -2.5 * combine(model.spec, found, found[:, 0, 0] * 0, found[:, 0, 0] * 0).members[:, 0]
     with trainer.value.working(), torch.no_grad():
         for row, reward in zip(rows, rewards, strict=True):
             ids = torch.tensor([row])

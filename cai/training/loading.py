@@ -103,6 +103,13 @@ def load_reference(settings: TrainSettings, arguments: Any, named: str | None = 
     return None if settings.lora or arguments.precompute_ref_log_probs else load_policy(settings)
 
 
+def reference_arguments(settings: TrainSettings) -> dict[str, Any]:
+    """What `from_pretrained` is to be told besides the name of the policy's model, so that it loads the same weights."""
+    revision = pretrained(find_model(settings))[1]
+    dtype = str(weights_dtype(settings)).removeprefix("torch.")
+    return {"dtype": dtype} | ({"revision": revision} if revision else {})
+
+
 def load_classifier(settings: TrainSettings, outputs: int) -> Any:
     """A sequence classifier with so many outputs, new where the model has none."""
     return _load(AutoModelForSequenceClassification, settings, num_labels=outputs)

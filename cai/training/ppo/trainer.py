@@ -67,11 +67,13 @@ class PPOTrainer(GRPOTrainer):
         *given: Any,
         value_model: str | Path | None = None,
         base_version: str | None = None,
+        value_weight: float = 1.0,
         **named: Any,
     ) -> None:
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
         policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
-        adapters of a reward model on the same version are what the critic's begin with.
+        adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model` in
+        the sum of rewards.
         """
         assert args is not None
         if args.ddp_find_unused_parameters is None:
@@ -84,6 +86,7 @@ class PPOTrainer(GRPOTrainer):
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self.critic_note: str | None = None
         """Why the critic does not begin with the reward model that was named."""
+        self._value_weight = value_weight
         self.value = self._build_value(Path(value_model) if value_model else None, base_version)
         rate = args.value_learning_rate
         if rate is None:
@@ -125,7 +128,7 @@ class PPOTrainer(GRPOTrainer):
         if reward_model is None:
             return None
         try:
-            return start_from(reward_model, dtype, shared, self._tokenizer)
+            return start_from(reward_model, dtype, shared, self._tokenizer, self._value_weight)
         except UnfitError as exc:
             self.critic_note = f"the critic begins with values of 0, not with reward model '{reward_model}': {exc}"
             return None
