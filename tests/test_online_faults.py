@@ -15,6 +15,7 @@ from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
 from cai.training.arguments import make_arguments
+from cai.training.online.rewards import ModelReward, Reward
 from cai.training.running import train
 from tests import runs
 from tests.stages import write_rows
@@ -253,6 +254,27 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted
     rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2)]
     manifest = train("ppo", settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out")
     assert manifest["too_long"] == {"train": 1}
+
+
+def test_prompts_are_limited_by_the_shortest_context_of_all_reward_models_too(tiny, tmp_path):
+    make_reward_model(tmp_path / "short", context=80)
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c " * 80}]
+    given = settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows), reward=str(tmp_path / "short"))
+    assert train("ppo", given, tmp_path / "out")["too_long"] == {"train": 1}
+
+
+def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_counted(tmp_path):
+    make_reward_model(tmp_path / "model")
+    model = RewardModel.load(tmp_path / "model", device="cpu", dtype="float32")
+    limit = model.members[0].network.config.max_position_embeddings
+    prompts = [[{"role": "user", "content": "Why?"}]] * 3
+    turns = [[{"role": "assistant", "content": text}] for text in ("Because.", "word " * limit, "No.")]
+    told: dict[str, float] = {}
+    rewards = Reward("model", ModelReward(model))(prompts, turns, log_metric=told.__setitem__)
+    assert [one is None for one in rewards] == [False, True, False]
+    assert rewards[2] == pytest.approx(model.score([[*prompts[2], *turns[2]]]).reward[0])
+    assert told["rewards/model/none"] == pytest.approx(1 / 3)
+    assert ModelReward(model)(prompts[:1], turns[1:2]) == [None]
 
 
 @pytest.mark.parametrize(

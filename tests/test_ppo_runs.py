@@ -94,7 +94,9 @@ def test_a_checkpoint_that_lacks_a_part(tiny, tmp_path):
     again.train(resume_from_checkpoint=str(folder))
     assert again.state.global_step == 2, "a new rollout is written"
     (folder / "critic_optimizer.pt").unlink()
-    with pytest.raises(EngineError, match=r"checkpoint-1 was not written whole \(critic_optimizer.pt is not there\): delete it"):
+    with pytest.raises(
+        EngineError, match=r"checkpoint-1 was not written whole \(critic_optimizer.pt is not there\): delete it"
+    ):
         make(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
 
 

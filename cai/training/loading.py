@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cai.errors import ConfigError, EngineError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
+from cai.rewards.model import reward_context
 from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings
@@ -88,6 +89,13 @@ def context_of(settings: TrainSettings) -> int | None:
     place = find_model(settings)
     with loading(f"the configuration of '{settings.model}'"):
         return context_of_place(place)
+
+
+def context_with_rewards(settings: TrainSettings, context: int | None) -> int | None:
+    """Tokens that the model, whose `context` this is, and all reward models of an online stage take."""
+    models = [one.model for one in settings.reward if one.model] if isinstance(settings, OnlineSettings) else []
+    known = [length for length in (context, *map(reward_context, models)) if length is not None]
+    return min(known, default=None)
 
 
 def load_policy(settings: TrainSettings) -> Any:

@@ -27,7 +27,7 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import check_reference, check_rewards_of, context_of, find_model, load_tokenizer
+from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
 from cai.training.online.settings import OnlineSettings, PpoSettings, RewardSource
 from cai.training.online.versions import version_of
 from cai.training.preparing import prepare_rows, read_rows
@@ -187,7 +187,8 @@ def _train_one(
         tokenizer = load_tokenizer(settings)
         show.note("preparing the rows")
         if processes.is_main_process:
-            prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, context), folder.rows)
+            shortest = context_with_rewards(settings, context)
+            prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, shortest), folder.rows)
         processes.wait_for_everyone()
         data, left_out = read_rows(data, folder.rows)
         if data.test is None:

@@ -18,7 +18,7 @@ from typing import Any
 from cai.config import JudgeConfig, Recipe
 from cai.constitution import Constitution, Principle, load_constitution
 from cai.engines import build_engine
-from cai.errors import CaiError, CapabilityError, ConfigError, EngineError, VerdictError, nearest
+from cai.errors import CaiError, CapabilityError, ConfigError, ContextLengthError, EngineError, VerdictError, nearest
 from cai.judging import NEEDS
 from cai.judging.checks import ChecksJudge, prepare
 from cai.judging.likelihood import LikelihoodJudge
@@ -54,6 +54,8 @@ class Reward:
         except Exception as exc:  # the boundary of the user's own code
             raise EngineError(f"reward '{self.__name__}' raised {type(exc).__name__}: {exc}") from exc
         rewards = self._checked(answer, completions)
+        if log := columns.get("log_metric"):
+            log(f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
             self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
         return rewards
@@ -128,11 +130,27 @@ class ModelReward:
         self.model = model
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
-        """One reward each. Raises as `RewardModel.score` does."""
-        scores = self.model.score([[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)])
+        """One reward each, None where a dialogue does not fit into the model's context. Raises as `RewardModel.score` does."""
+        dialogues = [[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)]
+        try:
+            places = list(range(len(dialogues)))
+            scores = self.model.score(dialogues)
+        except ContextLengthError:
+            places = [place for place in places if self._fits(dialogues[place])]
+            if not places:
+                return [None] * len(dialogues)
+            scores = self.model.score([dialogues[place] for place in places])
         if scores.members.shape[1] > 1 and (log := columns.get("log_metric")):
             log("reward_disagreement", float(scores.members.std(axis=1).mean()))
-        return [float(one) for one in scores.reward]
+        found = dict(zip(places, map(float, scores.reward), strict=True))
+        return [found.get(place) for place in range(len(dialogues))]
+
+    def _fits(self, dialogue: Dialogue) -> bool:
+        try:
+            self.model.encode(dialogue)
+        except ContextLengthError:
+            return False
+        return True
 
 
 class JudgeReward:
@@ -140,7 +158,7 @@ class JudgeReward:
     Lee et al. 2023, arXiv 2309.00267, section 2.3).
 
     Of `checks` in [0, 1]; of `score` a rating from 1 to 10 moved into [-1, 1]; of `likelihood` nats. A completion of which the
-    judge's answer is none has no reward.
+    judge's answer is none, or that does not fit into its context, has no reward.
     """
 
     def __init__(self, constitution: Constitution, config: JudgeConfig) -> None:
@@ -161,7 +179,7 @@ class JudgeReward:
     async def _one(self, prompt: Messages, text: str) -> float | None:
         try:
             ratings = await self._judge.rate(prompt, text, self._principles)
-        except VerdictError:
+        except (VerdictError, ContextLengthError):
             return None
         weights = [one.weight for one in self._principles]
         mean = sum(rating * weight for rating, weight in zip(ratings, weights, strict=True)) / sum(weights)

@@ -293,7 +293,9 @@ class PPOTrainer(GRPOTrainer):
         errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
         loss = (errors * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps)
-        self._log({"value/loss": self._mean(errors.detach(), mask), "value/clip_fraction": self._mean(is_clipped.float(), mask)})
+        self._log(
+            {"value/loss": self._mean(errors.detach(), mask), "value/clip_fraction": self._mean(is_clipped.float(), mask)}
+        )
         return loss
 
     def training_step(self, *given: Any, **named: Any) -> Tensor:
