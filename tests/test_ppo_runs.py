@@ -22,7 +22,6 @@ from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
 from cai.training.folder import is_whole
 from cai.training.launching import find_config
-from cai.training.ppo import trainer as trainer_module
 from tests import ppo_runs
 from tests.ppo_runs import FORMS, LENGTH, Script, logged, low, low_or_none, make, policy_weights, rollout, value_weights
 from tests.tiny_model import make_tiny_model, tiny_config
@@ -80,7 +79,7 @@ def test_a_checkpoint_counts_as_whole_only_when_the_value_function_is_in_it(tiny
     def fail(*given: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "save_file", fail)
+    monkeypatch.setattr("cai.training.ppo.trainer.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     assert not is_whole(tmp_path / "checkpoint-1")
@@ -377,7 +376,7 @@ def test_a_model_that_sees_is_refused(tmp_path):
     tiny = make_tiny_model(tmp_path / "tiny")
     told = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(told | {"vision_config": {}}))
-    with pytest.raises(ConfigError, match="^PPO: the model is one that sees images"):
+    with pytest.raises(ConfigError, match=r"^PPO: the model is one that sees images"):
         make(tiny, tmp_path)
 
 

@@ -72,8 +72,8 @@ class PPOTrainer(GRPOTrainer):
     ) -> None:
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
         policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
-        adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model` in
-        the sum of rewards.
+        adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model`
+        in the sum of rewards.
         """
         assert args is not None
         if args.ddp_find_unused_parameters is None:
@@ -110,7 +110,8 @@ class PPOTrainer(GRPOTrainer):
         if (shares or self.args.value_function == "head") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
                 "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
-                "train a critic of its own (all weights, value_function: critic), or launch with a number or ddp"
+                "train a critic of its own, which each process then holds all of (no adapters, value_function: critic), or "
+                "launch with a number or ddp"
             )
         if self.args.value_function == "head":
             return TrunkHead(base)
