@@ -356,6 +356,13 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
         ({"lam": 1.5}, "lam: expected a number from 0 to 1, found 1.5"),
         ({"target_kl": 1.0, "beta": 0.0}, "target_kl: needs to be above 0, and so does beta"),
         ({"target_kl": 1.0, "kl_horizon": 7}, "kl_horizon: expected at least the 8 completions of a rollout, found 7"),
+        ({"scale_rewards": False}, "scale_rewards: expected group, found 'none': PPO scales no rewards"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: expected sum_then_normalize, "),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: expected token, found 'sequence': the adv"),
+        ({"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold: expected null, found 1.0: it masks completions"),
+        ({"use_bias_correction_kl": False}, "use_bias_correction_kl: expected true, found False: the KL of PPO"),
+        ({"loss_type": "sapo"}, "loss_type: expected dapo or bnpo or grpo or dr_grpo, found 'sapo': these have the clipped"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: a rollout of one completion is too few"),
         ({"sync_ref_model": True}, "sync_ref_model: the KL of PPO is to a fixed reference; remove it"),
     ],
 )
