@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
 from cai.training.arguments import make_arguments
-from cai.training.online.rewards import ModelReward, Reward
+from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
 from tests.stages import write_rows
@@ -84,7 +85,7 @@ def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
         ("./nowhere.py:brief", r"reward: function './nowhere.py:brief': there is no ./nowhere.py; expected FILE.py:NAME or"),
         ("no.such.module:brief", "reward: function 'no.such.module:brief': there is no no.such.module; expected"),
         ({"function": "brief"}, "reward: function 'brief': there is no file; expected FILE.py:NAME or package.module:NAME"),
-        ("BROKEN:brief", "reward: function '.*broken.py:brief': ZeroDivisionError"),
+        ("BROKEN:brief", "reward: function '.*broken.py:brief': SyntaxError"),
         ("./nowhere", "reward: model './nowhere': there is no such folder"),
         ("TINY", "reward: '.*tiny.*' is a language model, which gives no reward; name a folder of cai train reward, or"),
         ("smollm2-135m", "reward: 'smollm2-135m' is a language model, which gives no reward"),
@@ -103,7 +104,7 @@ def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
     ],
 )
 def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, tmp_path, reward, message):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "broken.py").write_text("def brief(:\n")
     make_reward_model(tmp_path / "three", labels=3)
     places = {"FUN": functions, "BROKEN": tmp_path / "broken.py", "TINY": tiny, "THREE": tmp_path / "three"}
     text = json.dumps(reward)
@@ -112,6 +113,30 @@ def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, t
     with pytest.raises(ConfigError, match=message):
         train("rloo", settings("rloo", tiny, tmp_path / "not there.jsonl", reward=json.loads(text)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_check_runs_no_code_of_a_function(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("if True:\n    1 / 0\n    def brief(completions): ...\n    alias, other = brief, 1\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("1 / 0\n")
+    (tmp_path / "package" / "module.py").write_text("from elsewhere import brief\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for target in (f"{tmp_path}/own.py:brief", f"{tmp_path}/own.py:alias", "package.module:brief"):
+        check_function(target)
+        with pytest.raises(ConfigError, match=r"^function '.*': ZeroDivisionError: division by zero$"):
+            find_function(target)
+    for target in ("package.module:brie", f"{tmp_path}/own.py:brie"):
+        with pytest.raises(ConfigError, match=r"has no such function \(did you mean 'brief'\?\)$"):
+            check_function(target)
+    assert "package" not in sys.modules
+
+
+def test_a_function_may_import_what_lies_beside_its_file(tmp_path):
+    (tmp_path / "beside_it.py").write_text("NUMBER = 3.0\n")
+    (tmp_path / "own.py").write_text("from beside_it import NUMBER\ndef flat(completions):\n    return [NUMBER]\n")
+    before = list(sys.path)
+    assert find_function(f"{tmp_path}/own.py:flat")([]) == [3.0]
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

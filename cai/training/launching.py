@@ -110,8 +110,8 @@ def check_launch(stage: str, settings: TrainSettings, how: str) -> None:
         return
     if isinstance(settings, OnlineSettings):
         raise ConfigError(
-            f"--launch {how}: reward models are loaded whole, and the best policy is saved, in one process, which ZeRO 3 cannot; "
-            "use fsdp or zero2"
+            f"--launch {how}: reward models are loaded whole, and the best policy is saved, in one process, which ZeRO 3 "
+            "cannot; use fsdp or zero2"
         )
     if stage == "reward":
         raise ConfigError(f"--launch {how}: reward models are measured in one process, which ZeRO 3 cannot; use fsdp or zero2")

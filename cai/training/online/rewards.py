@@ -6,13 +6,17 @@ names the reward: a wrong one would be learned.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import json
 import math
 import runpy
+import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from cai.config import JudgeConfig, Recipe
@@ -116,7 +120,7 @@ def check_source(source: RewardSource, unmade: Collection[str] = ()) -> None:
     if source.model is not None and source.model not in unmade:
         check_reward_model(source.model)
     if source.function is not None:
-        find_function(source.function)
+        check_function(source.function)
     if source.constitution is not None:
         judge = source.judge or JudgeConfig(method="checks")
         _principles(load_constitution(source.constitution), judge)
@@ -210,15 +214,54 @@ def _messages(dialogue: Dialogue) -> Messages:
     return tuple(Message(turn["role"], turn["content"]) for turn in dialogue)  # type: ignore[arg-type]
 
 
+def check_function(target: str) -> None:
+    """Raises `ConfigError` where FILE.py:NAME or package.module:NAME is seen to mean nothing; runs no code of it."""
+    file, name = function_file(target), target.rpartition(":")[2]
+    if file.suffix != ".py":
+        return
+    try:
+        known = set(_bound(ast.parse(file.read_bytes(), str(file))))
+    except (SyntaxError, ValueError) as exc:
+        raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
+    if name not in known and not known & {"*", "__getattr__"}:
+        raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
+
+
+def _bound(module: ast.Module) -> Iterator[str]:
+    """The names that a module binds, those within `if`, `try` and `with` too."""
+    waiting: list[ast.AST] = [module]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield one.name
+            continue
+        if isinstance(one, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name.partition(".")[0] for alias in one.names)
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store):
+            yield one.id
+        waiting += ast.iter_child_nodes(one)
+
+
 def find_function(target: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME or package.module:NAME means. Raises `ConfigError`."""
+    """The function that FILE.py:NAME or package.module:NAME means, whose code is run. Raises `ConfigError`."""
     place, _, name = target.rpartition(":")
     file = function_file(target)
     try:
-        names = runpy.run_path(str(file)) if place.endswith(".py") else vars(importlib.import_module(place))
+        names = _run(file) if place.endswith(".py") else vars(importlib.import_module(place))
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything
         raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
     if not callable(function := names.get(name)):
         known = [one for one, value in names.items() if callable(value)]
         raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
     return function  # type: ignore[no-any-return]
+
+
+def _run(file: Path) -> dict[str, Any]:
+    """The names of a file, which may import what lies beside it, as under `python FILE`."""
+    beside = str(file.absolute().parent)
+    sys.path.insert(0, beside)
+    try:
+        return runpy.run_path(str(file))
+    finally:
+        with suppress(ValueError):  # unless the file took it out itself
+            sys.path.remove(beside)
