@@ -228,15 +228,17 @@ def test_another_reward_in_the_same_place_is_another_training(tiny, reward_model
     assert [new == old for new, old in zip(after["reward"], before["reward"], strict=True)] == [False, False, True]
 
 
-def test_what_limits_and_gold_say_is_part_of_it_and_a_heavier_reward_too(tiny, tmp_path):
+def test_what_gold_says_is_part_of_it_and_a_heavier_reward_too_but_no_stop_is(tiny, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?"}])
     plain = told(settings("ppo", tiny, rows))
     for more in (
-        {"limits": {"kl": 5}},
         {"gold": {"function": f"{HERE}:by_topic"}},
         {"reward": {"function": f"{HERE}:brief", "weight": 2}},
     ):
         assert told(settings("ppo", tiny, rows, **more)) != plain
+    assert told(settings("ppo", tiny, rows, limits={"kl": 5})) == plain
+    stopping, going_on = ({"function": f"{HERE}:by_topic", "stop": stop} for stop in (True, False))
+    assert told(settings("ppo", tiny, rows, gold=stopping)) == told(settings("ppo", tiny, rows, gold=going_on))
 
 
 def test_a_function_may_be_in_a_module():

@@ -119,7 +119,7 @@ class Safeguards(TrainerCallback):
             self._golds = lines.keep_until(self._run / "gold.jsonl", step)
             told = self._run / "stopped.json"
             self._stopped = json.loads(told.read_bytes()) if told.exists() else None
-            if self._stopped and self._stopped["step"] != step:
+            if self._stopped and (self._stopped["step"] != step or self._stopped.get("stops") != self.settings.stops):
                 told.unlink()
                 self._stopped = None
         self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
@@ -183,7 +183,7 @@ class Safeguards(TrainerCallback):
         ]
 
     def _stop(self, step: int, reason: str, text: str) -> None:
-        self._stopped = {"reason": reason, "step": step, "why": text}
+        self._stopped = {"reason": reason, "step": step, "why": text, "stops": self.settings.stops}
         self._note(f"stopped after step {step}: {text}")
         if self._leads:
             write_whole(self._run / "stopped.json", json.dumps(self._stopped) + "\n")
@@ -196,8 +196,9 @@ class Safeguards(TrainerCallback):
     def finish(self) -> dict[str, Any]:
         """Write OUT/best and the page; what the manifest tells of all this. All processes call this."""
         self._go_on(self._trainer.state.global_step)
-        if self._golds and (best := golden.best_of(self._golds)):
-            self._best.save(self._trainer, self.settings, best["step"])
+        best = self._best_step
+        if best is not None and (self._run / "best" / str(best)).exists():  # else OUT/best has been it since an earlier stop
+            self._best.save(self._trainer, self.settings, best)
         if self._leads:
             self._draw(last=True)
         return {**({"stopped": self._stopped} if self._stopped else {}), **self._told_gold()}
