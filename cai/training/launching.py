@@ -130,8 +130,8 @@ def _check_value_function(settings: PpoSettings, how: str) -> None:
     what = "trl.value_function: head" if is_head else "lora"
     raise ConfigError(
         f"--launch {how}: with {what} the value function shares the policy's weights, and cannot be trained while these are "
-        "spread over processes; launch with a number or ddp, or remove it: a critic of its own works, but each process holds "
-        "all of it"
+        f"spread over processes; launch with a number or ddp, or train without {what}: a critic of its own works, but each "
+        "process holds all of it"
     )
 
 
