@@ -86,9 +86,9 @@ def prompts(count: int = 16, words: int = 4) -> Dataset:
 def make(
     tiny: Path, out: Path, form: str = "critic", reward: Any = low, data: Dataset | None = None, **arguments: Any
 ) -> PPOTrainer:
-    """A trainer; `arguments` are its configuration's, but for `rollout_func`, `value_model`, `base_version`, `eval_dataset`,
-    `callbacks` and `dtype`, which are the trainer's and the model's."""
-    names = ("rollout_func", "value_model", "base_version", "eval_dataset", "callbacks")
+    """A trainer; `arguments` are its configuration's, but for `rollout_func`, `value_model`, `base_version`, `value_weight`,
+    `eval_dataset`, `callbacks` and `dtype`, which are the trainer's and the model's."""
+    names = ("rollout_func", "value_model", "base_version", "value_weight", "eval_dataset", "callbacks")
     own = {name: arguments.pop(name) for name in names if name in arguments}
     dtype = arguments.pop("dtype", torch.float32)
     torch.manual_seed(0)

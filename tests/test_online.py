@@ -182,6 +182,23 @@ def test_two_processes_train_one_ppo(tiny, tmp_path):
     assert changed(tmp_path / "out", tiny) > 0
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_the_reference_is_of_the_revision_and_dtype_that_the_policy_is(tiny, tmp_path, monkeypatch, stage):
+    from trl.trainer import grpo_trainer, rloo_trainer
+
+    from cai.training import loading
+
+    told: list[dict[str, Any]] = []
+    find, create = loading.find_model, grpo_trainer.create_model_from_path
+    monkeypatch.setattr(loading, "find_model", lambda one: find(one)._replace(revision="branch"))
+    for module in (grpo_trainer, rloo_trainer):
+        monkeypatch.setattr(module, "create_model_from_path", lambda name, **given: told.append(given) or create(name, **given))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?"}] * 4)
+    train(stage, settings(stage, tiny, rows, dtype="bfloat16", trl={"beta": 0.1, "max_steps": 1}), tmp_path / "out")
+    assert [(one["revision"], one["dtype"]) for one in told] == [("branch", torch.bfloat16)]
+    assert logged(tmp_path / "out", "kl")[0] == pytest.approx(0, abs=1e-3)
+
+
 # --- what a training is told apart by
 
 
@@ -211,15 +228,17 @@ def test_another_reward_in_the_same_place_is_another_training(tiny, reward_model
     assert [new == old for new, old in zip(after["reward"], before["reward"], strict=True)] == [False, False, True]
 
 
-def test_what_limits_and_gold_say_is_part_of_it_and_a_heavier_reward_too(tiny, tmp_path):
+def test_what_gold_says_is_part_of_it_and_a_heavier_reward_too_but_no_stop_is(tiny, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?"}])
     plain = told(settings("ppo", tiny, rows))
     for more in (
-        {"limits": {"kl": 5}},
         {"gold": {"function": f"{HERE}:by_topic"}},
         {"reward": {"function": f"{HERE}:brief", "weight": 2}},
     ):
         assert told(settings("ppo", tiny, rows, **more)) != plain
+    assert told(settings("ppo", tiny, rows, limits={"kl": 5})) == plain
+    stopping, going_on = ({"function": f"{HERE}:by_topic", "stop": stop} for stop in (True, False))
+    assert told(settings("ppo", tiny, rows, gold=stopping)) == told(settings("ppo", tiny, rows, gold=going_on))
 
 
 def test_a_function_may_be_in_a_module():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
 from cai.training.arguments import make_arguments
+from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
 from tests.stages import write_rows
@@ -83,7 +85,7 @@ def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
         ("./nowhere.py:brief", r"reward: function './nowhere.py:brief': there is no ./nowhere.py; expected FILE.py:NAME or"),
         ("no.such.module:brief", "reward: function 'no.such.module:brief': there is no no.such.module; expected"),
         ({"function": "brief"}, "reward: function 'brief': there is no file; expected FILE.py:NAME or package.module:NAME"),
-        ("BROKEN:brief", "reward: function '.*broken.py:brief': ZeroDivisionError"),
+        ("BROKEN:brief", "reward: function '.*broken.py:brief': SyntaxError"),
         ("./nowhere", "reward: model './nowhere': there is no such folder"),
         ("TINY", "reward: '.*tiny.*' is a language model, which gives no reward; name a folder of cai train reward, or"),
         ("smollm2-135m", "reward: 'smollm2-135m' is a language model, which gives no reward"),
@@ -102,7 +104,7 @@ def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
     ],
 )
 def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, tmp_path, reward, message):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "broken.py").write_text("def brief(:\n")
     make_reward_model(tmp_path / "three", labels=3)
     places = {"FUN": functions, "BROKEN": tmp_path / "broken.py", "TINY": tiny, "THREE": tmp_path / "three"}
     text = json.dumps(reward)
@@ -111,6 +113,30 @@ def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, t
     with pytest.raises(ConfigError, match=message):
         train("rloo", settings("rloo", tiny, tmp_path / "not there.jsonl", reward=json.loads(text)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_check_runs_no_code_of_a_function(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("if True:\n    1 / 0\n    def brief(completions): ...\n    alias, other = brief, 1\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("1 / 0\n")
+    (tmp_path / "package" / "module.py").write_text("from elsewhere import brief\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for target in (f"{tmp_path}/own.py:brief", f"{tmp_path}/own.py:alias", "package.module:brief"):
+        check_function(target)
+        with pytest.raises(ConfigError, match=r"^function '.*': ZeroDivisionError: division by zero$"):
+            find_function(target)
+    for target in ("package.module:brie", f"{tmp_path}/own.py:brie"):
+        with pytest.raises(ConfigError, match=r"has no such function \(did you mean 'brief'\?\)$"):
+            check_function(target)
+    assert "package" not in sys.modules
+
+
+def test_a_function_may_import_what_lies_beside_its_file(tmp_path):
+    (tmp_path / "beside_it.py").write_text("NUMBER = 3.0\n")
+    (tmp_path / "own.py").write_text("from beside_it import NUMBER\ndef flat(completions):\n    return [NUMBER]\n")
+    before = list(sys.path)
+    assert find_function(f"{tmp_path}/own.py:flat")([]) == [3.0]
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
@@ -253,6 +279,27 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted
     rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2)]
     manifest = train("ppo", settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out")
     assert manifest["too_long"] == {"train": 1}
+
+
+def test_prompts_are_limited_by_the_shortest_context_of_all_reward_models_too(tiny, tmp_path):
+    make_reward_model(tmp_path / "short", context=80)
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c " * 80}]
+    given = settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows), reward=str(tmp_path / "short"))
+    assert train("ppo", given, tmp_path / "out")["too_long"] == {"train": 1}
+
+
+def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_counted(tmp_path):
+    make_reward_model(tmp_path / "model")
+    model = RewardModel.load(tmp_path / "model", device="cpu", dtype="float32")
+    limit = model.members[0].network.config.max_position_embeddings
+    prompts = [[{"role": "user", "content": "Why?"}]] * 3
+    turns = [[{"role": "assistant", "content": text}] for text in ("Because.", "word " * limit, "No.")]
+    told: dict[str, float] = {}
+    rewards = Reward("model", ModelReward(model))(prompts, turns, log_metric=told.__setitem__)
+    assert [one is None for one in rewards] == [False, True, False]
+    assert rewards[2] == pytest.approx(model.score([[*prompts[2], *turns[2]]]).reward[0])
+    assert told["rewards/model/none"] == pytest.approx(1 / 3)
+    assert ModelReward(model)(prompts[:1], turns[1:2]) == [None]
 
 
 @pytest.mark.parametrize(

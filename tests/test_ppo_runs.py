@@ -20,6 +20,7 @@ from cai.errors import ConfigError, EngineError
 from cai.models import folder_version
 from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
+from cai.training.folder import is_whole
 from cai.training.launching import find_config
 from tests import ppo_runs
 from tests.ppo_runs import FORMS, LENGTH, Script, logged, low, low_or_none, make, policy_weights, rollout, value_weights
@@ -72,6 +73,30 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, for
     plain = [{name: one for name, one in line.items() if "time" not in name} for line in whole.state.log_history[:-1]]
     assert told == plain
     assert found["step"] == 6
+
+
+def test_a_checkpoint_counts_as_whole_only_when_the_value_function_is_in_it(tiny, tmp_path, monkeypatch):
+    def fail(*given: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cai.training.ppo.trainer.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not is_whole(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_that_lacks_a_part(tiny, tmp_path):
+    make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    (folder / "rollout-0.pt").unlink()
+    again = make(tiny, tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=str(folder))
+    assert again.state.global_step == 2, "a new rollout is written"
+    (folder / "critic_optimizer.pt").unlink()
+    with pytest.raises(
+        EngineError, match=r"checkpoint-1 was not written whole \(critic_optimizer.pt is not there\): delete it"
+    ):
+        make(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
 
 
 @each_form
@@ -159,11 +184,12 @@ def _adapters(tiny: Path, outputs: int, seed: int) -> Any:
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outputs):
     folder = make_reward_model(tiny, tmp_path / "reward", outputs, members, more_tokens=0 if members else 3)
-    trainer = make(tiny, tmp_path, form, value_model=folder, base_version=folder_version(tiny), rollout_func=Script())
+    told = {"base_version": folder_version(tiny), "value_weight": -2.5}
+    trainer = make(tiny, tmp_path, form, value_model=folder, rollout_func=Script(), **told)
     assert trainer.critic_note is None
     model, rows = RewardModel.load(folder, device="cpu", dtype="float32"), [[5, 9, 280, 1, 14], [7, 8]]
     found = model.compute([[row] * max(1, members) for row in rows])
-    rewards = combine(model.spec, found, found[:, 0, 0] * 0, found[:, 0, 0] * 0).members[:, 0]
+    rewards = -2.5 * combine(model.spec, found, found[:, 0, 0] * 0, found[:, 0, 0] * 0).members[:, 0]
     with trainer.value.working(), torch.no_grad():
         for row, reward in zip(rows, rewards, strict=True):
             ids = torch.tensor([row])
@@ -310,7 +336,8 @@ def test_without_a_kl_there_is_no_reference(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=1, beta=0.0)
     trainer.train()
     assert trainer.ref_model is None
-    assert logged(trainer, "objective/kl") == [0.0]
+    assert all("kl" not in name for line in trainer.state.log_history for name in line), "what is not known is not told"
+    assert logged(trainer, "objective/score")
 
 
 def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
@@ -329,6 +356,13 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
         ({"lam": 1.5}, "lam: expected a number from 0 to 1, found 1.5"),
         ({"target_kl": 1.0, "beta": 0.0}, "target_kl: needs to be above 0, and so does beta"),
         ({"target_kl": 1.0, "kl_horizon": 7}, "kl_horizon: expected at least the 8 completions of a rollout, found 7"),
+        ({"scale_rewards": False}, "scale_rewards: expected group, found 'none': PPO scales no rewards"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: expected sum_then_normalize, "),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: expected token, found 'sequence': the adv"),
+        ({"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold: expected null, found 1.0: it masks completions"),
+        ({"use_bias_correction_kl": False}, "use_bias_correction_kl: expected true, found False: the KL of PPO"),
+        ({"loss_type": "sapo"}, "loss_type: expected dapo or bnpo or grpo or dr_grpo, found 'sapo': these have the clipped"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: a rollout of one completion is too few"),
         ({"sync_ref_model": True}, "sync_ref_model: the KL of PPO is to a fixed reference; remove it"),
     ],
 )
@@ -343,6 +377,14 @@ def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_pa
     setattr(trainer, sharded, True)
     with pytest.raises(ConfigError, match=r"^value_function: one that shares the policy's weights cannot be trained while"):
         trainer._build_value(None, None)
+
+
+def test_a_model_that_sees_is_refused(tmp_path):
+    tiny = make_tiny_model(tmp_path / "tiny")
+    told = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(told | {"vision_config": {}}))
+    with pytest.raises(ConfigError, match=r"^PPO: the model is one that sees images"):
+        make(tiny, tmp_path)
 
 
 def test_completions_are_as_long_as_is_told(tiny, tmp_path):

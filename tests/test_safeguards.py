@@ -626,6 +626,28 @@ def test_the_card_names_what_measures_gold_and_no_server_or_key(tiny, rows, func
     assert not any(secret in card for secret in ("10.0.0", "8000", "key", "hf_abc"))
 
 
+def test_with_other_limits_a_stopped_run_goes_on_from_where_it_stopped(tiny, rows, functions, tmp_path):
+    def run(out: str, **keys: Any) -> tuple[dict[str, Any], Shown]:
+        show = Shown()
+        settings = settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling", trl={"max_steps": 5}, **keys)
+        return train("grpo", settings, tmp_path / out, show=show), show
+
+    def gold(stop: bool) -> dict[str, Any]:
+        return settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling").gold.model_dump() | {"stop": stop}
+
+    stopped, _ = run("out")
+    assert (stopped["stopped"]["reason"], stopped["steps"], stopped["best"]["step"]) == ("gold", 3, 2)
+    manifest, show = run("out", gold=gold(False))
+    assert "training goes on from checkpoint-3" in show.notes
+    assert (manifest["steps"], manifest.get("stopped"), manifest["best"]["step"]) == (5, None, 2)
+    assert [line["step"] for line in written(tmp_path / "out", "gold")] == [0, 1, 2, 3, 4, 5]
+    whole, _ = run("whole", gold=gold(False))
+    assert whole["best"] == manifest["best"]
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "out" / "best"), weights(tmp_path / "whole" / "best"))
+    assert run("out", gold=gold(False))[0] == manifest
+
+
 def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
     show = Shown()
     train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
+from cai.training.folder import TrainFolder
 from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
@@ -320,6 +323,25 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_goes_on_when_there_is_r
     monkeypatch.undo()
     assert train("sft", settings, out, show=show)["steps"] == 4
     assert "training goes on from checkpoint-2" in show.notes
+
+
+def test_what_is_no_fault_of_the_disk_is_not_told_as_one(tmp_path):
+    from requests.exceptions import ConnectTimeout, ReadTimeout
+
+    from cai.training.failing import failures
+
+    def failing(error):
+        with failures(TrainFolder(tmp_path, {}, leads=False), SimpleNamespace(use_vllm=True, vllm_server_base_url="x")):
+            raise error
+
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS):
+        with pytest.raises(StoreError, match="cannot be written"):
+            failing(OSError(number, "full"))
+    for error in (ReadTimeout("slow"), ConnectTimeout("slow"), ConnectionRefusedError("none")):
+        with pytest.raises(EngineError, match="no vLLM server answers at x"):
+            failing(error)
+    with pytest.raises(FileNotFoundError):
+        failing(FileNotFoundError(errno.ENOENT, "no such file", "tokenizer.json"))
 
 
 def test_no_room_for_the_model_itself(tiny, rows, tmp_path, monkeypatch):

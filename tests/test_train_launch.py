@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cai import weights
 from cai.cli import train as command
 from cai.errors import ConfigError, EngineError, Interrupted
-from cai.training import launching, running
+from cai.training import ONLINE, launching, running
 from cai.training.data import load_data
 from cai.training.folder import TrainFolder
 from cai.training.launching import find_config, launch
@@ -169,6 +169,27 @@ def test_zero_3_with_what_loads_a_model_in_one_process(tiny, tmp_path, monkeypat
             launch(stage, settings, tmp_path / "out", "continue", how, Shown())
     for how in ("zero2", "fsdp", "2"):
         launching.check_launch(stage, settings, how)
+
+
+@pytest.mark.parametrize("stage", ONLINE)
+def test_zero_3_with_completions_that_are_rewarded(tiny, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(launching, "device_count", lambda: 2)
+    settings = make_settings(stage, tiny, tmp_path / "rows.jsonl", reward="checked")
+    with pytest.raises(ConfigError, match=r"^--launch zero3: reward models are loaded whole, .*; use fsdp or zero2$"):
+        launching.check_launch(stage, settings, "zero3")
+    for how in ("zero2", "fsdp", "2"):
+        launching.check_launch(stage, settings, how)
+
+
+@pytest.mark.parametrize("keys", [{"lora": True}, {"trl": {"value_function": "head"}}])
+def test_a_value_function_on_weights_that_are_spread(tiny, tmp_path, monkeypatch, keys):
+    monkeypatch.setattr(launching, "device_count", lambda: 2)
+    settings = make_settings("ppo", tiny, tmp_path / "rows.jsonl", reward="checked", **keys)
+    for how in ("zero2", "zero3", "fsdp"):
+        with pytest.raises(ConfigError, match=rf"^--launch {how}: with .* the value function shares .* each process holds all"):
+            launching.check_launch("ppo", settings, how)
+    for how in ("ddp", "2"):
+        launching.check_launch("ppo", settings, how)
 
 
 def test_zero_3_with_what_it_can(tiny, tmp_path, monkeypatch):

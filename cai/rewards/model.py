@@ -30,7 +30,7 @@ from cai.rewards.combining import Scores, combine
 from cai.rewards.dialogues import Dialogue, DialogueTokenizer, completion_length
 from cai.rewards.heads import make_exact
 from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
-from cai.weights import best_device, context_length, loading, pretrained, resolve_dtype
+from cai.weights import best_device, context_length, context_of_place, loading, pretrained, resolve_dtype
 
 if TYPE_CHECKING:
     from cai.intervals import Numbers
@@ -178,6 +178,21 @@ def check_reward_model(path: str | Path) -> None:
         raise ConfigError(_no_reward(str(path)))
     if config.num_labels != 1:
         raise ConfigError(_not_so_many(str(path), config.num_labels, 1))
+
+
+def reward_context(path: str | Path) -> int | None:
+    """The most tokens that every network of a reward model takes; None where that is not known. Raises as `RewardModel.load`
+    does; reads no weights."""
+    folder = Path(os.path.expanduser(path))
+    if (folder / SPEC).is_file():
+        members = Document.read(folder / SPEC).validate(RewardSpec).members
+        places = {(one.base, one.revision) if one.base else (str(folder / one.folder), None) for one in members}
+        found = [locate(*place) for place in places]
+    else:
+        found = [locate(str(path), rewards=True)]
+    with loading(f"the configuration of '{path}'"):
+        known = [length for place in found if (length := context_of_place(place)) is not None]
+    return min(known, default=None)
 
 
 def first_tokenizer(path: str | Path) -> Any:

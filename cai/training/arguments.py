@@ -234,14 +234,18 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
 
 
 def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | None) -> int | None:
-    """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion."""
+    """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion.
+
+    `context` is the shortest of those who read a row. Raises `ConfigError` where a completion takes all of it.
+    """
     if not isinstance(settings, OnlineSettings):
         longest: int | None = getattr(arguments, "max_length", None)
         return longest or context
     completion = getattr(arguments, "max_completion_length", None) or arguments.max_new_tokens
     if context is not None and completion >= context:
         raise ConfigError(
-            f"trl: completions of {completion} tokens leave no room for prompts in a context of {context}; lower it"
+            f"trl: completions of {completion} tokens leave no room for prompts in a context of {context} (the shortest of the "
+            "model and its reward models); lower it"
         )
     return None if context is None else context - completion
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory"
 _NO_DISK = re.compile(
     r"I/O error|No space left|File too large|quota exceeded|PytorchStreamWriter|file write failed", re.IGNORECASE
 )
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _CONTINUES = "the same command continues"
 
 
@@ -33,12 +35,10 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
         raise Interrupted(f"stopped at once; {_CONTINUES} {where}") from None
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _memory(arguments) from exc
-    except (OSError, SafetensorError) as exc:
+    except (OSError, SafetensorError, RuntimeError) as exc:
         if _is_of_network(exc) and getattr(arguments, "use_vllm", False):
             raise _no_server(arguments) from exc
-        raise _disk(folder, exc) from exc
-    except RuntimeError as exc:
-        if _NO_DISK.search(str(exc)):
+        if getattr(exc, "errno", None) in _DISK_ERRORS or _NO_DISK.search(str(exc)):
             raise _disk(folder, exc) from exc
         if _NO_MEMORY.search(str(exc)):
             raise _memory(arguments) from exc
@@ -62,8 +62,8 @@ def _memory(arguments: Any) -> EngineError:
 
 
 def _is_of_network(exc: BaseException) -> bool:
-    """By name: `requests`, by which TRL asks the server, has a type of its own for it."""
-    return any(one.__name__ == "ConnectionError" for one in type(exc).__mro__)
+    """By name: `requests`, by which TRL asks the server, has types of its own for it."""
+    return any(one.__name__ in ("ConnectionError", "Timeout", "TimeoutError") for one in type(exc).__mro__)
 
 
 def _no_server(arguments: Any) -> EngineError:

@@ -121,6 +121,11 @@ class TrainFolder:
         manifest = self._read("manifest.json")
         return manifest if manifest and manifest.get("status") == "done" else None
 
+    def reopen(self) -> None:
+        """A training that had ended goes on: its manifest tells of it no more."""
+        if self._lock is not None:
+            (self.path / "manifest.json").unlink(missing_ok=True)
+
     def last_checkpoint(self, member: str = "") -> Path | None:
         """The newest checkpoint that was written whole; of one of several reward models, where it has its own."""
         return max(filter(is_whole, (self.checkpoints / member).glob("checkpoint-*")), key=_step, default=None)

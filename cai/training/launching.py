@@ -26,6 +26,7 @@ from cai.training.arguments import make_arguments
 from cai.training.base_settings import TrainSettings
 from cai.training.folder import Mode
 from cai.training.loading import check_rewards_of, find_model
+from cai.training.online.settings import OnlineSettings, PpoSettings
 from cai.training.settings import StageName
 from cai.training.watching import STOPPING, Show
 from cai.weights import best_device, device_count, one_gpu
@@ -98,12 +99,20 @@ def _check_config(path: Path) -> None:
 
 
 def check_launch(stage: str, settings: TrainSettings, how: str) -> None:
-    """Raises `ConfigError` where `how` names no configuration, and for ZeRO 3 with what loads a model in one process alone:
-    there `from_pretrained` waits for all of them, since it spreads the weights while it reads them.
+    """Raises `ConfigError` where `how` names no configuration, for ZeRO 3 with what loads a model in one process alone (there
+    `from_pretrained` waits for all of them, since it spreads the weights while it reads them), and for a value function on
+    weights that are spread over processes.
     """
     config, _ = find_config(how)
+    if isinstance(settings, PpoSettings) and _spreads(config):
+        _check_value_function(settings, how)
     if _zero_stage(config) != 3:
         return
+    if isinstance(settings, OnlineSettings):
+        raise ConfigError(
+            f"--launch {how}: reward models are loaded whole, and the best policy is saved, in one process, which ZeRO 3 "
+            "cannot; use fsdp or zero2"
+        )
     if stage == "reward":
         raise ConfigError(f"--launch {how}: reward models are measured in one process, which ZeRO 3 cannot; use fsdp or zero2")
     if settings.lora and settings.lora.merge:
@@ -111,6 +120,26 @@ def check_launch(stage: str, settings: TrainSettings, how: str) -> None:
             f"--launch {how}: adapters are merged in one process, which ZeRO 3 cannot; set lora.merge: false, "
             "or use fsdp or zero2"
         )
+
+
+def _check_value_function(settings: PpoSettings, how: str) -> None:
+    """Raises `ConfigError` for one that shares the policy's weights."""
+    is_head = settings.trl.get("value_function") == "head"
+    if not is_head and settings.lora is None:
+        return
+    what = "trl.value_function: head" if is_head else "lora"
+    raise ConfigError(
+        f"--launch {how}: with {what} the value function shares the policy's weights, and cannot be trained while these are "
+        f"spread over processes; launch with a number or ddp, or train without {what}: a critic of its own works, but each "
+        "process holds all of it"
+    )
+
+
+def _spreads(config: Path) -> bool:
+    """Whether a configuration of accelerate spreads a model over processes."""
+    with suppress(OSError, AttributeError, yaml.YAMLError):
+        return str(yaml.safe_load(config.read_text()).get("distributed_type")) in ("FSDP", "DEEPSPEED")
+    return False
 
 
 def _zero_stage(config: Path) -> int | None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cai.errors import ConfigError, EngineError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
+from cai.rewards.model import reward_context
 from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings
@@ -90,6 +91,13 @@ def context_of(settings: TrainSettings) -> int | None:
         return context_of_place(place)
 
 
+def context_with_rewards(settings: TrainSettings, context: int | None) -> int | None:
+    """Tokens that the model, whose `context` this is, and all reward models of an online stage take."""
+    models = [one.model for one in settings.reward if one.model] if isinstance(settings, OnlineSettings) else []
+    known = [length for length in (context, *map(reward_context, models)) if length is not None]
+    return min(known, default=None)
+
+
 def load_policy(settings: TrainSettings) -> Any:
     """A causal language model."""
     return _load(AutoModelForCausalLM, settings)
@@ -101,6 +109,13 @@ def load_reference(settings: TrainSettings, arguments: Any, named: str | None = 
     if named is not None:
         return load_policy(settings.model_copy(update={"model": named, "revision": None}))
     return None if settings.lora or arguments.precompute_ref_log_probs else load_policy(settings)
+
+
+def reference_arguments(settings: TrainSettings) -> dict[str, Any]:
+    """What `from_pretrained` is to be told besides the name of the policy's model, so that it loads the same weights."""
+    revision = pretrained(find_model(settings))[1]
+    dtype = str(weights_dtype(settings)).removeprefix("torch.")
+    return {"dtype": dtype} | ({"revision": revision} if revision else {})
 
 
 def load_classifier(settings: TrainSettings, outputs: int) -> Any:

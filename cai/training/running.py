@@ -27,7 +27,7 @@ from cai.training.card import render_card
 from cai.training.data import StageData, load_data
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
-from cai.training.loading import check_reference, check_rewards_of, context_of, find_model, load_tokenizer
+from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
 from cai.training.online.settings import OnlineSettings, PpoSettings, RewardSource
 from cai.training.online.versions import version_of
 from cai.training.preparing import prepare_rows, read_rows
@@ -73,7 +73,12 @@ def train(
         with _opened(out, told, mode, processes) as folder:
             spare = 0.0 if keeps_own_pace(settings) else 60.0
             watch = Watch(folder.log, show, spare, stop_file, folder.note_seconds)
-            return folder.finished or _train(stage, settings, data, folder, watch, show)
+            finished = folder.finished
+            if finished and not _goes_on(settings, finished):
+                return finished
+            processes.wait_for_everyone()
+            folder.reopen()
+            return _train(stage, settings, data, folder, watch, show)
 
 
 @contextmanager
@@ -93,6 +98,12 @@ def _quietly() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def _goes_on(settings: TrainSettings, finished: dict[str, Any]) -> bool:
+    """Whether a training that was stopped was so by what does not stop it any more: see `OnlineSettings.stops`."""
+    stopped = finished.get("stopped")
+    return isinstance(settings, OnlineSettings) and stopped is not None and stopped.get("stops") != settings.stops
+
+
 @contextmanager
 def _opened(out: Path, identity: dict[str, Any], mode: Mode, processes: PartialState) -> Iterator[TrainFolder]:
     """The folder, opened by the first process before the others look into it."""
@@ -105,13 +116,14 @@ def identity(stage: StageName, settings: TrainSettings, version: str, data: Stag
     """What decides the trained model: the settings, the weights it begins with, the rows, and how many processes share a
     global batch of so many times `trl.per_device_train_batch_size`.
 
-    All of `gold` and `limits` belongs to it: they say where the training ends, and which of its models is the best.
+    All of `gold` but its `stop` belongs to it: it says which model is the best. Where a training stops does not: with other
+    limits it goes on from there.
     """
     bases = settings.bases if isinstance(settings, RewardSettings) else ()
     reference = settings.reference if isinstance(settings, DpoSettings) else None
     return {
         "stage": stage,
-        **settings.model_dump(mode="json", exclude={"data", "trl", "bases"}),
+        **settings.model_dump(mode="json", exclude={"data", "trl", "bases", "limits"}),
         **({"bases": [f"{Path(one).name}@{locate(one).version}" for one in bases]} if bases else {}),
         "model": f"{Path(settings.model).name}@{version}",
         **({"reference": f"{Path(reference).name}@{locate(reference).version}"} if reference else {}),
@@ -126,7 +138,7 @@ def _rewarded_by(settings: OnlineSettings) -> dict[str, Any]:
     """Rewards, gold measure and critic with the versions of what they are made of."""
     critic = settings.critic if isinstance(settings, PpoSettings) else None
     gold = settings.gold
-    measured = gold and {**version_of(gold), **gold.model_dump(mode="json", exclude={*RewardSource.model_fields})}
+    measured = gold and {**version_of(gold), **gold.model_dump(mode="json", exclude={*RewardSource.model_fields, "stop"})}
     return {
         "reward": [{**version_of(one), "weight": one.weight} for one in settings.reward],
         "gold": measured,
@@ -187,7 +199,8 @@ def _train_one(
         tokenizer = load_tokenizer(settings)
         show.note("preparing the rows")
         if processes.is_main_process:
-            prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, context), folder.rows)
+            shortest = context_with_rewards(settings, context)
+            prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, shortest), folder.rows)
         processes.wait_for_everyone()
         data, left_out = read_rows(data, folder.rows)
         if data.test is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from cai.errors import ConfigError
 from cai.models import locate
-from cai.rewards.model import first_tokenizer
-from cai.training.loading import adapters, find_model, load_policy
+from cai.training.loading import adapters, find_model, load_policy, reference_arguments
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
 from cai.training.stage import Parts
@@ -21,6 +21,9 @@ def build(parts: Parts) -> Any:
     guards = Safeguards(parts)
     more = {"reward_funcs": guards.rewards, "train_dataset": guards.held_out.train, "peft_config": adapters(settings)}
     given = {**parts.shared, "model": load_policy(settings), **more}
+    if not isinstance(settings, OnlineDpoSettings):  # which copies the policy; the others load their reference anew
+        parts.arguments.model_init_kwargs = reference_arguments(settings)
+        logging.getLogger("trl.trainer").setLevel(logging.ERROR)  # it says that the policy ignores them
     if isinstance(settings, PpoSettings):
         trainer = _ppo(settings, given)
         if trainer.critic_note:
@@ -45,30 +48,29 @@ def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
 def _ppo(settings: PpoSettings, given: dict[str, Any]) -> Any:
     from cai.training.ppo import PPOTrainer
 
-    place = _critic_start(settings, given["processing_class"], given["args"].value_function == "head")
-    return PPOTrainer(**given, value_model=place, base_version=find_model(settings).version)
+    name = _critic_start(settings, given["processing_class"], given["args"].value_function == "head")
+    more: dict[str, Any] = {"base_version": find_model(settings).version}
+    if name is not None:
+        weights = [one.weight for one in settings.reward if one.model == name]
+        more |= {"value_model": locate(name, rewards=True).source, "value_weight": next(iter(weights), 1.0)}
+    return PPOTrainer(**given, **more)
 
 
 def _critic_start(settings: PpoSettings, tokenizer: Any, is_head: bool) -> str | None:
-    """Where the reward model is that the critic begins with: one that reads the policy's tokens.
+    """The reward model that the critic begins with: one that reads the policy's tokens.
 
     Raises `ConfigError` where the one that is named does not, or where the value function is no critic.
     """
+    from cai.training.ppo.starting import reads
+
     if settings.critic is None:
         named = [one.model for one in settings.reward if one.model]
-        fit = (one for one in named if _reads(one, tokenizer))
-        start = None if is_head else next(fit, next(iter(named), None))  # of one that is not, the trainer tells why
-        return start and locate(start, rewards=True).source
+        fit = (one for one in named if reads(one, tokenizer))
+        return None if is_head else next(fit, next(iter(named), None))  # of one that does not, the trainer tells why
     if is_head:
         raise ConfigError("critic: with trl.value_function: head there is none; remove one of them")
-    if not _reads(settings.critic, tokenizer):
+    if not reads(settings.critic, tokenizer):
         raise ConfigError(
             f"critic: '{settings.critic}' has another tokenizer than the policy, whose tokens it would read; leave critic out"
         )
-    return locate(settings.critic, rewards=True).source
-
-
-def _reads(reward_model: str, tokenizer: Any) -> bool:
-    """Whether each token of the policy means the same to the reward model."""
-    known = first_tokenizer(reward_model).get_vocab()
-    return all(known.get(token) == place for token, place in tokenizer.get_vocab().items())
+    return settings.critic

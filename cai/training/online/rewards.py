@@ -6,19 +6,23 @@ names the reward: a wrong one would be learned.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import json
 import math
 import runpy
+import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from cai.config import JudgeConfig, Recipe
 from cai.constitution import Constitution, Principle, load_constitution
 from cai.engines import build_engine
-from cai.errors import CaiError, CapabilityError, ConfigError, EngineError, VerdictError, nearest
+from cai.errors import CaiError, CapabilityError, ConfigError, ContextLengthError, EngineError, VerdictError, nearest
 from cai.judging import NEEDS
 from cai.judging.checks import ChecksJudge, prepare
 from cai.judging.likelihood import LikelihoodJudge
@@ -54,6 +58,8 @@ class Reward:
         except Exception as exc:  # the boundary of the user's own code
             raise EngineError(f"reward '{self.__name__}' raised {type(exc).__name__}: {exc}") from exc
         rewards = self._checked(answer, completions)
+        if log := columns.get("log_metric"):
+            log(f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
             self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
         return rewards
@@ -114,7 +120,7 @@ def check_source(source: RewardSource, unmade: Collection[str] = ()) -> None:
     if source.model is not None and source.model not in unmade:
         check_reward_model(source.model)
     if source.function is not None:
-        find_function(source.function)
+        check_function(source.function)
     if source.constitution is not None:
         judge = source.judge or JudgeConfig(method="checks")
         _principles(load_constitution(source.constitution), judge)
@@ -128,11 +134,27 @@ class ModelReward:
         self.model = model
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
-        """One reward each. Raises as `RewardModel.score` does."""
-        scores = self.model.score([[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)])
+        """One reward each, None where a dialogue does not fit into the model's context. Raises as `RewardModel.score` does."""
+        dialogues = [[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)]
+        try:
+            places = list(range(len(dialogues)))
+            scores = self.model.score(dialogues)
+        except ContextLengthError:
+            places = [place for place in places if self._fits(dialogues[place])]
+            if not places:
+                return [None] * len(dialogues)
+            scores = self.model.score([dialogues[place] for place in places])
         if scores.members.shape[1] > 1 and (log := columns.get("log_metric")):
             log("reward_disagreement", float(scores.members.std(axis=1).mean()))
-        return [float(one) for one in scores.reward]
+        found = dict(zip(places, map(float, scores.reward), strict=True))
+        return [found.get(place) for place in range(len(dialogues))]
+
+    def _fits(self, dialogue: Dialogue) -> bool:
+        try:
+            self.model.encode(dialogue)
+        except ContextLengthError:
+            return False
+        return True
 
 
 class JudgeReward:
@@ -140,7 +162,7 @@ class JudgeReward:
     Lee et al. 2023, arXiv 2309.00267, section 2.3).
 
     Of `checks` in [0, 1]; of `score` a rating from 1 to 10 moved into [-1, 1]; of `likelihood` nats. A completion of which the
-    judge's answer is none has no reward.
+    judge's answer is none, or that does not fit into its context, has no reward.
     """
 
     def __init__(self, constitution: Constitution, config: JudgeConfig) -> None:
@@ -161,7 +183,7 @@ class JudgeReward:
     async def _one(self, prompt: Messages, text: str) -> float | None:
         try:
             ratings = await self._judge.rate(prompt, text, self._principles)
-        except VerdictError:
+        except (VerdictError, ContextLengthError):
             return None
         weights = [one.weight for one in self._principles]
         mean = sum(rating * weight for rating, weight in zip(ratings, weights, strict=True)) / sum(weights)
@@ -192,15 +214,54 @@ def _messages(dialogue: Dialogue) -> Messages:
     return tuple(Message(turn["role"], turn["content"]) for turn in dialogue)  # type: ignore[arg-type]
 
 
+def check_function(target: str) -> None:
+    """Raises `ConfigError` where FILE.py:NAME or package.module:NAME is seen to mean nothing; runs no code of it."""
+    file, name = function_file(target), target.rpartition(":")[2]
+    if file.suffix != ".py":
+        return
+    try:
+        known = set(_bound(ast.parse(file.read_bytes(), str(file))))
+    except (SyntaxError, ValueError) as exc:
+        raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
+    if name not in known and not known & {"*", "__getattr__"}:
+        raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
+
+
+def _bound(module: ast.Module) -> Iterator[str]:
+    """The names that a module binds, those within `if`, `try` and `with` too."""
+    waiting: list[ast.AST] = [module]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield one.name
+            continue
+        if isinstance(one, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name.partition(".")[0] for alias in one.names)
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store):
+            yield one.id
+        waiting += ast.iter_child_nodes(one)
+
+
 def find_function(target: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME or package.module:NAME means. Raises `ConfigError`."""
+    """The function that FILE.py:NAME or package.module:NAME means, whose code is run. Raises `ConfigError`."""
     place, _, name = target.rpartition(":")
     file = function_file(target)
     try:
-        names = runpy.run_path(str(file)) if place.endswith(".py") else vars(importlib.import_module(place))
+        names = _run(file) if place.endswith(".py") else vars(importlib.import_module(place))
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything
         raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
     if not callable(function := names.get(name)):
         known = [one for one, value in names.items() if callable(value)]
         raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
     return function  # type: ignore[no-any-return]
+
+
+def _run(file: Path) -> dict[str, Any]:
+    """The names of a file, which may import what lies beside it, as under `python FILE`."""
+    beside = str(file.absolute().parent)
+    sys.path.insert(0, beside)
+    try:
+        return runpy.run_path(str(file))
+    finally:
+        with suppress(ValueError):  # unless the file took it out itself
+            sys.path.remove(beside)

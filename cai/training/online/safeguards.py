@@ -126,7 +126,7 @@ class Safeguards(TrainerCallback):
             self._golds = lines.keep_until(self._run / "gold.jsonl", step)
             told = self._run / "stopped.json"
             self._stopped = json.loads(told.read_bytes()) if told.exists() else None
-            if self._stopped and self._stopped["step"] != step:
+            if self._stopped and (self._stopped["step"] != step or self._stopped.get("stops") != self.settings.stops):
                 told.unlink()
                 self._stopped = None
         self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
@@ -200,7 +200,7 @@ class Safeguards(TrainerCallback):
             best = self._best_step
             kept = "earlier ones are in checkpoints/ if any were saved" if best is None else f"best/ holds step {best}"
             text += f"; the model is the policy after that, past the limit, and {kept}"
-        self._stopped = {"reason": reason, "step": step, "why": text}
+        self._stopped = {"reason": reason, "step": step, "why": text, "stops": self.settings.stops}
         self._note(f"stopped after step {step}: {text}")
         if self._leads:
             write_whole(self._run / "stopped.json", json.dumps(self._stopped) + "\n")
@@ -214,8 +214,9 @@ class Safeguards(TrainerCallback):
         """Write OUT/best and the page; what the manifest tells of all this, and among its `measures` the last KL, in nats a
         completion. All processes call this."""
         self._go_on(self._trainer.state.global_step)
-        if self._golds and (best := best_of(self._golds)):
-            self._best.save(self._trainer, self.settings, best["step"])
+        best = self._best_step
+        if best is not None and (self._run / "best" / str(best)).exists():  # else OUT/best has been it since an earlier stop
+            self._best.save(self._trainer, self.settings, best)
         self.draw()
         kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
         return {

@@ -117,6 +117,11 @@ class OnlineSettings(TrainSettings):
     limits: LimitSettings = LimitSettings()
     """When to stop."""
 
+    @property
+    def stops(self) -> dict[str, Any]:
+        """What may end the training before its last step, and decides nothing else: with others it goes on from there."""
+        return {"limits": self.limits.model_dump(mode="json"), "gold": self.gold is not None and self.gold.stop}
+
     @field_validator("reward", mode="before")
     @classmethod
     def _rewards_as_a_list(cls, value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from importlib.util import find_spec
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def function_file(target: str) -> Path:
     place = target.rpartition(":")[0]
     path = Path(os.path.expanduser(place))
     if not place.endswith(".py"):
-        try:
-            spec = find_spec(place) if place else None
-        except (ImportError, ValueError):  # of a package above it, which may raise anything else too, as importing does
-            spec = None
-        path = Path(spec.origin) if spec and spec.origin else path
+        path = _module_file(place) or path
     if not path.is_file():
         raise ConfigError(f"function '{target}': there is no {place or 'file'}; expected FILE.py:NAME or package.module:NAME")
     return path
+
+
+def _module_file(module: str) -> Path | None:
+    """The file of a module that can be imported; none is, nor the packages above it, as `importlib.util.find_spec` does."""
+    folders, spec = None, None
+    for end in [place for place, letter in enumerate(module + ".") if letter == "."]:
+        found = (finder.find_spec(module[:end], folders, None) for finder in sys.meta_path)
+        with suppress(ImportError, ValueError, KeyError):  # the last for a package without __init__ in another such
+            spec = next((one for one in found if one is not None), None)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def _digest(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,20 @@ from trl import GRPOConfig
 
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+_OF_GROUPS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "scale_rewards": (("group",), "PPO scales no rewards; advantages are scaled by whiten_advantages"),
+    "multi_objective_aggregation": (("sum_then_normalize",), "PPO adds up rewards by their weights, and normalises none"),
+    "importance_sampling_level": (("token",), "the advantages of PPO are those of tokens"),
+    "off_policy_mask_threshold": ((None,), "it masks completions by their one advantage, and those of PPO are of tokens"),
+    "use_bias_correction_kl": ((True,), "the KL of PPO is in the reward, not in the loss"),
+    "loss_type": (
+        ("dapo", "bnpo", "grpo", "dr_grpo"),
+        "these have the clipped surrogate of PPO",
+    ),
+}
+"""Keys of GRPO that PPO would ignore or bend: what they may be, and why."""
 
 
 @dataclass
@@ -45,8 +60,14 @@ class PPOConfig(GRPOConfig):
         groups = self.num_generations or 1
         # GRPO insists on at least 2, and that they divide a rollout; PPO needs no groups
         steps = self.steps_per_generation or self.gradient_accumulation_steps
-        rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
-        self.num_generations = groups if groups > 1 else max(2, rollout)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        rollout = self.generation_batch_size or self.per_device_train_batch_size * steps * processes
+        if rollout < 2:
+            raise ValueError(
+                "per_device_train_batch_size: a rollout of one completion is too few to learn from; raise it, or "
+                "gradient_accumulation_steps"
+            )
+        self.num_generations = groups if groups > 1 else rollout
         if groups == 1 and self.num_generations_eval is None:
             self.num_generations_eval: int | None = 1
         super().__post_init__()
@@ -57,6 +78,10 @@ class PPOConfig(GRPOConfig):
         for name, allowed in (("value_function", ("critic", "head")), ("kl_estimator", ("k1", "k3"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(allowed)}, found {getattr(self, name)!r}")
+        for name, (allowed, why) in _OF_GROUPS.items():
+            if getattr(self, name) not in allowed:
+                known = " or ".join("null" if one is None else str(one).lower() for one in allowed)
+                raise ValueError(f"{name}: expected {known}, found {getattr(self, name)!r}: {why}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")

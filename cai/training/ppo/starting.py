@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from cai.documents import Document
 from cai.models import locate
+from cai.rewards.model import first_tokenizer
 from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
 from cai.training.ppo.critic import Adapters, Output
 from cai.weights import loading, pretrained
@@ -31,27 +32,32 @@ class UnfitError(ValueError):
     """A critic cannot begin with this reward model; says why."""
 
 
-def start_from(folder: Path, dtype: torch.dtype, shared: str | None, tokenizer: Any) -> Start:
-    """The first network of a reward model; its output is the normalised reward, all objectives by their weights.
+def reads(reward_model: str | Path, tokenizer: Any) -> bool:
+    """Whether each token of the policy's means the same to the reward model, which may know more. Raises as
+    `RewardModel.load` does."""
+    known = first_tokenizer(reward_model).get_vocab()
+    return all(known.get(token) == place for token, place in tokenizer.get_vocab().items())
+
+
+def start_from(folder: Path, dtype: torch.dtype, shared: str | None, tokenizer: Any, weight: float = 1.0) -> Start:
+    """The first network of a reward model; its output is `weight` times the normalised reward, all objectives by their
+    weights.
 
     `shared` is the version of the weights under the policy's adapters, on which the reward model has to be adapters too;
-    with None the backbone is loaded, adapters merged. `tokenizer` is the policy's; the reward model's may know more tokens.
+    with None the backbone is loaded, adapters merged. `tokenizer` is the policy's.
 
     Raises `UnfitError` for a reward model that a critic of this policy cannot begin with, `EngineError` for one that does not
     load.
     """
     spec = Document.read(folder / SPEC).validate(RewardSpec) if (folder / SPEC).is_file() else None
     member = spec.members[0] if spec else MemberSpec(folder=".", mean=(0.0,), deviation=(1.0,))
-    weights = list(spec.objectives.values()) if spec else [1.0]
+    weights = [weight * one for one in (spec.objectives.values() if spec else [1.0])]
     source = folder / member.folder
     if shared is not None and member.version != shared:
         raise UnfitError("it is not adapters on the weights that the policy's adapters are on")
-    what = f"reward model '{folder}', which the critic begins with,"
-    with loading(what):
-        known = AutoTokenizer.from_pretrained(source).get_vocab()
-    if any(known.get(token) != place for token, place in tokenizer.get_vocab().items()):
+    if not reads(folder, tokenizer):
         raise UnfitError("its tokenizer is not the policy's")
-    with loading(what):
+    with loading(f"reward model '{folder}', which the critic begins with,"):
         if shared is not None:
             return _adapters(source, member, weights)
         network = _merged(source, member, len(weights), dtype)

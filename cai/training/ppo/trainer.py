@@ -23,7 +23,7 @@ from accelerate.utils import is_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -45,6 +45,7 @@ from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
+_NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
 _HEAD_RATE = 1e-3
 
 
@@ -69,11 +70,13 @@ class PPOTrainer(GRPOTrainer):
         *given: Any,
         value_model: str | Path | None = None,
         base_version: str | None = None,
+        value_weight: float = 1.0,
         **named: Any,
     ) -> None:
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
         policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
-        adapters of a reward model on the same version are what the critic's begin with.
+        adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model`
+        in the sum of rewards.
         """
         assert args is not None
         if args.ddp_find_unused_parameters is None:
@@ -81,9 +84,12 @@ class PPOTrainer(GRPOTrainer):
         self._watched: list[Tensor] = []
         self._scores = torch.empty(0)
         super().__init__(model, reward_funcs, args, *given, **named)
+        if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
+            raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self.critic_note: str | None = None
         """Why the critic does not begin with the reward model that was named."""
+        self._value_weight = value_weight
         self.value = self._build_value(Path(value_model) if value_model else None, base_version)
         rate = args.value_learning_rate
         if rate is None:
@@ -107,7 +113,8 @@ class PPOTrainer(GRPOTrainer):
         if (shares or self.args.value_function == "head") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
                 "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
-                "train a critic of its own (all weights, value_function: critic), or launch with a number or ddp"
+                "train a critic of its own, which each process then holds all of (no adapters, value_function: critic), or "
+                "launch with a number or ddp"
             )
         if self.args.value_function == "head":
             return TrunkHead(base)
@@ -125,7 +132,7 @@ class PPOTrainer(GRPOTrainer):
         if reward_model is None:
             return None
         try:
-            return start_from(reward_model, dtype, shared, self._tokenizer)
+            return start_from(reward_model, dtype, shared, self._tokenizer, self._value_weight)
         except UnfitError as exc:
             self.critic_note = f"the critic begins with values of 0, not with reward model '{reward_model}': {exc}"
             return None
@@ -211,12 +218,15 @@ class PPOTrainer(GRPOTrainer):
         score, scored = self._local_scores(out, len(inputs))
         mask = _loss_mask(out) * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
-        kl = kl_estimate(logps, out.get("ref_per_token_logps", logps), self.args.kl_estimator)
+        reference = out.get("ref_per_token_logps")
+        kl = kl_estimate(logps, logps if reference is None else reference, self.args.kl_estimator)
         kl = torch.where(mask > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
-        self._tell(kl, score, scored, values, returns, mask)
+        self._tell(score, scored, values, returns, mask)
+        if reference is not None:
+            self._tell_kl(kl, score, scored, mask)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
         more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
@@ -231,9 +241,7 @@ class PPOTrainer(GRPOTrainer):
         watched = self._watched[0] if self._watched and logps is not None else None
         with torch.no_grad():
             if logps is None:
-                logps = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention, length, batch_size=size, **_multimodal(out)
-                )[0]
+                logps = self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size=size)[0]
                 watched = self._watched[-1] if self._watched else None
             if watched is None:
                 with self._of_critic():
@@ -260,24 +268,36 @@ class PPOTrainer(GRPOTrainer):
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
         return total
 
-    def _tell(self, kl: Tensor, score: Tensor, scored: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """Log the rollout and steer the KL."""
-        mode = "train" if self.model.training else "eval"
-        nats, mean_score = (float(Moments.of(one, scored, self._total).mean) for one in (kl.sum(dim=1), score))
+    def _mean(self, values: Tensor, counted: Tensor) -> float:
+        return float(Moments.of(values, counted, self._total).mean)
+
+    def _log(self, told: dict[str, float]) -> None:
+        for name, value in told.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _tell(self, score: Tensor, scored: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Log the rollout."""
         told = {
-            "kl": float(Moments.of(kl, mask, self._total).mean),
-            "objective/kl": nats,
-            "objective/kl_coef": self.kl.coefficient,
-            "objective/score": mean_score,
-            "objective/rlhf_reward": mean_score - self.kl.coefficient * nats,
-            "value/mean": float(Moments.of(values, mask, self._total).mean),
-            "value/returns": float(Moments.of(returns, mask, self._total).mean),
+            "objective/score": self._mean(score, scored),
+            "value/mean": self._mean(values, mask),
+            "value/returns": self._mean(returns, mask),
             "value/explained_variance": explained_variance(values, returns, mask, self._total),
         }
+        mode = "train" if self.model.training else "eval"
         self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups, which there are none of here
-        for name, value in told.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train":
+        self._log(told)
+
+    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, mask: Tensor) -> None:
+        """Log the KL and steer it."""
+        nats = self._mean(kl.sum(dim=1), scored)
+        told = {
+            "kl": self._mean(kl, mask),
+            "objective/kl": nats,
+            "objective/kl_coef": self.kl.coefficient,
+            "objective/rlhf_reward": self._mean(score, scored) - self.kl.coefficient * nats,
+        }
+        self._log(told)
+        if self.model.training:
             self.kl.update(nats, int(self._total(scored.sum())))
 
     # ------------------------------------------------------------------------------------------------ losses
@@ -314,9 +334,9 @@ class PPOTrainer(GRPOTrainer):
         errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
         steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
         loss = (errors * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps)
-        mode = "train" if self.model.training else "eval"
-        for name, one in (("value/loss", errors.detach()), ("value/clip_fraction", is_clipped.float())):
-            self._metrics[mode][name].append(float(Moments.of(one, mask, self._total).mean))
+        self._log(
+            {"value/loss": self._mean(errors.detach(), mask), "value/clip_fraction": self._mean(is_clipped.float(), mask)}
+        )
         return loss
 
     def training_step(self, *given: Any, **named: Any) -> Tensor:
@@ -359,18 +379,26 @@ class PPOTrainer(GRPOTrainer):
                 configs[CRITIC] = hidden
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, then the value function, its optimizer, the KL coefficient, and the rollout that is being trained on."""
-        super()._save_checkpoint(model, trial)
+        """The value function, its optimizer, the KL coefficient, and the rollout that is being trained on; then TRL's, whose
+        state of the trainer comes last: where that is, all processes have written."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         rollout = {"step": self._step, "batches": self._buffered_inputs}
         torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
         if self.args.should_save:
             save_file({name: one.detach().contiguous() for name, one in self._trained.items()}, folder / _WEIGHTS)
             torch.save(self._value_optimizer.state_dict(), folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps({"kl_coefficient": self.kl.coefficient}))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """TRL's, then what `_save_checkpoint` added."""
+        """TRL's, then what `_save_checkpoint` added. Raises `EngineError` where that is not there."""
+        if checkpoint is not None and (missing := [one for one in _NEEDED if not Path(checkpoint, one).is_file()]):
+            raise EngineError(
+                f"{checkpoint} was not written whole ({missing[0]} is not there): delete it, then the same command continues "
+                "from the checkpoint before"
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -382,7 +410,8 @@ class PPOTrainer(GRPOTrainer):
         self._value_optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
         self.kl.coefficient = json.loads((folder / _STATE).read_bytes())["kl_coefficient"]
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
-        if rollout.is_file():
+        there = self._total(torch.tensor(int(rollout.is_file()), device=device))
+        if int(there) == self.accelerator.num_processes:  # else all of them write a new one
             kept = torch.load(rollout, map_location=device, weights_only=True)
             self._step, self._buffered_inputs = kept["step"], kept["batches"]
 
@@ -396,21 +425,3 @@ def _whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
     mask: Tensor = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-_MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
-
-def _multimodal(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in _MULTIMODAL if name in batch}
