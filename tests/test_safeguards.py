@@ -636,9 +636,9 @@ def test_with_other_limits_a_stopped_run_goes_on_from_where_it_stopped(tiny, row
         return settings_of("grpo", tiny, rows, functions, "rising", "rising_then_falling").gold.model_dump() | {"stop": stop}
 
     stopped, _ = run("out")
-    assert (stopped["stopped"]["reason"], stopped["steps"], stopped["best"]["step"]) == ("gold", 3, 2)
+    assert (stopped["stopped"]["reason"], stopped["steps"], stopped["best"]["step"]) == ("gold", 4, 2)
     manifest, show = run("out", gold=gold(False))
-    assert "training goes on from checkpoint-3" in show.notes
+    assert "training goes on from checkpoint-4" in show.notes
     assert (manifest["steps"], manifest.get("stopped"), manifest["best"]["step"]) == (5, None, 2)
     assert [line["step"] for line in written(tmp_path / "out", "gold")] == [0, 1, 2, 3, 4, 5]
     whole, _ = run("whole", gold=gold(False))
