@@ -8,7 +8,7 @@ many deviations of single answers that is), KL to the reference, the value funct
 written and trained on a second. Goals: the reward rises by 2 deviations within 15 minutes under a KL of 30 nats; explained
 variance over 0.3; 3 times the tokens a second of TRL's PPO.
 
-    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER]       (default ppo,rloo,grpo,trl-ppo 960 a temporary folder)
+    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS]   (default all four, 640, a temporary folder, 24)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from cai.models import locate
 from cai.weights import pretrained
 
-MODEL, TOKENS, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 24, 32, 2, 2
+MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
 TRAINERS = ("ppo", "rloo", "grpo", "trl-ppo")
 KL, PPO_RATE = 0.05, 3e-4
 THINGS = (
@@ -49,11 +49,11 @@ def reward(completions: Any, **columns: Any) -> list[float]:
     return [worth(one[-1]["content"]) for one in completions]
 
 
-def settings_of(name: str, steps: int, rows: Path) -> dict[str, Any]:
+def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any]:
     """What `cai train` is told."""
     shared = {
         "max_steps": steps * (EPOCHS * MINIBATCHES if name == "ppo" else 1),
-        "max_completion_length": TOKENS,
+        "max_completion_length": tokens,
         "learning_rate": {"ppo": PPO_RATE, "rloo": 5e-4, "grpo": 5e-4}[name],
         "lr_scheduler_type": "constant",
         "beta": KL,
@@ -80,13 +80,13 @@ def settings_of(name: str, steps: int, rows: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, completions: int, folder: Path) -> dict[str, Any]:
+def measure(name: str, completions: int, folder: Path, tokens: int) -> dict[str, Any]:
     """Train in this process, and what came of it."""
     from cai.training import SETTINGS
     from cai.training.running import train
 
     rows = folder / "prompts.jsonl"
-    settings = SETTINGS[name].model_validate(settings_of(name, completions // BATCH, rows))  # type: ignore[index]
+    settings = SETTINGS[name].model_validate(settings_of(name, completions // BATCH, rows, tokens))  # type: ignore[index]
     train(name, settings, folder / name, "fresh")  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (folder / name / "run" / "log.jsonl").read_text().splitlines()]
     told = [line for line in lines if "reward" in line]
@@ -103,13 +103,13 @@ def measure(name: str, completions: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     given = dict(enumerate(sys.argv[1:]))
-    names, completions = given.get(0, ",".join(TRAINERS)).split(","), int(given.get(1, "960"))
+    names, completions = given.get(0, ",".join(TRAINERS)).split(","), int(given.get(1, "640"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.get(2, temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         write_prompts(folder / "prompts.jsonl")
         for name in names:
-            show(name, run_apart(name, completions, folder))
+            show(name, run_apart(name, completions, folder, given.get(3, "24")))
 
 
 def write_prompts(file: Path) -> None:
@@ -122,7 +122,7 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def run_apart(name: str, completions: int, folder: Path) -> dict[str, Any]:
+def run_apart(name: str, completions: int, folder: Path, tokens: str) -> dict[str, Any]:
     """In a process of its own, so that nothing of the one before is in memory."""
     result, more = folder / f"{name}.json", {}
     if name == "trl-ppo":
@@ -132,7 +132,7 @@ def run_apart(name: str, completions: int, folder: Path) -> dict[str, Any]:
                 [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), _TRL], check=True
             )
         more = {"PYTHONPATH": os.pathsep.join([str(place), str(Path(__file__).resolve().parents[1])])}
-    job = [name, str(completions), str(folder), str(result), pretrained(locate(MODEL))[0]]
+    job = [name, str(completions), str(folder), str(result), tokens, pretrained(locate(MODEL))[0]]
     code = (
         "import sys; from benchmarks import ppo, ppo_trl; (ppo_trl if sys.argv[1] == 'trl-ppo' else ppo).apart(*sys.argv[1:])"
     )
@@ -140,9 +140,9 @@ def run_apart(name: str, completions: int, folder: Path) -> dict[str, Any]:
     return dict(json.loads(result.read_text()))
 
 
-def apart(name: str, completions: str, folder: str, result: str, model: str) -> None:
+def apart(name: str, completions: str, folder: str, result: str, tokens: str, model: str) -> None:
     """What the process does."""
-    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder))))
+    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder), int(tokens))))
 
 
 def show(name: str, found: dict[str, Any]) -> None:

@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ppo import BATCH, EPOCHS, KL, MINIBATCHES, PPO_RATE, TOKENS, worth
+from benchmarks.ppo import BATCH, EPOCHS, KL, MINIBATCHES, PPO_RATE, worth
 
 
-def apart(name: str, completions: str, folder: str, result: str, model: str) -> None:
+def apart(name: str, completions: str, folder: str, result: str, tokens: str, model: str) -> None:
     """Train and write what came of it."""
-    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), model)))
+    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), int(tokens), model)))
 
 
-def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
+def measure(completions: int, folder: Path, tokens: int, place: str) -> dict[str, Any]:
     """Its trainer takes reward models alone: the one that it is given is a stand-in, for which the check answers."""
     import torch
     from datasets import load_dataset
@@ -57,7 +57,7 @@ def measure(completions: int, folder: Path, place: str) -> dict[str, Any]:
             num_mini_batches=MINIBATCHES,
             num_sample_generations=0,
             total_episodes=completions,
-            response_length=TOKENS,
+            response_length=tokens,
             temperature=1.0,
             stop_token="eos",
             kl_coef=KL,
