@@ -20,7 +20,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from accelerate.utils import is_peft_model
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, ProcessorMixin
@@ -143,16 +142,9 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
             yield
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """In here matrix products are computed as autocast says, adapters' too: PEFT would widen what they are given before."""
-        narrow = self.args.bf16 and is_peft_model(self.model) and not self.args.gradient_checkpointing
-        with self.accelerator.autocast(), disable_input_dtype_casting(self.model, active=bool(narrow)):
-            yield
-
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The critic's values of the state before each of the last `length` tokens."""
-        with self._computing():
+        with self.accelerator.autocast():
             values: Tensor = cast(Critic, self.value).values(ids, mask)
         return values[:, -length - 1 : -1]
 
@@ -188,7 +180,7 @@ class PPOTrainer(GRPOTrainer):
         handle = base.base_model.register_forward_hook(lambda *passed: features.append(passed[-1].last_hidden_state))
         try:
             for part, attention in zip(ids.split(size), mask.split(size), strict=True):
-                with self._computing():
+                with self.accelerator.autocast():
                     model(input_ids=part, attention_mask=attention, use_cache=False, logits_to_keep=1)
                 before, tokens = features.pop()[:, -length - 1 : -1], part[:, -length:]
                 found.append(token_logprobs(before, base.get_output_embeddings(), tokens, self.temperature, compute_entropy))
