@@ -70,6 +70,23 @@ def token_logprobs(
     return found[0].view_as(tokens), found[1].view_as(tokens)
 
 
+def completion_logprobs(
+    model: Any, base: Any, ids: Tensor, mask: Tensor, length: int, size: int, temperature: float, entropies: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the last `length` tokens of each row of `ids`, `size` rows at a time. `base` is the language model in `model`."""
+    features: list[Tensor] = []
+    found = []
+    handle = base.base_model.register_forward_hook(lambda *passed: features.append(passed[-1].last_hidden_state))
+    try:
+        for part, attention in zip(ids.split(size), mask.split(size), strict=True):
+            model(input_ids=part, attention_mask=attention, use_cache=False, logits_to_keep=1)
+            before, tokens = features.pop()[:, -length - 1 : -1], part[:, -length:]
+            found.append(token_logprobs(before, base.get_output_embeddings(), tokens, temperature, entropies))
+    finally:
+        handle.remove()
+    return torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
+
+
 _SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 

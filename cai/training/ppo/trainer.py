@@ -39,7 +39,7 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
-from cai.training.ppo.logprobs import is_plain, token_logprobs
+from cai.training.ppo.logprobs import completion_logprobs, is_plain
 from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
 
@@ -176,18 +176,10 @@ class PPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
-        size, features, found = batch_size or len(ids), [], []
-        handle = base.base_model.register_forward_hook(lambda *passed: features.append(passed[-1].last_hidden_state))
-        try:
-            for part, attention in zip(ids.split(size), mask.split(size), strict=True):
-                with self.accelerator.autocast():
-                    model(input_ids=part, attention_mask=attention, use_cache=False, logits_to_keep=1)
-                before, tokens = features.pop()[:, -length - 1 : -1], part[:, -length:]
-                found.append(token_logprobs(before, base.get_output_embeddings(), tokens, self.temperature, compute_entropy))
-        finally:
-            handle.remove()
-        logps, entropies = (torch.cat(one) for one in zip(*found, strict=True))
-        return logps, entropies if compute_entropy else None, None
+        size = batch_size or len(ids)
+        with self.accelerator.autocast():
+            found = completion_logprobs(model, base, ids, mask, length, size, self.temperature, compute_entropy)
+        return found[0], found[1] if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------ rollouts
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
