@@ -6,20 +6,27 @@ import pytest
 import torch
 from torch import nn
 
-from cai.training.ppo import logprobs
-from cai.training.ppo.logprobs import completion_logprobs, is_plain, token_logprobs
 from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def logprobs():
+    from cai.training.ppo import logprobs
+
+    return logprobs
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_are_those_of_plain_code(bias, temperature, monkeypatch):
+def test_values_and_gradients_are_those_of_plain_code(bias, temperature, logprobs, monkeypatch):
     monkeypatch.setattr(logprobs, "_AT_ONCE", 4)  # several parts, the last one smaller
     torch.manual_seed(0)
     head = nn.Linear(8, 30, bias=bias).requires_grad_(False)
     tokens, weights = torch.randint(0, 30, (3, 5)), torch.randn(3, 5)
     hidden, plain = (torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
-    found, entropy = token_logprobs(hidden, head, tokens, temperature)
+    found, entropy = logprobs.token_logprobs(hidden, head, tokens, temperature)
     logs = (head(plain) / temperature).log_softmax(-1)
     wanted = logs.gather(-1, tokens.unsqueeze(-1))[..., 0]
     torch.testing.assert_close(found, wanted)
@@ -29,24 +36,24 @@ def test_values_and_gradients_are_those_of_plain_code(bias, temperature, monkeyp
     torch.testing.assert_close(hidden.grad, plain.grad)
 
 
-def test_completions_alone_are_scored_as_a_whole_pass_scores_them(tmp_path):
+def test_completions_alone_are_scored_as_a_whole_pass_scores_them(tmp_path, logprobs):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path)).requires_grad_(False)
     ids, length = torch.randint(5, 200, (5, 9)), 4
-    found, entropy = completion_logprobs(model, model, ids, torch.ones_like(ids), length, 2, 1.0, False)
+    found, entropy = logprobs.completion_logprobs(model, model, ids, torch.ones_like(ids), length, 2, 1.0, False)
     logs = model(ids).logits[:, -length - 1 : -1].log_softmax(-1)
     torch.testing.assert_close(found, logs.gather(-1, ids[:, -length:].unsqueeze(-1))[..., 0], atol=1e-5, rtol=1e-4)
     assert (entropy == 0).all()
     assert not model.model._forward_hooks
 
 
-def test_an_output_layer_that_is_trained_or_scaled_is_left_to_trl(tmp_path):
+def test_an_output_layer_that_is_trained_or_scaled_is_left_to_trl(tmp_path, logprobs):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
-    assert not is_plain(model)
+    assert not logprobs.is_plain(model)
     model.requires_grad_(False)
-    assert is_plain(model)
+    assert logprobs.is_plain(model)
     model.config.logits_scaling = 8.0
-    assert not is_plain(model)
+    assert not logprobs.is_plain(model)
