@@ -648,6 +648,33 @@ def test_with_other_limits_a_stopped_run_goes_on_from_where_it_stopped(tiny, row
     assert run("out", gold=gold(False))[0] == manifest
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_a_run_that_goes_on_in_its_second_epoch_sees_the_prompts_in_the_same_order(stage, tiny, rows, functions, tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", [json.loads(line) for line in rows.read_text().splitlines()[:8]])
+    trl = {"num_generations": 2, "num_iterations": 1, "max_steps": 6, "per_device_train_batch_size": 8}
+
+    def run(out: str, steps: int | None) -> dict[str, Any]:
+        settings = settings_of(stage, tiny, few, functions, "length", trl=trl, limits={"steps": steps})
+        return train(stage, settings, tmp_path / out)
+
+    assert run("out", 3)["stopped"]["reason"] == "steps"  # two steps are an epoch
+    assert run("out", None)["steps"] == run("whole", None)["steps"] == 6
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ([{"function": "a.py:same"}, {"function": "b.py:same"}], "two are called 'same'"),
+        ([{"function": "a.py:f", "weight": 0}], "every weight is 0"),
+        ("mine.py", "name the function in it: mine.py:NAME"),
+    ],
+)
+def test_rewards_that_say_nothing_or_cannot_be_told_apart_are_refused(reward, problem):
+    with pytest.raises(ValueError, match=problem):
+        make_settings("ppo", Path("model"), Path("rows.jsonl"), reward=reward)
+
+
 def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
     show = Shown()
     train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)

@@ -29,7 +29,7 @@ _SHOWN = (
     "eval_loss",
     "reward",
     "objective/scores",
-    "kl",
+    "objective/kl",
     "rewards/accuracies",
     "rewards/margins",
     "mean_token_accuracy",
@@ -75,7 +75,7 @@ class _Pace:
 
 def _told(measures: Mapping[str, float]) -> str:
     """`loss 0.69, accuracies 0.61`."""
-    return ", ".join(f"{name.rpartition('/')[2]} {measures[name]:.4g}" for name in _SHOWN if name in measures)
+    return ", ".join(f"{name.rpartition('/')[2]} {measures[name]:.4g}" for name in _SHOWN if measures.get(name) is not None)
 
 
 class _Bar:
@@ -163,6 +163,10 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
             f"{last['step']:,}, best at step {best['step']:,}: {_estimated(best)}",
             soft_wrap=True,
         )
+        if best["step"] == 0:
+            console.print(
+                "[yellow]no measure was better than the one before training[/]: best/ is the model that it began with"
+            )
     elif gold := manifest.get("gold"):
         console.print(
             f"[yellow]gold by {escape(gold['by'])}[/] had no number for any answer: nothing was measured", soft_wrap=True

@@ -76,7 +76,7 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "tr
     types = typing.get_type_hints(config)
     for key, value in _without_truth(given).items():
         _check_value(f"{where}.{key}", value, types[key])
-        if key in _LEAST and value < _LEAST[key]:
+        if key in _LEAST and value is not None and value < _LEAST[key]:
             raise ConfigError(f"{where}.{key}: expected a number from {_LEAST[key]} on, found {value!r}")
     _check_losses(stage, given.get("loss_type"), where)
 
@@ -116,6 +116,9 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
+    "num_iterations": 1,
+    "num_generations": 1,
+    "steps_per_generation": 1,
 }
 """What TRL finds out only when the data has been read and the model loaded."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from cai.errors import ConfigError
 from cai.models import locate
 from cai.training.loading import adapters, find_model, load_policy, reference_arguments
+from cai.training.online.order import Order
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
 from cai.training.stage import Parts
@@ -30,6 +31,7 @@ def build(parts: Parts) -> Any:
             parts.show.note(trainer.critic_note)
     else:
         trainer = _of_trl(settings, given)
+    Order(trainer)
     return guards.guard(trainer)
 
 

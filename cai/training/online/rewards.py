@@ -55,7 +55,7 @@ class Reward:
             answer = self._score(prompts=prompts, completions=completions, **columns)
         except CaiError:
             raise
-        except Exception as exc:  # the boundary of the user's own code
+        except (Exception, SystemExit) as exc:  # the boundary of the user's own code
             raise EngineError(f"reward '{self.__name__}' raised {type(exc).__name__}: {exc}") from exc
         rewards = self._checked(answer, completions)
         if log := columns.get("log_metric"):

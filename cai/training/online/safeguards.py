@@ -38,6 +38,8 @@ _UNSEEN = (
     "under gold, a judge or a reward model that is not trained on"
 )
 _NO_LANGUAGES = "py3langid is not installed: whether completions change their language is not watched"
+_FEW = 16
+"""Held-out prompts from which on a fall of gold by a deviation or so is told from chance."""
 _PAGE_EVERY = 30.0
 """Seconds at least between two writings of the page while it trains."""
 
@@ -84,6 +86,9 @@ class Safeguards(TrainerCallback):
             raise AllSteps
         if self._gold is None:
             self._note(_UNSEEN)
+        elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < _FEW:
+            few = len(self.held_out.prompts)
+            self._note(f"gold: {few} held-out prompts are hardly enough to stop the training by; give {_FEW} or more")
         if find_spec("py3langid") is None:
             self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:

@@ -81,6 +81,8 @@ def source_of(value: Any) -> Any:
     place, _, name = value.rpartition(":")
     if place and name.isidentifier():
         return {"function": value}
+    if value.endswith(".py"):
+        raise ValueError(f"{value!r} is a file of Python; name the function in it: {value}:NAME")
     return {"constitution" if value in built_in_names() or value.endswith((".yaml", ".yml")) else "model": value}
 
 
@@ -132,6 +134,15 @@ class OnlineSettings(TrainSettings):
     @classmethod
     def _gold_of_a_text(cls, value: Any) -> Any:
         return source_of(value)
+
+    @model_validator(mode="after")
+    def _rewards_differ(self) -> OnlineSettings:
+        names = [one.name for one in self.reward]
+        if twice := next((one for one in names if names.count(one) > 1), None):
+            raise ValueError(f"reward: two are called {twice!r}, and logs could not tell them apart; rename one of them")
+        if not any(one.weight for one in self.reward):
+            raise ValueError("reward: every weight is 0, so that nothing would be learned; give one of them another weight")
+        return self
 
     @model_validator(mode="after")
     def _gold_is_another(self) -> OnlineSettings:
