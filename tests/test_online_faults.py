@@ -179,7 +179,7 @@ def test_a_reward_is_asked_for_by_its_flag(tmp_path):
 
 
 def test_what_a_flag_rewards_by_follows_from_what_it_is():
-    flags = ["models/reward", "owner/name", "rewards.py:brief", "package.module:brief", "harmless", "mine/own.yaml"]
+    flags = ["models/reward", "owner/name", "rewards.py:brief", "package.module:polite", "harmless", "mine/own.yaml"]
     given = resolve_settings("ppo", None, [], {"data": ["benign"], "reward": flags})
     named = [one.model_dump(exclude_defaults=True) for one in given.reward]
     kinds = ["model", "model", "function", "function", "constitution", "constitution"]
