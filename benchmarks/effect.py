@@ -49,7 +49,7 @@ def write_prompts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def answer(folder: Path, model: str, prompts: str, candidates: int, name: str, seed: int) -> Path:
+def answer(folder: Path, model: str, prompts: str, candidates: int, name: str, seed: int, tokens: int = 96) -> Path:
     """A run in which the model answers each prompt so often at temperature 1."""
     recipe = {
         "constitution": str(Path(__file__).with_name("effect.yaml")),
@@ -57,7 +57,7 @@ def answer(folder: Path, model: str, prompts: str, candidates: int, name: str, s
         "prompts": {"source": str(folder / f"{prompts}.jsonl")},
         "policy": {"model": model},
         "judge": {"method": "checks", "principles": "all"},
-        "generation": {"candidates": candidates, "rounds": 0, "pairs": "samples", "temperature": 1.0, "max_tokens": 96},
+        "generation": {"candidates": candidates, "rounds": 0, "pairs": "samples", "temperature": 1.0, "max_tokens": tokens},
         "dataset": {"test_fraction": TEST_FRACTION, "sft": "best"},
     }
     cai.generate(cai.Recipe.model_validate(recipe), folder / name)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy
 
-import cai
+from benchmarks.effect import answer
 from benchmarks.ppo import THINGS
 from cai.intervals import difference
 from cai.pipeline import read_records
@@ -57,17 +57,8 @@ def write_prompts(folder: Path) -> None:
 
 def answers(folder: Path, model: str, prompts: str, seed: int, name: str) -> list[tuple[str, list[str]]]:
     """Each prompt with four answers at temperature 1."""
-    recipe = {
-        "constitution": str(Path(__file__).with_name("effect.yaml")),
-        "seed": seed,
-        "prompts": {"source": str(folder / f"{prompts}.jsonl")},
-        "policy": {"model": model},
-        "judge": {"method": "checks", "principles": "all"},
-        "generation": {"candidates": 4, "rounds": 0, "pairs": "samples", "temperature": 1.0, "max_tokens": TOKENS},
-    }
-    cai.generate(cai.Recipe.model_validate(recipe), folder / name)
-    found = read_records(folder / name)
-    return [(one.prompt.messages[-1].content, [answer.text for answer in one.candidates]) for one in found]
+    found = read_records(answer(folder, model, prompts, 4, name, seed, TOKENS))
+    return [(one.prompt.messages[-1].content, [given.text for given in one.candidates]) for one in found]
 
 
 def write_pairs(folder: Path, seed: int) -> Path:

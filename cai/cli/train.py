@@ -89,9 +89,7 @@ def _command(stage: StageName) -> Any:
         launch: Launch = None,
     ) -> None:
         flags = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
-        settings = resolve_settings(stage, recipe, set_ or [], flags)
-        folder = choose_out(stage, out)
-        run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
+        _start(stage, resolve_settings(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
 
     return command
 
@@ -111,19 +109,16 @@ def _online_command(stage: StageName) -> Any:
         yes: Yes = False,
         launch: Launch = None,
     ) -> None:
-        flags = {
-            "data": data or None,
-            "reward": reward or None,
-            "gold": gold,
-            "model": model,
-            "lora": lora or None,
-            "seed": seed,
-        }
-        settings = resolve_settings(stage, recipe, set_ or [], flags)
-        folder = choose_out(stage, out)
-        run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
+        given = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
+        flags = {**given, "reward": reward or None, "gold": gold}
+        _start(stage, resolve_settings(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
 
     return command
+
+
+def _start(stage: StageName, settings: TrainSettings, out: str | None, fresh: bool, yes: bool, launch: str | None) -> None:
+    folder = choose_out(stage, out)
+    run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
 
 
 _OF_MEASURING = GoldSettings.model_fields.keys() - RewardSource.model_fields.keys()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2
-from markupsafe import Markup
 
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Row
+from cai.report.page import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FOLDER = Path(__file__).parent
 _CHANCE = {"coin": 0.5}
 
 
@@ -24,18 +20,13 @@ def render_page(agreement_json: Mapping[str, Any], title: str, facts: Mapping[st
 
     `agreement_json` is what `cai.evaluation.Agreement.to_json` gives.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "estimate": _estimate, "points": _points, "decimal": _decimal}
-    with figures.style():
-        drawn = {name: Markup(figures.svg(figure, name)) for name, figure in draw(agreement_json).items()}
-    return environment.get_template("agreement.html.jinja").render(
-        agreement=agreement_json, title=title, facts=facts, figures=drawn
+    return render(
+        "agreement.html.jinja",
+        {"percent": _percent, "estimate": _estimate, "points": _points, "decimal": _decimal},
+        lambda: draw(agreement_json),
+        agreement=agreement_json,
+        title=title,
+        facts=facts,
     )
 
 

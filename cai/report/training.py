@@ -7,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
-
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
+from cai.report.page import render
 from cai.report.written import Line, Written, best_of, read_training, unscored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "training.html"
-_FOLDER = Path(__file__).parent
 _TIMES = 6
 """Steps at which completions are shown, spread over the training."""
 _COLOURS = (BLUE, ORANGE, GREY)
@@ -49,21 +46,13 @@ def write_page(out: Path) -> None:
 
 def render_training(written: Written, title: str) -> str:
     """One HTML page that asks for nothing from outside; what was not measured is not shown."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "ends": _ends}
-    with figures.style():
-        drawn = {name: Markup(figures.svg(figure, name)) for name, figure in draw(written).items()}
     last = max((line["step"] for line in (*written.log, *written.rollouts, *written.gold)), default=0)
-    return environment.get_template("training.html.jinja").render(
+    return render(
+        "training.html.jinja",
+        {"number": _number, "ends": _ends},
+        lambda: draw(written),
         written=written,
         title=title,
-        figures=drawn,
         steps=last,
         best=best_of(written.gold),
         samples=_shown(written.samples),

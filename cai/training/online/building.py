@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cai.errors import ConfigError
@@ -24,15 +26,24 @@ def build(parts: Parts) -> Any:
     given = {**parts.shared, "model": load_policy(settings), **more}
     if not isinstance(settings, OnlineDpoSettings):  # which copies the policy; the others load their reference anew
         parts.arguments.model_init_kwargs = reference_arguments(settings)
-        logging.getLogger("trl.trainer").setLevel(logging.ERROR)  # it says that the policy ignores them
-    if isinstance(settings, PpoSettings):
-        trainer = _ppo(settings, given)
-        if trainer.critic_note:
-            parts.show.note(trainer.critic_note)
-    else:
-        trainer = _of_trl(settings, given)
+    with _without_warnings():
+        trainer = _ppo(settings, given) if isinstance(settings, PpoSettings) else _of_trl(settings, given)
+    if note := getattr(trainer, "critic_note", None):
+        parts.show.note(note)
     Order(trainer)
     return guards.guard(trainer)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """TRL warns, while a trainer is built, that the policy ignores `model_init_kwargs`, which are for the reference."""
+    logger = logging.getLogger("trl.trainer")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:

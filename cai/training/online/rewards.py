@@ -84,7 +84,7 @@ class Reward:
         return rewards
 
 
-def build_reward(source: RewardSource, seed: int, tell: Tell | None = None) -> Reward:
+def build_reward(source: RewardSource, tell: Tell | None = None) -> Reward:
     """The reward of a source. Raises `ConfigError` for what cannot be had, `EngineError` for weights that do not load."""
     if source.model is not None:
         return Reward(source.name, ModelReward(RewardModel.load(source.model)), tell)
