@@ -93,7 +93,8 @@ class Safeguards(TrainerCallback):
             self._note(
                 "limits.kl: with trl.beta 0 there is no reference, so the KL is not known and does not stop the training"
             )
-        self._measure(state.global_step)
+        if not self._golds:  # where a training goes on, the next measure comes when it is due
+            self._measure(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at the rollout, measure where it is time to, and stop where there is reason to."""
