@@ -19,7 +19,7 @@ from cai.config import ModelConfig
 from cai.engines.base import GenerateRequest
 from cai.engines.prefixes import Prefix, PrefixCache
 from cai.models import ModelPlace, locate
-from cai.weights import best_device, pretrained, resolve_dtype
+from cai.weights import best_device, contiguous_head, pretrained, resolve_dtype
 
 _MIN_SHARED = 32
 """Below this many shared tokens, a prefix pass costs more than it saves."""
@@ -42,8 +42,7 @@ class LocalModel:
         source, revision = pretrained(place or locate(config.model, config.revision))
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
-        if (head := self.model.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(_make_contiguous)
+        contiguous_head(self.model)
         self._share = not config.exact
         self._generated, self._scored = PrefixCache(self.model), PrefixCache(self.model)  # neither pushes out the other's
         self._stopping = False
@@ -144,11 +143,6 @@ class LocalModel:
                 layer.values[:, :, :shared] = values
                 layer.cumulative_length.fill_(shared)
         return cache
-
-
-def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A slice of hidden states that is not contiguous makes matmul copy the output embeddings once per row."""
-    return tuple(arg.contiguous() for arg in args)
 
 
 def _stems(targets: Sequence[list[int]]) -> list[list[int]]:

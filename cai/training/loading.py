@@ -16,7 +16,15 @@ from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings
 from cai.training.settings import DpoSettings, RewardSettings
-from cai.weights import best_device, config_of_place, context_of_place, loading, pretrained, vocabulary_of_place
+from cai.weights import (
+    best_device,
+    config_of_place,
+    context_of_place,
+    contiguous_head,
+    loading,
+    pretrained,
+    vocabulary_of_place,
+)
 
 _DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 """What every chat template can write."""
@@ -100,7 +108,9 @@ def context_with_rewards(settings: TrainSettings, context: int | None) -> int | 
 
 def load_policy(settings: TrainSettings) -> Any:
     """A causal language model."""
-    return _load(AutoModelForCausalLM, settings)
+    model = _load(AutoModelForCausalLM, settings)
+    contiguous_head(model)
+    return model
 
 
 def load_reference(settings: TrainSettings, arguments: Any, named: str | None = None) -> Any:

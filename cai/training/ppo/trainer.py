@@ -42,6 +42,7 @@ from cai.training.ppo.estimation import (
 from cai.training.ppo.logprobs import completion_logprobs, is_plain
 from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
+from cai.weights import contiguous_head
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
@@ -85,6 +86,7 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
+        contiguous_head(self.accelerator.unwrap_model(self.model))
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self.critic_note: str | None = None
         """Why the critic does not begin with the reward model that was named."""
