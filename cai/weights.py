@@ -96,17 +96,6 @@ def pretrained(place: ModelPlace) -> tuple[str, str | None]:
     return (str(_converted(place)), None) if place.is_gguf else (place.source, place.revision)
 
 
-def contiguous_head(model: Any) -> None:
-    """Let the output layer of a language model read contiguous features only. A slice of hidden states is not: on a CPU, matmul
-    then copies frozen weights of the layer once per row, which takes longer than all else together."""
-    if (head := model.get_output_embeddings()) is not None:
-        head.register_forward_pre_hook(_make_contiguous)
-
-
-def _make_contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(arg.contiguous() for arg in args)
-
-
 def context_of_place(place: ModelPlace) -> int | None:
     """Tokens that a model takes. Raises as `config_of_place` does."""
     return context_length(config_of_place(place))

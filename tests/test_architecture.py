@@ -18,7 +18,7 @@ ORDER = [
     {"config"},
     {"types", "seeds"},
     {"store", "prompts", "constitution", "models"},
-    {"weights", "control_tokens", "intervals", "report"},
+    {"weights", "cpu", "control_tokens", "intervals", "report"},
     {"reliability", "rewards"},
     {"engines"},
     {"judging"},
@@ -32,7 +32,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = {"torch", "transformers", "trl", "vllm", "ray", "peft", "accelerate", "aiohttp"}
-MAY_BE_HEAVY = {"weights", "rewards", "engines", "training", "evaluation"}
+MAY_BE_HEAVY = {"weights", "cpu", "rewards", "engines", "training", "evaluation"}
 ONLY_HERE = {"ray": PACKAGE / "distributed" / "cluster.py"}
 """What is imported in one file alone."""
 FILES = [

@@ -16,10 +16,11 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from cai.config import ModelConfig
+from cai.cpu import contiguous_head, keep_freed_memory
 from cai.engines.base import GenerateRequest
 from cai.engines.prefixes import Prefix, PrefixCache
 from cai.models import ModelPlace, locate
-from cai.weights import best_device, contiguous_head, pretrained, resolve_dtype
+from cai.weights import best_device, pretrained, resolve_dtype
 
 _MIN_SHARED = 32
 """Below this many shared tokens, a prefix pass costs more than it saves."""
@@ -43,6 +44,8 @@ class LocalModel:
         loaded = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=self.dtype)
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         contiguous_head(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._share = not config.exact
         self._generated, self._scored = PrefixCache(self.model), PrefixCache(self.model)  # neither pushes out the other's
         self._stopping = False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
+from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
 from cai.models import ModelPlace, holds_adapters, is_classifier, locate
 from cai.rewards.model import reward_context
@@ -20,7 +21,6 @@ from cai.weights import (
     best_device,
     config_of_place,
     context_of_place,
-    contiguous_head,
     loading,
     pretrained,
     vocabulary_of_place,
@@ -108,9 +108,7 @@ def context_with_rewards(settings: TrainSettings, context: int | None) -> int | 
 
 def load_policy(settings: TrainSettings) -> Any:
     """A causal language model."""
-    model = _load(AutoModelForCausalLM, settings)
-    contiguous_head(model)
-    return model
+    return _load(AutoModelForCausalLM, settings)
 
 
 def load_reference(settings: TrainSettings, arguments: Any, named: str | None = None) -> Any:
@@ -140,6 +138,8 @@ def _load(auto: Any, settings: TrainSettings, **more: Any) -> Any:
     with loading(f"model '{settings.model}'"):
         torch.manual_seed(settings.seed)  # of new weights
         model = auto.from_pretrained(source, revision=revision, dtype=weights_dtype(settings), **more)
+    if best_device() == "cpu":
+        tune_for_cpu(model)
     return model
 
 

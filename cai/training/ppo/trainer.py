@@ -26,9 +26,11 @@ from transformers import AutoModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, SeparateCritic, TrunkHead
+from cai.training.ppo.drawing import drawing
 from cai.training.ppo.estimation import (
     KLControl,
     Moments,
@@ -42,7 +44,6 @@ from cai.training.ppo.estimation import (
 from cai.training.ppo.logprobs import completion_logprobs, is_plain
 from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
-from cai.weights import contiguous_head
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
@@ -86,7 +87,8 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
-        contiguous_head(self.accelerator.unwrap_model(self.model))
+        if self.accelerator.device.type == "cpu":
+            tune_for_cpu(self.accelerator.unwrap_model(self.model))
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self.critic_note: str | None = None
         """Why the critic does not begin with the reward model that was named."""
@@ -125,6 +127,8 @@ class PPOTrainer(GRPOTrainer):
         backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
         if start is None:
             backbone.load_state_dict(base.base_model.state_dict())
+        if base.device.type == "cpu":
+            tune_for_cpu(backbone)
         if self.args.gradient_checkpointing:
             backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         return SeparateCritic(backbone.to(base.device).train(), start and start.output)
@@ -185,10 +189,12 @@ class PPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------ rollouts
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
-        """TRL's; with the adapters merged where it is the CPU that writes: they take as long as their layers there."""
+        """TRL's. Where it is transformers on a CPU that writes: with adapters merged, which take as long as their layers there,
+        and with quicker draws."""
         model = self.accelerator.unwrap_model(self.model)
-        slow = is_peft_model(model) and not self.use_vllm and self.accelerator.device.type == "cpu"
-        with merged(model) if slow else nullcontext():
+        if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
+            return super()._generate_single_turn(*given, **named)
+        with drawing(self, model), merged(model) if is_peft_model(model) else nullcontext():
             return super()._generate_single_turn(*given, **named)
 
     def _calculate_rewards(self, *given: Any, **named: Any) -> Tensor:

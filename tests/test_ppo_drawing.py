@@ -1,0 +1,57 @@
+"""Quicker draws have the probabilities of the model's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_as_often_as_their_probabilities_say(temperature):
+    from scipy.stats import chisquare
+
+    from cai.training.ppo.drawing import Draw
+
+    torch.manual_seed(0)
+    scores, rows = torch.tensor([0.0, 1.0, -1.0, 2.0]), 20_000
+    left = Draw(temperature)(None, scores.repeat(rows, 1))
+    assert (left.isfinite().sum(dim=1) == 1).all()
+    counts = left.argmax(dim=1).bincount(minlength=4)
+    assert chisquare(counts, (scores.double() / temperature).softmax(0) * rows).pvalue > 0.001
+
+
+def test_what_is_impossible_is_never_drawn():
+    from cai.training.ppo.drawing import Draw
+
+    scores = torch.full((5_000, 3), -float("inf"))
+    scores[:, 1] = 0.0
+    assert (Draw(1.0)(None, scores).argmax(dim=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "quick"), [({}, True), ({"top_k": 5}, False), ({"top_p": 0.9}, False), ({"min_p": 0.1}, False)]
+)
+def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, quick, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from cai.training.ppo import drawing
+
+    asked = []
+    usual = drawing.Draw.__call__
+    monkeypatch.setattr(drawing.Draw, "__call__", lambda *given: asked.append(1) or usual(*given))
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
+    told = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 3, "pad_token_id": 0}
+    trainer = SimpleNamespace(generation_config=GenerationConfig(**{**told, **more}))
+    before, ids = trainer.generation_config, torch.randint(5, 200, (4, 6))
+    with drawing.drawing(trainer, model):
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=trainer.generation_config)
+    assert len(set(map(tuple, written[:, 6:].tolist()))) > 1  # drawn, not the likeliest
+    assert bool(asked) == quick
+    assert trainer.generation_config is before
+    assert "generate" not in vars(model)
