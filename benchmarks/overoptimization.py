@@ -8,7 +8,7 @@ seen, four to each, are measured: of the model that they begin with, of the best
 the best of the second, which is what is kept; with 95 % intervals over prompts. A picture of gold and reward over the
 square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
-    python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 3 overoptimization; continues in a kept folder)
+    python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ def gold_rewards(completions: Any, **columns: Any) -> list[float]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Requests to train on, others to measure on while training, and others to measure on at the end."""
+    """Requests to train on, of which some are set aside to measure on, and others to measure on at the end."""
     asked = [f"{words} {one} in one sentence." for words in ("Tell me about", "Describe") for one in THINGS.split()]
     random.Random(0).shuffle(asked)
-    cut = {"held-out": asked[:HELD_OUT], "fresh": asked[HELD_OUT : HELD_OUT + FRESH], "train": asked[HELD_OUT + FRESH :]}
-    for name, some in cut.items():
+    for name, some in {"fresh": asked[:FRESH], "train": asked[FRESH:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in some))
 
 
@@ -99,7 +98,7 @@ def optimise(folder: Path, seed: int, name: str, reward: Path, more: dict[str, A
             "steps_per_generation": 2,
             "max_completion_length": TOKENS,
             "learning_rate": 5e-4,
-            "value_learning_rate": 1e-3,
+            "value_function": "head",
             "lr_scheduler_type": "constant",
             "beta": 0.02,
         },
@@ -114,7 +113,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, list[Point]]:
     fitting = {
         "data": pairs,
         "seed": seed,
-        "trl": {"num_train_epochs": 2, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
+        "trl": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
     }
     single = run("reward", {**fitting, "lora": {"merge": False}}, folder / f"reward-{seed}")
     several = {**fitting, "members": 4, "combine": "mean-variance", "variance_weight": 0.5}
@@ -166,7 +165,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder)
     found = []
-    for seed in range(int(given.get(0, "3"))):
+    for seed in map(int, given.get(0, "0,1,2").split(",")):
         found.append(one_seed(folder, seed))
         show(folder, seed)
         draw(found, folder / "overoptimization.svg")

@@ -1,14 +1,14 @@
 """Does PPO learn, how fast, and beside what? SmolLM2 with LoRA is rewarded for short words, which a program can count.
 
 The reward of an answer is the share of its words of at most four letters, in tenths above one half. Each trainer writes the
-same number of tokens, to the same prompts with the same seed: our PPO, TRL's RLOO and GRPO, and the PPO that TRL had until
-1.12, with the settings of ours. That one runs on a copy of TRL 1.12.0, which is fetched into a folder beside the results on
-first use. Told for each: reward at the start and the end (the mean of the first two rollouts and of the last tenth, and how
-many deviations of single answers that is), KL to the reference, the value function's explained variance, and tokens that were
-written and trained on a second. Goals: the reward rises by 2 deviations within 15 minutes under a KL of 30 nats; explained
-variance over 0.3; 3 times the tokens a second of TRL's PPO.
+same number of tokens, to the same prompts with the same seed: our PPO with a critic and with a head on the policy's trunk,
+TRL's RLOO and GRPO, and the PPO that TRL had until 1.12, with the settings of ours. That one runs on a copy of TRL 1.12.0,
+which is fetched into a folder beside the results on first use. Told for each: reward at the start and the end (the mean of the
+first two rollouts and of the last tenth, and how many deviations of single answers that is), KL to the reference, the explained
+variance of the value function, and tokens that were written and trained on a second. Goals: the reward rises by 2 deviations
+within 15 minutes under a KL of 30 nats; explained variance over 0.3; 3 times the tokens a second of TRL's PPO.
 
-    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS]   (default all four, 640, a temporary folder, 24)
+    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS]   (default all, 640, a temporary folder, 24)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cai.models import locate
 from cai.weights import pretrained
 
 MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
-TRAINERS = ("ppo", "rloo", "grpo", "trl-ppo")
+TRAINERS = ("ppo", "ppo-head", "rloo", "grpo", "trl-ppo")
 KL, PPO_RATE = 0.05, 3e-4
 THINGS = (
     "apples bees bread bridges cats cheese clouds coffee copper dogs dreams elephants fire fish flowers forests glass gold "
@@ -52,23 +52,21 @@ def reward(completions: Any, **columns: Any) -> list[float]:
 def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any]:
     """What `cai train` is told."""
     shared = {
-        "max_steps": steps * (EPOCHS * MINIBATCHES if name == "ppo" else 1),
+        "max_steps": steps * (EPOCHS * MINIBATCHES if name.startswith("ppo") else 1),
         "max_completion_length": tokens,
-        "learning_rate": {"ppo": PPO_RATE, "rloo": 5e-4, "grpo": 5e-4}[name],
+        "learning_rate": PPO_RATE if name.startswith("ppo") else 5e-4,
         "lr_scheduler_type": "constant",
         "beta": KL,
         "save_strategy": "no",
     }
-    own = {
-        "ppo": {
-            "num_iterations": EPOCHS,
-            "per_device_train_batch_size": BATCH // MINIBATCHES,
-            "steps_per_generation": MINIBATCHES,
-            "value_learning_rate": 1e-3,
-        },
-        "rloo": {"per_device_train_batch_size": BATCH, "num_generations": 4},
-        "grpo": {"per_device_train_batch_size": BATCH, "num_generations": 4},
+    ours = {
+        "num_iterations": EPOCHS,
+        "per_device_train_batch_size": BATCH // MINIBATCHES,
+        "steps_per_generation": MINIBATCHES,
+        "value_learning_rate": 1e-3,
     }
+    groups = {"per_device_train_batch_size": BATCH, "num_generations": 4}
+    own = {"ppo": ours, "ppo-head": {**ours, "value_function": "head"}, "rloo": groups, "grpo": groups}
     source = {"function": f"{Path(__file__).resolve()}:reward"}
     return {
         "model": MODEL,
@@ -86,8 +84,9 @@ def measure(name: str, completions: int, folder: Path, tokens: int) -> dict[str,
     from cai.training.running import train
 
     rows = folder / "prompts.jsonl"
-    settings = SETTINGS[name].model_validate(settings_of(name, completions // BATCH, rows, tokens))  # type: ignore[index]
-    train(name, settings, folder / name, "fresh")  # type: ignore[arg-type]
+    stage: Any = name.removesuffix("-head")
+    settings = SETTINGS[stage].model_validate(settings_of(name, completions // BATCH, rows, tokens))  # type: ignore[index]
+    train(stage, settings, folder / name, "fresh")
     lines = [json.loads(line) for line in (folder / name / "run" / "log.jsonl").read_text().splitlines()]
     told = [line for line in lines if "reward" in line]
     seconds = next(line["train_runtime"] for line in lines if "train_runtime" in line)

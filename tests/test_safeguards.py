@@ -420,6 +420,7 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
     assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
+    assert "after step 2, whose policy this is" in (out / "best" / "README.md").read_text()
     assert "It was stopped after step 4: gold has changed by" in card
 
 

@@ -40,8 +40,9 @@ _PRIVATE = {
 """TRL's arguments that say where on a network something is, or are keys."""
 
 
-def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, Any], name: str) -> str:
-    """The README.md of a model folder called `name`; nothing in it names a folder of the machine."""
+def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, Any], name: str, is_best: bool = False) -> str:
+    """The README.md of a model folder called `name`; nothing in it names a folder of the machine. `is_best`: of the policy with
+    the best gold measure, which may not be the last."""
     template = (Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, autoescape=False)
     measures = {name: _with_ends(value, ends) for name, value, ends in gathered(manifest["measures"])}
@@ -64,6 +65,7 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         is_online=isinstance(settings, OnlineSettings),
         stopped=manifest.get("stopped"),
         best=manifest.get("best"),
+        is_best=is_best,
         gold=manifest.get("gold"),
         gold_by=_rewarded_by(settings.gold) if isinstance(settings, OnlineSettings) and settings.gold else "",
         unscored=manifest.get("unscored", {}),

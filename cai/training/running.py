@@ -227,6 +227,8 @@ def _train_one(
 def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, manifest: dict[str, Any]) -> None:
     folder.write("recipe.yaml", dump({stage: settings.model_dump(mode="json")}))
     folder.write("README.md", render_card(stage, settings, manifest, folder.path.name))
+    if (folder.path / "best").is_dir():
+        folder.write("best/README.md", render_card(stage, settings, manifest, f"{folder.path.name}, best", is_best=True))
     folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(folder.rows, ignore_errors=True)
     shutil.rmtree(folder.path / "run" / "best", ignore_errors=True)

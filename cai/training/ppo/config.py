@@ -46,7 +46,9 @@ class PPOConfig(GRPOConfig):
         "critic",
         "critic: a network of its own (under LoRA adapters on the policy's base); head: a layer on the policy's trunk.",
     )
-    value_learning_rate: float | None = _field(None, "Of the value function; null: 10 times learning_rate, or 1e-3 for a head.")
+    value_learning_rate: float | None = _field(
+        None, "Of the value function; null: 1e-3 for a head, for a critic 10 times learning_rate and at most 1e-3."
+    )
     value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
     vf_coef: float = _field(0.1, "Weight of the value loss where a head shares the policy's trunk.")
     cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from accelerate.utils import is_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, ProcessorMixin
@@ -47,7 +48,7 @@ from cai.training.ppo.starting import Start, UnfitError, start_from
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
-_HEAD_RATE = 1e-3
+_VALUE_RATE = 1e-3
 
 
 class Passed(NamedTuple):
@@ -96,7 +97,7 @@ class PPOTrainer(GRPOTrainer):
         self.value = self._build_value(Path(value_model) if value_model else None, base_version)
         rate = args.value_learning_rate
         if rate is None:
-            rate = _HEAD_RATE if isinstance(self.value, TrunkHead) else 10 * args.learning_rate
+            rate = _VALUE_RATE if isinstance(self.value, TrunkHead) else min(10 * args.learning_rate, _VALUE_RATE)
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = torch.optim.AdamW(
@@ -148,9 +149,18 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
             yield
 
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """That of products of matrices. Adapters need not cast what they read where autocast does; where layers are computed
+        again on the way back, which is outside of here, they have to do as there."""
+        model = self.accelerator.unwrap_model(self.model)
+        casts = self.accelerator.mixed_precision == "no" or self.args.gradient_checkpointing
+        with self.accelerator.autocast(), disable_input_dtype_casting(model, active=is_peft_model(model) and not casts):
+            yield
+
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The critic's values of the state before each of the last `length` tokens."""
-        with self.accelerator.autocast():
+        with self._precision():
             values: Tensor = cast(Critic, self.value).values(ids, mask)
         return values[:, -length - 1 : -1]
 
@@ -183,7 +193,7 @@ class PPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, None]:
         """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
         size = batch_size or len(ids)
-        with self.accelerator.autocast():
+        with self._precision():
             found = completion_logprobs(model, base, ids, mask, length, size, self.temperature, compute_entropy)
         return found[0], found[1] if compute_entropy else None, None
 
