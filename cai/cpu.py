@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import eager_mask
 
-_SHORT_ATTENTION, _SHORT = "short", 256
+_SHORT = 256
 """Up to so many positions, plain products take a fifth to a half of the time of torch's fused attention with its gradients."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of mallopt(3)."""
@@ -23,7 +22,7 @@ def tune_for_cpu(model: Any) -> None:
     """All of the below."""
     keep_freed_memory()
     contiguous_head(model)
-    short_attention(model)
+    short_attention()
 
 
 @cache
@@ -48,12 +47,10 @@ def _make_contiguous(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple
     return tuple(arg.contiguous() for arg in args)
 
 
-def short_attention(model: Any) -> None:
-    """Let a model that attends by torch's fused attention use plain products for short sequences."""
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_SHORT_ATTENTION, _attend)
-        AttentionMaskInterface.register(_SHORT_ATTENTION, eager_mask)
-        model.set_attn_implementation(_SHORT_ATTENTION)
+@cache
+def short_attention() -> None:
+    """Let all models of this process that attend by torch's fused attention use plain products for short sequences on a CPU."""
+    AttentionInterface.register("sdpa", _attend)
 
 
 def _attend(
@@ -64,15 +61,21 @@ def _attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """(B, heads, Q, width) and (B, key heads, K, width) to (B, Q, heads, width)."""
-    if key.size(2) > _SHORT or attention_mask is None or dropout or named.get("position_bias") is not None:
-        fused: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named
-        )
+    """(B, heads, Q, width) and (B, key heads, K, width) to (B, Q, heads, width), by the interface of transformers."""
+    length, mask = key.size(2), attention_mask
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and query.size(2) == length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    more = dropout or any(named.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    if mask is None or more or query.device.type != "cpu" or query.size(2) == 1 or length > _SHORT:
+        told = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}
+        fused: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **told)
         return fused
     groups = query.size(1) // key.size(1)
-    scores = query @ repeat_kv(key, groups).mT * (scaling or query.size(-1) ** -0.5) + attention_mask
+    scores = query @ repeat_kv(key, groups).mT * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), None

@@ -11,65 +11,70 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def models(tmp_path):
-    """The same model twice: as it comes, and with short attention."""
+def model(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from cai.cpu import short_attention
-
-    usual, short = (AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path), dtype=torch.float32) for _ in range(2))
-    short_attention(short)
-    return usual, short
+    return AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path), dtype=torch.float32)
 
 
-def padded(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = torch.randint(5, 200, (3, length)), torch.ones(3, length, dtype=torch.long)
-    mask[0, : length // 2] = 0
-    return ids, mask
-
-
-@pytest.mark.parametrize("length", [9, 300])
-def test_short_attention_gives_the_values_and_gradients_of_the_fused_one(length, models):
-    ids, mask = padded(length)
-    found = []
-    for model in models:
-        logits = model(ids, attention_mask=mask).logits[mask.bool()]
-        logits.logsumexp(-1).sum().backward()
-        found.append((logits, model.model.layers[0].self_attn.k_proj.weight.grad))
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
-
-
-def test_short_attention_is_used_for_short_sequences_alone(models, monkeypatch):
+@pytest.fixture
+def fused(monkeypatch):
+    """The lengths and masks that torch's fused attention was asked with, from here on."""
     from cai import cpu
 
-    asked = []
+    asked, usual = [], cpu.sdpa_attention_forward
 
-    def fused(module, query, key, *given, **named):
-        asked.append(key.size(2))
-        return torch.zeros_like(query).transpose(1, 2), None
+    def forward(module, query, key, value, mask, **named):
+        asked.append((key.size(2), mask))
+        return usual(module, query, key, value, mask, **named)
 
-    monkeypatch.setattr(cpu, "sdpa_attention_forward", fused)
-    with torch.no_grad():
-        models[1](torch.ones(1, 256, dtype=torch.long))
-        assert asked == []
-        models[1](torch.ones(1, 257, dtype=torch.long))
-    assert set(asked) == {257}
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", forward)
+    cpu.short_attention()
+    return asked
 
 
-def test_a_model_with_another_attention_keeps_it(tmp_path):
-    from transformers import AutoModelForCausalLM
+def passed(model, length: int, is_padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and a gradient."""
+    torch.manual_seed(0)
+    ids, mask = torch.randint(5, 200, (3, length)), torch.ones(3, length, dtype=torch.long)
+    mask[0, : length // 2 if is_padded else 0] = 0
+    model.zero_grad()
+    logits = model(ids, attention_mask=mask).logits[mask.bool()]
+    logits.logsumexp(-1).sum().backward()
+    return logits.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
-    from cai.cpu import short_attention
 
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path), attn_implementation="eager")
-    short_attention(model)
-    assert model.config._attn_implementation == "eager"
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("length", [9, 256])
+def test_short_attention_gives_the_values_and_gradients_of_the_fused_one(length, is_padded, model, fused, monkeypatch):
+    short = passed(model, length, is_padded)
+    assert fused == []
+    monkeypatch.setattr("cai.cpu._SHORT", 0)
+    torch.testing.assert_close(short, passed(model, length, is_padded), atol=1e-4, rtol=1e-4)
+    assert fused
 
 
-def test_the_output_layer_reads_contiguous_features_and_is_told_once(models):
+def test_longer_sequences_are_left_to_the_fused_one_as_they_were(model, fused):
+    passed(model, 257, False)
+    assert {(length, mask) for length, mask in fused} == {(257, None)}
+    fused.clear()
+    passed(model, 257, True)
+    assert {mask.dtype for _, mask in fused} == {torch.bool}
+
+
+def test_a_mask_may_be_added_too(model, fused, monkeypatch):
+    ids = torch.randint(5, 200, (2, 7))
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    short = model(ids, attention_mask=mask).logits
+    assert fused == []
+    monkeypatch.setattr("cai.cpu._SHORT", 0)
+    torch.testing.assert_close(short, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_output_layer_reads_contiguous_features_and_is_told_once(model):
     from cai.cpu import tune_for_cpu
 
-    model, read = models[0], []
+    read = []
     tune_for_cpu(model)
     tune_for_cpu(model)
     assert len(model.lm_head._forward_pre_hooks) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -34,24 +35,46 @@ def test_what_is_impossible_is_never_drawn():
     assert (Draw(1.0)(None, scores).argmax(dim=1) == 1).all()
 
 
+def test_probabilities_that_are_not_numbers_end_it():
+    from cai.errors import EngineError
+    from cai.training.ppo.drawing import Draw
+
+    with pytest.raises(EngineError, match="not numbers"):
+        Draw(1.0)(None, torch.tensor([[0.0, float("nan")]]))
+
+
 @pytest.mark.parametrize(
-    ("more", "quick"), [({}, True), ({"top_k": 5}, False), ({"top_p": 0.9}, False), ({"min_p": 0.1}, False)]
+    ("more", "of_model", "quick"),
+    [
+        ({}, {}, True),
+        ({"temperature": 0.7}, {"temperature": 0.2, "top_k": 50}, True),
+        ({"top_k": 5}, {}, False),
+        ({"top_k": None}, {}, False),
+        ({"top_p": 0.9}, {}, False),
+        ({"min_p": 0.1}, {}, False),
+        ({"typical_p": 0.3}, {}, False),
+        ({"num_beams": 2}, {}, False),
+        ({}, {"min_p": 0.1}, False),
+        ({}, {"typical_p": 0.3}, False),
+    ],
 )
-def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, quick, tmp_path, monkeypatch):
+def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, of_model, quick, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from cai.training.ppo import drawing
 
     asked = []
     usual = drawing.Draw.__call__
-    monkeypatch.setattr(drawing.Draw, "__call__", lambda *given: asked.append(1) or usual(*given))
+    monkeypatch.setattr(drawing.Draw, "__call__", lambda *given: asked.append(given[0]._temperature) or usual(*given))
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
+    model.generation_config.update(**of_model)
     told = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 3, "pad_token_id": 0}
     trainer = SimpleNamespace(generation_config=GenerationConfig(**{**told, **more}))
     before, ids = trainer.generation_config, torch.randint(5, 200, (4, 6))
-    with drawing.drawing(trainer, model):
+    with suppress(KeyError), drawing.drawing(trainer, model):
         written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=trainer.generation_config)
+        raise KeyError
     assert len(set(map(tuple, written[:, 6:].tolist()))) > 1  # drawn, not the likeliest
-    assert bool(asked) == quick
+    assert set(asked) == ({more.get("temperature", 1.0)} if quick else set())
     assert trainer.generation_config is before
     assert "generate" not in vars(model)

@@ -17,14 +17,7 @@ from cai.training.arguments import weights_dtype
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings
 from cai.training.settings import DpoSettings, RewardSettings
-from cai.weights import (
-    best_device,
-    config_of_place,
-    context_of_place,
-    loading,
-    pretrained,
-    vocabulary_of_place,
-)
+from cai.weights import best_device, config_of_place, context_of_place, loading, pretrained, vocabulary_of_place
 
 _DIALOGUE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 """What every chat template can write."""

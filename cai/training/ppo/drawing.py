@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from cai.errors import EngineError
+
 
 class Draw(LogitsProcessor):
     """Leaves one token possible in each row, drawn at a temperature."""
@@ -25,21 +27,41 @@ class Draw(LogitsProcessor):
         """`scores` (B, vocabulary); the likeliest token is the one that was drawn."""
         cumulative = (scores / self._temperature).softmax(dim=-1).cumsum(dim=-1)
         threshold = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
+        if not cumulative[:, -1].isfinite().all():
+            raise EngineError("the policy's probabilities are not numbers; lower trl.learning_rate, or set dtype: float32")
         drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.size(-1) - 1)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
+
+
+_NEUTRAL = {
+    "min_p": 0,
+    "top_h": None,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "num_beams": 1,
+    "watermarking_config": None,
+}
+"""What else bends draws, in the settings of transformers, and the value with which it does not; besides null."""
+
+
+def is_plain(config: Any, of_model: Any) -> bool:
+    """Whether tokens are drawn by their probabilities at a temperature. What `config` leaves open, that of the model says."""
+    bent = (getattr(one, name, None) not in (None, value) for one in (config, of_model) for name, value in _NEUTRAL.items())
+    return bool(config.do_sample) and config.top_k == 0 and config.top_p == 1 and not any(bent)
 
 
 @contextmanager
 def drawing(trainer: Any, model: Any) -> Iterator[None]:
     """Inside, `model.generate` of a trainer of TRL draws by `Draw`, where a temperature is all that its draws are told."""
     config = trainer.generation_config
-    cut = config.top_k or config.min_p or (config.top_p or 1) < 1
-    if cut or not config.do_sample:
+    if not is_plain(config, model.generation_config):
         yield
         return
-    trainer.generation_config = deepcopy(config)
-    trainer.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    model.generate = partial(model.generate, logits_processor=LogitsProcessorList([Draw(config.temperature)]))
+    draw = LogitsProcessorList([Draw(1.0 if config.temperature is None else config.temperature)])
+    greedy = deepcopy(config)
+    greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    trainer.generation_config, model.generate = greedy, partial(model.generate, logits_processor=draw)
     try:
         yield
     finally:

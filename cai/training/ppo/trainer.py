@@ -151,11 +151,11 @@ class PPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """That of products of matrices. Adapters need not cast what they read where autocast does; where layers are computed
-        again on the way back, which is outside of here, they have to do as there."""
+        """That of products of matrices. Adapters need not cast what they read where autocast does; but where layers are
+        computed again on the way back, which is outside of here, they have to do as there."""
         model = self.accelerator.unwrap_model(self.model)
-        casts = self.accelerator.mixed_precision == "no" or self.args.gradient_checkpointing
-        with self.accelerator.autocast(), disable_input_dtype_casting(model, active=is_peft_model(model) and not casts):
+        casts_twice = is_peft_model(model) and self.accelerator.mixed_precision != "no" and not model.is_gradient_checkpointing
+        with self.accelerator.autocast(), disable_input_dtype_casting(model, active=casts_twice):
             yield
 
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
