@@ -1,12 +1,12 @@
 """A reward model is trained on few pairs, a quarter of them mislabelled, and PPO optimises it: what becomes of the gold?
 
 What is wanted, the gold, is answers of 12 words: 1 less how far off the number of words is, as a share of 12, at least -1. The
-model's own answers are longer, so pairs of them say that shorter is better, and so will the reward model, far below 12. Two
-trainings with each seed: one reward model and no safeguards; and an ensemble (mean less variance) with the gold measured on
-held-out prompts and its stop, as `gold:` of `cai train ppo`. Then answers to prompts that neither training nor measuring has
-seen, four to each, are measured: of the model that they begin with, of the best and the last of the first training, and of
-the best of the second, which is what is kept; with 95 % intervals over prompts. A picture of gold and reward over the
-square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
+pairs are of the model's own answers, of those with 12 words or more: all that they say is that shorter is better, and so will
+the reward model, far below 12. Two trainings with each seed: one reward model and no safeguards; and an ensemble (mean less
+variance) with the gold measured on held-out prompts and its stop, as `gold:` of `cai train ppo`. Then answers to prompts that
+neither training nor measuring has seen, four to each, are measured: of the model that they begin with, of the best and the last
+of the first training, and of the best of the second, which is what is kept; with 95 % intervals over prompts. A picture of gold
+and reward over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """
@@ -32,7 +32,7 @@ from cai.training.running import train
 MODEL, WANTED, TOKENS = "smollm2-135m", 12, 48
 PAIRS, FLIPPED = 64, 0.25
 HELD_OUT, FRESH = 32, 32
-ROLLOUTS, BATCH = 24, 32
+ROLLOUTS, BATCH = 16, 32
 Point = dict[str, float]
 
 
@@ -61,10 +61,10 @@ def answers(folder: Path, model: str, prompts: str, seed: int, name: str) -> lis
 
 
 def write_pairs(folder: Path, seed: int) -> Path:
-    """Pairs of the model's own answers, the better one by the gold first, but for a quarter of them."""
+    """Pairs of the model's own answers that are not short, the better one by the gold first, but for a quarter of them."""
     draw, pairs = random.Random(seed), []
     for prompt, texts in answers(folder, MODEL, "train", seed, f"answers-{seed}"):
-        for first, second in combinations(texts, 2):
+        for first, second in combinations([one for one in texts if len(one.split()) >= WANTED], 2):
             if gold(first) != gold(second):
                 better, worse = sorted((first, second), key=gold, reverse=True)
                 pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})
@@ -97,7 +97,7 @@ def optimise(folder: Path, seed: int, name: str, reward: Path, more: dict[str, A
             "per_device_train_batch_size": BATCH // 2,
             "steps_per_generation": 2,
             "max_completion_length": TOKENS,
-            "learning_rate": 5e-4,
+            "learning_rate": 4e-4,
             "value_function": "head",
             "lr_scheduler_type": "constant",
             "beta": 0.02,
