@@ -76,6 +76,7 @@ def _attend(
         return fused
     groups = query.size(1) // key.size(1)
     scores = query @ repeat_kv(key, groups).mT * (query.size(-1) ** -0.5 if scaling is None else scaling)
-    scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if mask.dtype == torch.bool:  # a sum has quicker gradients than what fills in
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    weights = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), None
