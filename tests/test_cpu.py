@@ -62,6 +62,17 @@ def test_longer_sequences_are_left_to_the_fused_one_as_they_were(model, fused):
     assert {mask.dtype for _, mask in fused} == {torch.bool}
 
 
+def test_many_rows_are_written_with_the_scores_of_the_fused_one(model, fused, monkeypatch):
+    ids, mask = torch.randint(5, 200, (4, 7)), torch.ones(4, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    told = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    short = model.generate(ids, attention_mask=mask, **told).logits
+    assert fused == []
+    monkeypatch.setattr("cai.cpu._ROWS", 5)
+    torch.testing.assert_close(short, model.generate(ids, attention_mask=mask, **told).logits, atol=1e-4, rtol=1e-4)
+    assert len(fused) == 3 * 2, "each token after the first, in both layers"
+
+
 def test_a_mask_may_be_added_too(model, fused, monkeypatch):
     ids = torch.randint(5, 200, (2, 7))
     mask = torch.zeros(2, 1, 7, 7).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)

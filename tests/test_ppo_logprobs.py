@@ -36,18 +36,6 @@ def test_values_and_gradients_are_those_of_plain_code(bias, temperature, logprob
     torch.testing.assert_close(hidden.grad, plain.grad)
 
 
-def test_completions_alone_are_scored_as_a_whole_pass_scores_them(tmp_path, logprobs):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path)).requires_grad_(False)
-    ids, length = torch.randint(5, 200, (5, 9)), 4
-    found, entropy = logprobs.completion_logprobs(model, model, ids, torch.ones_like(ids), length, 2, 1.0, False)
-    logs = model(ids).logits[:, -length - 1 : -1].log_softmax(-1)
-    torch.testing.assert_close(found, logs.gather(-1, ids[:, -length:].unsqueeze(-1))[..., 0], atol=1e-5, rtol=1e-4)
-    assert (entropy == 0).all()
-    assert not model.model._forward_hooks
-
-
 def test_an_output_layer_that_is_trained_or_scaled_is_left_to_trl(tmp_path, logprobs):
     from transformers import AutoModelForCausalLM
 

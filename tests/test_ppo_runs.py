@@ -193,7 +193,9 @@ def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outp
     with trainer.value.working(), torch.no_grad():
         for row, reward in zip(rows, rewards, strict=True):
             ids = torch.tensor([row])
-            assert float(trainer.value.values(ids, torch.ones_like(ids))[0, -1]) == pytest.approx(float(reward), abs=1e-4)
+            assert float(
+                trainer.value.values(more := torch.cat([ids, ids[:, :1]], dim=1), torch.ones_like(more), 1)[0, 0]
+            ) == pytest.approx(float(reward), abs=1e-4)
     out = rollout(trainer)
     assert (out["old_per_token_logps"] - out["ref_per_token_logps"]).abs().max() < 1e-4, "the policy is as it was"
     assert trainer.model.training
@@ -238,13 +240,13 @@ def test_the_policy_learns_and_the_values_explain_returns(tiny, tmp_path, form):
         return [float("a" in prompt) for prompt in prompts]
 
     trainer = make(
-        tiny, tmp_path, form, [low, first], Dataset.from_dict({"prompt": ["aaaa", "zzzz"] * 64}), max_steps=64,
+        tiny, tmp_path, form, [low, first], Dataset.from_dict({"prompt": ["aaaa", "zzzz"] * 64}), max_steps=128,
         num_iterations=4, per_device_train_batch_size=32, beta=0.005, learning_rate=2e-2 if form == "adapters" else 5e-3,
         value_learning_rate=3e-2, seed=1,
     )  # fmt: skip
     trainer.train()
     rewards, explained = logged(trainer, "rewards/low/mean"), logged(trainer, "value/explained_variance")
-    assert mean(rewards[-4:]) > mean(rewards[:4]) + 0.1
+    assert mean(rewards[-4:]) > mean(rewards[:4]) + 0.06, "three standard errors"
     assert explained[0] < 0.05 < 0.3 < mean(explained[-4:])
 
 

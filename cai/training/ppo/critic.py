@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
+from cai.training.ppo.features import completion_features
+
 CRITIC = "critic"
 """The name of its adapters."""
 
@@ -69,8 +71,9 @@ class Critic(Protocol):
 
     layer: ValueLayer
 
-    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What is expected after each token: (B, L), float32. Gradients are to be taken inside of `working`."""
+    def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """What is expected before each of the last `length` tokens: (B, length), float32; see `completion_features`. Gradients
+        are to be taken inside of `working`."""
 
     def working(self) -> Any:
         """A context in which its weights are those in use."""
@@ -90,9 +93,10 @@ class SeparateCritic(nn.Module):
         self.layer = ValueLayer(backbone.config.get_text_config().hidden_size, output)
         self.to(backbone.device)
 
-    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """See `Critic`."""
-        return _values(self.backbone, self.layer, ids, mask)
+        values: Tensor = self.layer(completion_features(self.backbone, ids, mask, length))
+        return values
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -125,9 +129,10 @@ class AdapterCritic:
         policy.set_adapter(self._own)
         self.layer = ValueLayer(base.config.get_text_config().hidden_size, output).to(base.device)
 
-    def values(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """See `Critic`; only inside of `working`."""
-        return _values(self._policy.get_base_model().base_model, self.layer, ids, mask)
+        values: Tensor = self.layer(completion_features(self._policy.get_base_model().base_model, ids, mask, length))
+        return values
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -151,12 +156,6 @@ def _of_its_own(config: Any) -> Any:
     return own
 
 
-def _values(backbone: Any, layer: ValueLayer, ids: Tensor, mask: Tensor) -> Tensor:
-    features = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    values: Tensor = layer(features)
-    return values
-
-
 class TrunkHead:
     """A layer on the policy's trunk: its values come with each pass of the policy that it watches."""
 
@@ -165,14 +164,18 @@ class TrunkHead:
         self._trunk = policy.base_model
         self.layer = ValueLayer(policy.config.get_text_config().hidden_size).to(policy.device)
 
+    def values(self, features: Tensor, alone: bool = False) -> Tensor:
+        """Of features of the trunk. `alone`: their gradients end at the layer."""
+        values: Tensor = self.layer(features.detach() if alone else features)
+        return values
+
     @contextmanager
     def watching(self, alone: bool = False) -> Iterator[list[Tensor]]:
-        """A list to which each pass of the trunk adds its values. `alone`: their gradients end at the layer."""
+        """A list to which each pass of the trunk adds its values."""
         seen: list[Tensor] = []
 
         def add(_module: Any, _given: Any, answer: Any) -> None:
-            features = answer.last_hidden_state
-            seen.append(self.layer(features.detach() if alone else features))
+            seen.append(self.values(answer.last_hidden_state, alone))
 
         handle = self._trunk.register_forward_hook(add)
         try:

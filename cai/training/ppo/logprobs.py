@@ -22,32 +22,34 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, entropies: bool
     ) -> Any:
-        """`hidden` (N, width) and `weight` (vocabulary, width) of one dtype, `tokens` (N,); entropies not asked for are 0."""
-        found, entropy, total = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+        """`hidden` (N, width) and `weight` (vocabulary, width) of one dtype, `tokens` (N,); entropies not asked for are 0.
+
+        What gradients need is computed here, while the logits are there: the output of `backward` for gradients of 1.
+        """
+        found, entropy = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(len(hidden)):
             logits = _logits(hidden[part], weight, bias, temperature)
-            total[part] = logits.logsumexp(dim=1)
-            found[part] = logits.gather(1, tokens[part].unsqueeze(1))[:, 0] - total[part]
+            logits -= logits.amax(dim=1, keepdim=True)
+            chosen = logits.gather(1, tokens[part].unsqueeze(1))[:, 0]
+            weights = logits.exp() if entropies else logits.exp_()
+            total = weights.sum(dim=1)
+            found[part] = chosen - total.log()
             if entropies:
-                logits -= total[part].unsqueeze(1)
-                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
-        ctx.save_for_backward(hidden, weight, bias, tokens, total)
-        ctx.temperature = temperature
+                entropy[part] = total.log() - torch.bmm(weights.unsqueeze(1), logits.unsqueeze(2)).flatten() / total
+            if slope is not None:
+                weights *= -1 / (total * temperature).unsqueeze(1)
+                weights.scatter_add_(1, tokens[part].unsqueeze(1), torch.full_like(weights[:, :1], 1 / temperature))
+                slope[part] = weights.to(weight.dtype) @ weight
+        ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return found, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Of `hidden`: the logits are computed again."""
-        hidden, weight, bias, tokens, total = ctx.saved_tensors
-        found = torch.empty_like(hidden)
-        for part in _parts(len(hidden)):
-            logits = _logits(hidden[part], weight, bias, ctx.temperature)
-            surprise = logits.sub_(total[part].unsqueeze(1)).exp_().neg_()
-            surprise.scatter_add_(1, tokens[part].unsqueeze(1), torch.ones_like(surprise[:, :1]))
-            surprise *= (gradients[0][part] / ctx.temperature).unsqueeze(1)
-            found[part] = surprise.to(weight.dtype) @ weight
-        return found, None, None, None, None, None
+        """Of `hidden`."""
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0].unsqueeze(1).to(slope.dtype), None, None, None, None, None
 
 
 def _parts(count: int) -> list[slice]:
@@ -68,23 +70,6 @@ def token_logprobs(
         flat = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
         found = TokenLogProbs.apply(flat, weight, head.bias, tokens.reshape(-1), temperature, entropies)
     return found[0].view_as(tokens), found[1].view_as(tokens)
-
-
-def completion_logprobs(
-    model: Any, base: Any, ids: Tensor, mask: Tensor, length: int, size: int, temperature: float, entropies: bool
-) -> tuple[Tensor, Tensor]:
-    """Of the last `length` tokens of each row of `ids`, `size` rows at a time. `base` is the language model in `model`."""
-    features: list[Tensor] = []
-    found = []
-    handle = base.base_model.register_forward_hook(lambda *passed: features.append(passed[-1].last_hidden_state))
-    try:
-        for part, attention in zip(ids.split(size), mask.split(size), strict=True):
-            model(input_ids=part, attention_mask=attention, use_cache=False, logits_to_keep=1)
-            before, tokens = features.pop()[:, -length - 1 : -1], part[:, -length:]
-            found.append(token_logprobs(before, base.get_output_embeddings(), tokens, temperature, entropies))
-    finally:
-        handle.remove()
-    return torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
 
 
 _SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")

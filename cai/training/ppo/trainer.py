@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -42,7 +41,8 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
-from cai.training.ppo.logprobs import completion_logprobs, is_plain
+from cai.training.ppo.features import completion_features
+from cai.training.ppo.logprobs import is_plain, token_logprobs
 from cai.training.ppo.merging import merged
 from cai.training.ppo.starting import Start, UnfitError, start_from
 
@@ -161,8 +161,7 @@ class PPOTrainer(GRPOTrainer):
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The critic's values of the state before each of the last `length` tokens."""
         with self._precision():
-            values: Tensor = cast(Critic, self.value).values(ids, mask)
-        return values[:, -length - 1 : -1]
+            return cast(Critic, self.value).values(ids, mask, length)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
@@ -170,18 +169,20 @@ class PPOTrainer(GRPOTrainer):
         """TRL's, or on a CPU our own; a head's values of each pass of the trunk are kept in `_watched`."""
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if is_peft_model(base) else base
-        ask = super()._get_per_token_logps_and_entropies
+        head = self.value if isinstance(self.value, TrunkHead) and model is not self.ref_model else None
         if ids.device.type == "cpu" and is_plain(base) and not (self._entropy_bonus_enabled or self.aux_loss_enabled):
-            ask = partial(self._plain_logps, base)
-        if not isinstance(self.value, TrunkHead) or model is self.ref_model:
+            return self._plain_logps(head, base, model, ids, mask, length, *given, **named)
+        ask = super()._get_per_token_logps_and_entropies
+        if head is None:
             return ask(model, ids, mask, length, *given, **named)
-        with self.value.watching(self._warms_up) as seen:
+        with head.watching(self._warms_up) as seen:
             found = ask(model, ids, mask, length, *given, **named)
         self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
         return found
 
     def _plain_logps(
         self,
+        head: TrunkHead | None,
         base: Any,
         model: Any,
         ids: Tensor,
@@ -192,10 +193,26 @@ class PPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
-        size = batch_size or len(ids)
+        through, logps, entropies, values = None if self._is_alone else model, [], [], []
         with self._precision():
-            found = completion_logprobs(model, base, ids, mask, length, size, self.temperature, compute_entropy)
-        return found[0], found[1] if compute_entropy else None, None
+            for part, attention in zip(ids.split(size := batch_size or len(ids)), mask.split(size), strict=True):
+                features = completion_features(base.base_model, part, attention, length, through)
+                output, tokens = base.get_output_embeddings(), part[:, -length:]
+                found = token_logprobs(features, output, tokens, self.temperature, compute_entropy)
+                logps.append(found[0])
+                entropies.append(found[1])
+                if head is not None:
+                    values.append(head.values(features, self._warms_up))
+        if head is not None:
+            self._watched.append(torch.cat(values))
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether a pass of the trunk by itself is one of the model: nothing around it adds up gradients or begins prompts."""
+        model, several = self.accelerator.unwrap_model(self.model), self.accelerator.num_processes > 1
+        begins = is_peft_model(model) and model.active_peft_config.is_prompt_learning
+        return not (several or self.is_fsdp_enabled or self.is_deepspeed_enabled or begins)
 
     # ------------------------------------------------------------------------------------------------ rollouts
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
