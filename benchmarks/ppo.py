@@ -1,12 +1,13 @@
 """Does PPO learn, how fast, and beside what? SmolLM2 with LoRA is rewarded for short words, which a program can count.
 
 The reward of an answer is the share of its words of at most four letters, in tenths above one half. Each trainer writes the
-same number of tokens, to the same prompts with the same seed: our PPO with a critic and with a head on the policy's trunk,
-TRL's RLOO and GRPO, and the PPO that TRL had until 1.12, with the settings of ours. That one runs on a copy of TRL 1.12.0,
-which is fetched into a folder beside the results on first use. Told for each: reward at the start and the end (the mean of the
-first two rollouts and of the last tenth, and how many deviations of single answers that is), KL to the reference, the explained
-variance of the value function, and tokens that were written and trained on a second. Goals: the reward rises by 2 deviations
-within 15 minutes under a KL of 30 nats; explained variance over 0.3; 3 times the tokens a second of TRL's PPO.
+same number of tokens, to the same prompts with the same seed: our PPO with a critic, with a head on the policy's trunk, and
+with a critic and vLLM in its process to write; TRL's RLOO and GRPO, and the PPO that TRL had until 1.12, with the settings of
+ours. That one runs on a copy of TRL 1.12.0, which is fetched into a folder beside the results on first use. Told for each:
+reward at the start and the end (the mean of the first two rollouts and of the last tenth, and how many deviations of single
+answers that is), KL to the reference, the explained variance of the value function, and tokens that were written and trained on
+a second. Goals: the reward rises by 2 deviations within 15 minutes under a KL of 30 nats; explained variance over 0.3; 3 times
+the tokens a second of TRL's PPO.
 
     python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS]   (default all, 640, a temporary folder, 24)
 """
@@ -26,7 +27,7 @@ from cai.models import locate
 from cai.weights import pretrained
 
 MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
-TRAINERS = ("ppo", "ppo-head", "rloo", "grpo", "trl-ppo")
+TRAINERS = ("ppo", "ppo-head", "ppo-vllm", "rloo", "grpo", "trl-ppo")
 KL, PPO_RATE = 0.05, 3e-4
 THINGS = (
     "apples bees bread bridges cats cheese clouds coffee copper dogs dreams elephants fire fish flowers forests glass gold "
@@ -66,7 +67,8 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any
         "value_learning_rate": 1e-3,
     }
     groups = {"per_device_train_batch_size": BATCH, "num_generations": 4}
-    own = {"ppo": ours, "ppo-head": {**ours, "value_function": "head"}, "rloo": groups, "grpo": groups}
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 512}
+    own = {"ppo": ours, "ppo-head": {**ours, "value_function": "head"}, "ppo-vllm": ours | vllm, "rloo": groups, "grpo": groups}
     source = {"function": f"{Path(__file__).resolve()}:reward"}
     return {
         "model": MODEL,
@@ -84,7 +86,7 @@ def measure(name: str, completions: int, folder: Path, tokens: int) -> dict[str,
     from cai.training.running import train
 
     rows = folder / "prompts.jsonl"
-    stage: Any = name.removesuffix("-head")
+    stage: Any = name.partition("-")[0]
     settings = SETTINGS[stage].model_validate(settings_of(name, completions // BATCH, rows, tokens))  # type: ignore[index]
     train(stage, settings, folder / name, "fresh")
     lines = [json.loads(line) for line in (folder / name / "run" / "log.jsonl").read_text().splitlines()]

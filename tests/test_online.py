@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,11 @@ principles:
 def brief(completions: Any, **columns: Any) -> list[float]:
     """A reward: less for each character."""
     return [-float(len(one[-1]["content"])) for one in completions]
+
+
+def counted(completions: Any, **columns: Any) -> list[float]:
+    """A measure: how many words."""
+    return [float(len(one[-1]["content"].split())) for one in completions]
 
 
 def by_topic(prompts: Any, completions: Any, topic: Any, log_metric: Any, **columns: Any) -> list[float | None]:
@@ -180,6 +188,33 @@ def test_two_processes_train_one_ppo(tiny, tmp_path):
     assert (manifest["status"], manifest["steps"], manifest["training"]["processes"]) == ("done", 2, 2)
     assert show.steps[-1] == (2, 2)
     assert changed(tmp_path / "out", tiny) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, stage):
+    pytest.importorskip("vllm")
+    model = make_tiny_model(tmp_path / "model", context=512, head=32)  # the smallest that vLLM computes on a CPU
+    (tmp_path / "reward.py").write_text("from typing import Any\n" + inspect.getsource(brief) + inspect.getsource(counted))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(16)])
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 128}
+    recipe = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "data": {"source": str(rows), "test_split": None},
+        "lora": {"rank": 4},
+        "reward": {"function": str(tmp_path / "reward.py:brief")},
+        "gold": {"function": str(tmp_path / "reward.py:counted"), "every": 3, "prompts": 4},
+        "trl": {**FEW, **LENGTH[stage], **vllm, "max_steps": 6, "learning_rate": 0.03, "beta": 0.01, "save_strategy": "no"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    told = ["train", stage, "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
+    done = subprocess.run([Path(sys.executable).with_name("cai"), *told], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    drift = logged(tmp_path / "out", "kl")
+    assert drift[-1] > 0.3, "the weights have moved away from those that vLLM loaded"
+    if stage == "ppo":  # which says how far vLLM's log-probabilities are from the trainer's
+        assert max(logged(tmp_path / "out", "sampling/sampling_logp_difference/mean")) < 0.1
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])

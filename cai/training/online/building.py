@@ -10,6 +10,7 @@ from typing import Any
 from cai.errors import ConfigError
 from cai.models import locate
 from cai.training.loading import adapters, find_model, load_policy, reference_arguments
+from cai.training.online.colocated import reload_where_packed
 from cai.training.online.order import Order
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
@@ -30,6 +31,7 @@ def build(parts: Parts) -> Any:
         trainer = _ppo(settings, given) if isinstance(settings, PpoSettings) else _of_trl(settings, given)
     if note := getattr(trainer, "critic_note", None):
         parts.show.note(note)
+    reload_where_packed(trainer)
     Order(trainer)
     return guards.guard(trainer)
 
