@@ -18,6 +18,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from cai.config import ModelConfig
 from cai.cpu import contiguous_head, keep_freed_memory
 from cai.engines.base import GenerateRequest
+from cai.engines.drawing import draw, only
 from cai.engines.prefixes import Prefix, PrefixCache
 from cai.models import ModelPlace, locate
 from cai.weights import best_device, pretrained, resolve_dtype
@@ -203,12 +204,8 @@ class _Sampler(LogitsProcessor):
         probabilities = torch.softmax(scores / self._scale, dim=-1)
         if self._needs_top_p:
             probabilities = _nucleus(probabilities, self._top_p)
-        cumulative = probabilities.cumsum(dim=-1)
-        threshold = self._uniform[:, input_ids.shape[1] - self._width, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
-        chosen = torch.where(self._greedy[:, None], scores.argmax(dim=-1, keepdim=True), drawn)
-        only = torch.full_like(scores, float("-inf"))
-        return only.scatter_(1, chosen, 0.0)
+        drawn = draw(probabilities, self._uniform[:, input_ids.shape[1] - self._width, None])
+        return only(torch.where(self._greedy[:, None], scores.argmax(dim=-1, keepdim=True), drawn), scores)
 
 
 def _uniform(request: GenerateRequest) -> torch.Tensor:
