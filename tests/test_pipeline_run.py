@@ -485,6 +485,31 @@ def test_ppo_is_rewarded_by_what_the_stage_before_trained(tmp_path: Path, tiny: 
     assert set(does(pipeline(given), tmp_path / "out").values()) == {"skip"}
 
 
+def test_with_other_limits_a_training_goes_on(tmp_path: Path, tiny: Path):
+    from cai.training import running
+
+    def train(stage: StageName, settings: TrainSettings, out: Path, show: Any) -> dict[str, Any]:
+        return running.train(stage, settings, out, show=show)
+
+    (tmp_path / "fun.py").write_text("def f(completions, **columns): return [float(len(one)) for one in completions]\n")
+    stage = online(tiny, data="benign", reward={"function": f"{tmp_path}/fun.py:f"})
+    stage["trl"] |= {"max_steps": 3, "save_strategy": "steps"}
+    seen = []
+    for limits in ({"steps": 1}, {"steps": 2}, {}):
+        watcher = Agreeing()
+        made = run_pipeline(
+            pipeline({"ppo": {"ppo": {**stage, "limits": limits}}}), tmp_path / "out", watcher=watcher, train=train
+        )
+        lines = (tmp_path / "out" / "1-ppo" / "run" / "log.jsonl").read_text().splitlines()
+        steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        seen.append((watcher.did["1-ppo"], watcher.lost, steps, made["status"]))
+    assert seen == [
+        ("run", [], [1], "done"),
+        ("continue", [], [1, 2], "done"),
+        ("continue", [], [1, 2, 3], "done"),
+    ]
+
+
 def test_a_changed_reward_is_a_changed_input(tmp_path: Path, tiny: Path):
     function, constitution, model = tmp_path / "fun.py", tmp_path / "own.yaml", tmp_path / "model"
     model.mkdir()

@@ -17,6 +17,8 @@ from cai.pipeline.steps import Step, find_step, unfold
 Entry = dict[str, Any]
 """What the manifest of a pipeline says of one step."""
 ASKED = "as asked"
+_OF_THE_END = ("limits", "gold.stop")
+"""Keys that say where a training ends; with others it goes on."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def verdict_on(step: Step, entry: Entry | None) -> Verdict:
     if entry["state"] == "anew":
         return Verdict("remake", ASKED)
     if changed := _changed(entry, step, inputs_of(step)):
-        return Verdict("remake", changed)
+        only_end = all(key.startswith("limits.") or key in _OF_THE_END for key in changed)
+        return Verdict("continue" if only_end else "remake", f"changed: {', '.join(changed)}")
     if entry["state"] == "done" and is_done(step):
         return Verdict("skip")
     return Verdict("continue", entry["state"])
@@ -86,18 +89,16 @@ def is_done(step: Step) -> bool:
     return read_manifest(step.folder).get("status") == "done"
 
 
-def _changed(entry: Entry, step: Step, now: dict[str, str]) -> str:
-    """What differs from the inputs that the step was made of, in words; empty where nothing does."""
+def _changed(entry: Entry, step: Step, now: dict[str, str]) -> list[str]:
+    """What differs from the inputs that the step was made of, in words."""
     if entry["kind"] != step.kind:
-        return f"changed: {step.kind} in place of {entry['kind']}"
+        return [f"{step.kind} in place of {entry['kind']}"]
     before = entry["inputs"]
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if not names:
-        return ""
     others = [name for name in names if name != "settings"]
     told = json.loads(json.dumps(settings_told(step)))
-    keys = list(_differing(entry.get("settings", {}), told)) if "settings" in names else []
-    return f"changed: {', '.join([*keys, *others]) or 'settings'}"
+    keys = _differing(entry.get("settings", {}), told) if "settings" in names else []
+    return [*keys, *others] or names
 
 
 def _differing(before: Any, now: Any, path: str = "") -> list[str]:
