@@ -2,11 +2,12 @@
 
 What is wanted, the gold, is answers of 12 words: 1 less how far off the number of words is, as a share of 12, at least -1. The
 pairs are of the model's own answers, of those with 12 words or more: all that they say is that shorter is better, and so will
-the reward model, far below 12. Three trainings with each seed: one reward model and no safeguards; the same with the stop when
-gold falls, as `gold:` of `cai train ppo`; and an ensemble (mean less variance) with the stop. Then answers to prompts that
-neither training nor measuring has seen, four to each, are measured: of the model that they begin with, of the best and the last
-of the first training, and of what the others keep; with 95 % intervals over prompts. A picture of gold and reward over the
-square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
+the reward model, far below 12. Three trainings with each seed: one reward model and no safeguards; the same with those that are
+on by default and the stop when gold falls, as `gold:` of `cai train ppo`; and an ensemble (mean less variance) with all of
+these. Then answers to prompts that neither training nor measuring has seen, four to each, are measured: of the model that they
+begin with, of the best and the last of the first training, and of what the others keep; with 95 % intervals over prompts. A
+picture of gold and reward over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the
+folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """

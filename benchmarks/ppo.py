@@ -68,7 +68,7 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any
     }
     groups = {"per_device_train_batch_size": BATCH, "num_generations": 4}
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 512}
-    own = {"ppo": ours, "ppo-head": {**ours, "value_function": "head"}, "ppo-vllm": ours | vllm, "rloo": groups, "grpo": groups}
+    own = {"ppo": ours, "ppo-head": ours | {"value_function": "head"}, "ppo-vllm": ours | vllm, "rloo": groups, "grpo": groups}
     source = {"function": f"{Path(__file__).resolve()}:reward"}
     return {
         "model": MODEL,

@@ -24,7 +24,7 @@ def tune_for_cpu(model: Any) -> None:
     """All of the below."""
     keep_freed_memory()
     contiguous_head(model)
-    short_attention()
+    plain_attention()
 
 
 @cache
@@ -50,7 +50,7 @@ def _make_contiguous(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple
 
 
 @cache
-def short_attention() -> None:
+def plain_attention() -> None:
     """Where plain products are quicker on a CPU than torch's fused attention, let all models of this process use them."""
     AttentionInterface.register("sdpa", _attend)
 
@@ -69,18 +69,20 @@ def _attend(
     """(B, heads, Q, width) and (B, key heads, K, width) to (B, Q, heads, width), by the interface of transformers."""
     length, mask, is_writing = key.size(2), attention_mask, query.size(2) == 1
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and causal and query.size(2) == length:
+    if mask is None and causal and not is_writing and query.size(2) == length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     more = dropout or any(named.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    short = len(query) >= _ROWS if is_writing else length <= _SHORT
-    if mask is None or more or query.device.type != "cpu" or not short:
+    quicker = len(query) >= _ROWS if is_writing else mask is not None and length <= _SHORT
+    if more or query.device.type != "cpu" or not quicker:
         told = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}
         fused: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **told)
         return fused
     grouped = query.unflatten(1, (key.size(1), -1)).flatten(2, 3)  # those heads that share a key are one longer one
     scores = grouped @ key.mT * (query.size(-1) ** -0.5 if scaling is None else scaling)
-    if mask.dtype == torch.bool:  # a sum has quicker gradients than what fills in
-        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    scores = scores.view(*query.shape[:3], length) + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights.view(*grouped.shape[:3], length) @ value).view_as(query).transpose(1, 2).contiguous(), None
+    scores = scores.view(*query.shape[:3], length)
+    if mask is not None:
+        if mask.dtype == torch.bool:  # a sum has quicker gradients than what fills in
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype).view(*grouped.shape[:3], length)
+    return (weights @ value).view(*query.shape[:3], -1).transpose(1, 2).contiguous(), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cai import cpu
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -20,8 +21,6 @@ def model(tmp_path):
 @pytest.fixture
 def fused(monkeypatch):
     """The lengths and masks that torch's fused attention was asked with, from here on."""
-    from cai import cpu
-
     asked, usual = [], cpu.sdpa_attention_forward
 
     def forward(module, query, key, value, mask, **named):
@@ -29,7 +28,7 @@ def fused(monkeypatch):
         return usual(module, query, key, value, mask, **named)
 
     monkeypatch.setattr(cpu, "sdpa_attention_forward", forward)
-    cpu.short_attention()
+    cpu.plain_attention()
     return asked
 
 
@@ -46,7 +45,7 @@ def passed(model, length: int, is_padded: bool) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("length", [9, 256])
-def test_short_attention_gives_the_values_and_gradients_of_the_fused_one(length, is_padded, model, fused, monkeypatch):
+def test_plain_attention_gives_the_values_and_gradients_of_the_fused_one(length, is_padded, model, fused, monkeypatch):
     short = passed(model, length, is_padded)
     assert fused == []
     monkeypatch.setattr("cai.cpu._SHORT", 0)
@@ -71,6 +70,16 @@ def test_many_rows_are_written_with_the_scores_of_the_fused_one(model, fused, mo
     monkeypatch.setattr("cai.cpu._ROWS", 5)
     torch.testing.assert_close(short, model.generate(ids, attention_mask=mask, **told).logits, atol=1e-4, rtol=1e-4)
     assert len(fused) == 3 * 2, "each token after the first, in both layers"
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_values_may_be_narrower_than_queries(queries, fused):
+    query, key, value = torch.randn(4, 4, queries, 24), torch.randn(4, 4, 5, 24), torch.randn(4, 4, 5, 16)
+    mask, module = torch.ones(4, 1, queries, 5, dtype=torch.bool).tril(5 - queries), torch.nn.Module()
+    found = cpu._attend(module, query, key, value, mask)[0]
+    assert fused == []
+    torch.testing.assert_close(found, cpu.sdpa_attention_forward(module, query, key, value, mask)[0])
+    torch.testing.assert_close(cpu._attend(module, query[:, :, -1:], key, value, None)[0], found[:, -1:])
 
 
 def test_a_mask_may_be_added_too(model, fused, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,10 +192,10 @@ def test_two_processes_train_one_ppo(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["ppo", "rloo"])
-def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, stage):
+@pytest.mark.parametrize(("lora", "is_tied"), [({"rank": 4}, False), (None, True)])
+def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, lora, is_tied):
     pytest.importorskip("vllm")
-    model = make_tiny_model(tmp_path / "model", context=512, head=32)  # the smallest that vLLM computes on a CPU
+    model = make_tiny_model(tmp_path / "model", context=512, head=32, tied=is_tied)  # the smallest that vLLM computes on a CPU
     (tmp_path / "reward.py").write_text("from typing import Any\n" + inspect.getsource(brief) + inspect.getsource(counted))
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(16)])
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 128}
@@ -202,19 +203,30 @@ def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, stag
         "model": str(model),
         "dtype": "bfloat16",
         "data": {"source": str(rows), "test_split": None},
-        "lora": {"rank": 4},
+        "lora": lora,
         "reward": {"function": str(tmp_path / "reward.py:brief")},
         "gold": {"function": str(tmp_path / "reward.py:counted"), "every": 3, "prompts": 4},
-        "trl": {**FEW, **LENGTH[stage], **vllm, "max_steps": 6, "learning_rate": 0.03, "beta": 0.01, "save_strategy": "no"},
+        "trl": {**FEW, **vllm, "max_steps": 6, "learning_rate": 0.03, "beta": 0.01, "save_strategy": "no"},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    told = ["train", stage, "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
+    told = ["train", "ppo", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
     done = subprocess.run([Path(sys.executable).with_name("cai"), *told], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    drift = logged(tmp_path / "out", "kl")
-    assert drift[-1] > 0.3, "the weights have moved away from those that vLLM loaded"
-    if stage == "ppo":  # which says how far vLLM's log-probabilities are from the trainer's
-        assert max(logged(tmp_path / "out", "sampling/sampling_logp_difference/mean")) < 0.1
+    assert max(logged(tmp_path / "out", "kl")) > 0.3, "the weights have moved away from those that vLLM loaded"
+    assert max(logged(tmp_path / "out", "sampling/sampling_logp_difference/mean")) < 0.1, "vLLM's and the trainer's"
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "reloads"), [("cpu", "colocate", True), ("cpu", "server", False), ("cuda", "colocate", False)]
+)
+def test_only_vllm_in_the_process_on_a_cpu_reloads(device, mode, reloads):
+    from cai.training.online.colocated import reload_where_packed
+
+    arguments, usual = SimpleNamespace(use_vllm=True, vllm_mode=mode), object()
+    accelerator = SimpleNamespace(device=torch.device(device))
+    trainer = SimpleNamespace(args=arguments, accelerator=accelerator, vllm_generation=SimpleNamespace(sync_weights=usual))
+    reload_where_packed(trainer)
+    assert (trainer.vllm_generation.sync_weights is not usual) == reloads
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])

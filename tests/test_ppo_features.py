@@ -92,6 +92,38 @@ def test_a_model_around_the_trunk_sees_one_whole_pass(model, widths, monkeypatch
     assert not model.base_model._forward_hooks
 
 
+def test_positions_count_from_the_first_token_of_each_prompt(monkeypatch):
+    from transformers import GPT2Config, GPT2Model
+
+    from cai.training.ppo.features import completion_features
+
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(vocab_size=200, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)).eval()
+    (ids, mask), passes = batch(), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    shared = completion_features(model, ids, mask, LENGTH)
+    assert len(passes) == 2
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 10_000)
+    whole = completion_features(model, ids, mask, LENGTH)
+    for row, counts in enumerate(mask):
+        end = int(counts[-LENGTH:].sum())
+        alone = model(ids[row][counts.bool()][None]).last_hidden_state[0, -end - 1 : -1]
+        torch.testing.assert_close(shared[row, :end], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole[row, :end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_shared_where_something_is_dropped(model, widths, monkeypatch):
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    model.train()
+    passed(model, *batch())
+    model.config.attention_dropout = 0.1
+    passed(model, *batch())
+    model.eval()
+    passed(model, *batch())
+    assert [rows for rows, _ in widths] == [1, 3, 3, 1, 3]
+
+
 def test_nothing_is_shared_where_layers_are_computed_again_or_forget(model, widths, monkeypatch):
     from transformers import MistralConfig, MistralModel
 

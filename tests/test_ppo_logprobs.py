@@ -36,6 +36,20 @@ def test_values_and_gradients_are_those_of_plain_code(bias, temperature, logprob
     torch.testing.assert_close(hidden.grad, plain.grad)
 
 
+def test_in_bfloat16_they_are_close(logprobs):
+    torch.manual_seed(0)
+    head = nn.Linear(32, 300, bias=False).requires_grad_(False)
+    tokens, hidden = torch.randint(0, 300, (3, 5)), torch.randn(3, 5, 32)
+    half, plain = hidden.bfloat16().requires_grad_(), hidden.clone().requires_grad_()
+    found, entropy = logprobs.token_logprobs(half, head.bfloat16(), tokens, 0.7)
+    logs = nn.functional.linear(plain / 0.7, head.weight.float()).log_softmax(-1)
+    torch.testing.assert_close(found, logs.gather(-1, tokens.unsqueeze(-1))[..., 0], atol=0.05, rtol=0)
+    torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1), atol=0.05, rtol=0)
+    found.sum().backward()
+    logs.gather(-1, tokens.unsqueeze(-1)).sum().backward()
+    torch.testing.assert_close(half.grad.float(), plain.grad, atol=0.02, rtol=0.05)
+
+
 def test_an_output_layer_that_is_trained_or_scaled_is_left_to_trl(tmp_path, logprobs):
     from transformers import AutoModelForCausalLM
 

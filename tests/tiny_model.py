@@ -11,8 +11,9 @@ TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, context: int = 2048, head: int = 8) -> Path:
-    """Write the model and its tokenizer into `folder`; `head` is the size of one attention head."""
+def make_tiny_model(folder: Path, context: int = 2048, head: int = 8, tied: bool = False) -> Path:
+    """Write the model and its tokenizer into `folder`; `head` is the size of one attention head; `tied`: the output layer has
+    the weights of the embeddings."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,7 +29,7 @@ def make_tiny_model(folder: Path, context: int = 2048, head: int = 8) -> Path:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
     )
     wrapped.chat_template = TEMPLATE
-    LlamaForCausalLM(tiny_config(wrapped, context, head_dim=head)).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(wrapped, context, head_dim=head, tie_word_embeddings=tied)).save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder
 

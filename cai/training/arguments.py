@@ -148,8 +148,8 @@ def make_arguments(
     """
     check_arguments(stage, settings.trl)
     _check_reports(settings.trl.get("report_to"))
-    if settings.trl.get("use_vllm") and find_spec("vllm") is None:
-        raise ConfigError("trl.use_vllm: vllm is not installed: pip install 'cai-toolkit[vllm]' where there is a GPU")
+    if settings.trl.get("use_vllm"):
+        _check_vllm(stage, settings.trl.get("vllm_mode", "colocate"))
     config = config_class(stage)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)
@@ -167,6 +167,17 @@ def make_arguments(
     if isinstance(settings, DpoSettings) and settings.soft_labels:
         _check_softened(made)
     return made
+
+
+def _check_vllm(stage: StageName, mode: Any) -> None:
+    """Raises `ConfigError` where vLLM cannot write here."""
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "trl.use_vllm: vllm is not installed: pip install 'cai-toolkit[vllm]' where there is a GPU; for a CPU see Engines "
+            "in the README"
+        )
+    if stage == "online-dpo" and mode == "colocate" and best_device() == "cpu":
+        raise ConfigError("trl.use_vllm: online-dpo cannot have vLLM in its process on a CPU; leave it out, or use a GPU")
 
 
 _KEEPS_COLUMNS = ("orpo", "cpo")

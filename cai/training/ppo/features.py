@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -19,23 +19,40 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     """(B, length, width): the last hidden states at the positions before the last `length` tokens of each row.
 
     `trunk` is a model of transformers without its output layer; `ids` and `mask` (B, L) are prompts, padded on the left, and
-    completions, padded on the right. Positions count from the first token of a prompt. `through`: a model around the trunk that
-    has to see the pass, as what adds up gradients of several processes; nothing is shared then.
+    completions, padded on the right. Where it takes positions, they count from the first token of a prompt. `through`: a model
+    around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is shared then.
     """
-    places = {"position_ids": _places(mask)} if "position_ids" in inspect.signature(trunk.forward).parameters else {}
-    may_share = through is None and bool(places) and ids.device.type == "cpu" and _keeps_all(trunk)
-    shared = shared_length(ids, mask, length) if may_share else 0
-    if shared * (len(ids) - 1) < _WORTH:
-        told = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **places}
-        return _states(trunk(**told) if through is None else _seen(trunk, through, told), length)
-    padding = mask.argmax(dim=1, keepdim=True)
-    begun, first = DynamicCache(config=trunk.config), int(padding[0])
-    trunk(input_ids=ids[:1, first : first + shared], past_key_values=begun, use_cache=True)
-    cache = DynamicCache([tuple(one.expand(len(ids), -1, -1, -1) for one in (kept.keys, kept.values)) for kept in begun.layers])
-    rest = mask[:, shared:] * (torch.arange(ids.size(1) - shared, device=ids.device) >= padding)
-    whole = torch.cat([mask.new_ones(len(ids), shared), rest], dim=1)
-    told = {"attention_mask": whole, "position_ids": _places(whole)[:, shared:], "past_key_values": cache, "use_cache": True}
-    return _states(trunk(input_ids=ids[:, shared:], **told), length)
+    takes_places = "position_ids" in inspect.signature(trunk.forward).parameters
+    if through is None and ids.device.type == "cpu" and takes_places and _may_share(trunk):
+        shared = shared_length(ids, mask, length)
+        if shared * (len(ids) - 1) >= _WORTH:
+            return _states(_pass_sharing(trunk, ids, mask, shared), length)
+    told = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if takes_places:
+        told["position_ids"] = _places(mask)
+    return _states(trunk(**told) if through is None else _seen(trunk, through, told), length)
+
+
+def _pass_sharing(trunk: Any, ids: Tensor, mask: Tensor, shared: int) -> Any:
+    """What the trunk says of all columns but the first `shared` ones, which a cache stands for.
+
+    Padding shifts the beginning of a row to the right: as many columns as it has of it are cut from a row, and what is left of
+    the beginning is masked.
+    """
+    rows, padding = len(ids), mask.argmax(dim=1, keepdim=True)
+    first = int(padding[0])
+    one_row = DynamicCache(config=trunk.config)
+    trunk(input_ids=ids[:1, first : first + shared], past_key_values=one_row, use_cache=True)
+    cache = DynamicCache([tuple(one.expand(rows, -1, -1, -1) for one in (kept.keys, kept.values)) for kept in one_row.layers])
+    after = torch.arange(ids.size(1) - shared, device=ids.device) >= padding
+    attended = torch.cat([mask.new_ones(rows, shared), mask[:, shared:] * after], dim=1)
+    return trunk(
+        input_ids=ids[:, shared:],
+        attention_mask=attended,
+        position_ids=_places(attended)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+    )
 
 
 def _places(mask: Tensor) -> Tensor:
@@ -61,14 +78,21 @@ def _states(answer: Any, length: int) -> Tensor:
 def shared_length(ids: Tensor, mask: Tensor, length: int) -> int:
     """How many tokens all prompts begin with, short of the last of each."""
     prompts = ids.size(1) - length
-    padding = mask.argmax(dim=1, keepdim=True)
-    places = torch.arange(prompts, device=ids.device) + padding
-    begun = ids.gather(1, places.clamp(max=prompts - 1))
-    alike = ((begun == begun[:1]) & (places < prompts - 1)).all(dim=0)
+    columns = torch.arange(prompts, device=ids.device) + mask.argmax(dim=1, keepdim=True)
+    begun = ids.gather(1, columns.clamp(max=prompts - 1))
+    alike = ((begun == begun[:1]) & (columns < prompts - 1)).all(dim=0)
     return int(alike.long().cumprod(dim=0).sum())
 
 
-def _keeps_all(trunk: Any) -> bool:
-    """Whether all layers keep every position, and are not computed again on the way back."""
+def _may_share(trunk: Any) -> bool:
+    """Whether a pass in two parts says what one pass says: all layers keep every position and are not computed again on the way
+    back, positions mean the same in short and long passes, and nothing is dropped at random."""
     layers = DynamicCache(config=trunk.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and not trunk.is_gradient_checkpointing
+    keeps_all = bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and not trunk.is_gradient_checkpointing
+    scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
+    return keeps_all and not scales and not (trunk.training and _drops(trunk))
+
+
+def _drops(trunk: Any) -> bool:
+    modules = any(isinstance(one, nn.Dropout) and one.p > 0 for one in trunk.modules())
+    return modules or getattr(trunk.config, "attention_dropout", 0.0) > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _AT_ONCE = 256
 """Tokens whose logits are in memory together."""
@@ -46,6 +47,7 @@ class TokenLogProbs(torch.autograd.Function):
         return found, entropy
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Of `hidden`."""
         (slope,) = ctx.saved_tensors
@@ -79,4 +81,4 @@ def is_plain(model: Any) -> bool:
     """Whether a language model's logits are its output layer's, which is not trained itself."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     plain = all(getattr(config, name, None) is None for name in _SCALED)
-    return plain and isinstance(head, torch.nn.Linear) and not head.weight.requires_grad
+    return plain and isinstance(head, torch.nn.Linear) and not any(one.requires_grad for one in head.parameters())

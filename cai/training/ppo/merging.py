@@ -9,19 +9,25 @@ from typing import Any
 
 @contextmanager
 def merged(model: Any) -> Iterator[None]:
-    """Inside, a PEFT model computes with the weights that its active adapters make.
+    """Inside, a PEFT model computes with the weights that its active adapters make."""
+    with kept(model):
+        model.merge_adapter()
+        try:
+            yield
+        finally:
+            model.unmerge_adapter()
 
-    A copy of the weights is kept meanwhile: taking adapters out again by subtraction would leave a little of each rounding
-    behind, rollout after rollout.
-    """
+
+@contextmanager
+def kept(model: Any) -> Iterator[None]:
+    """After it, the weights under a model's adapters are what they were before: taking adapters out by subtraction leaves a
+    little of each rounding behind."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [one for one in model.modules() if isinstance(one, BaseTunerLayer) and hasattr(one.get_base_layer(), "weight")]
-    kept = [one.get_base_layer().weight.data.clone() for one in layers]
-    model.merge_adapter()
+    before = [one.get_base_layer().weight.data.clone() for one in layers]
     try:
         yield
     finally:
-        model.unmerge_adapter()
-        for layer, weight in zip(layers, kept, strict=True):
+        for layer, weight in zip(layers, before, strict=True):
             layer.get_base_layer().weight.data.copy_(weight)

@@ -167,23 +167,27 @@ class PPOTrainer(GRPOTrainer):
         self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
     ) -> Any:
         """TRL's, or on a CPU our own; a head's values of each pass of the trunk are kept in `_watched`."""
-        base = self.accelerator.unwrap_model(model)
-        base = base.get_base_model() if is_peft_model(base) else base
-        head = self.value if isinstance(self.value, TrunkHead) and model is not self.ref_model else None
-        if ids.device.type == "cpu" and is_plain(base) and not (self._entropy_bonus_enabled or self.aux_loss_enabled):
-            return self._plain_logps(head, base, model, ids, mask, length, *given, **named)
+        if (
+            ids.device.type == "cpu"
+            and is_plain(self._base_of(model))
+            and not (self._entropy_bonus_enabled or self.aux_loss_enabled)
+        ):
+            return self._plain_logps(model, ids, mask, length, *given, **named)
         ask = super()._get_per_token_logps_and_entropies
-        if head is None:
+        if not isinstance(self.value, TrunkHead) or model is self.ref_model:
             return ask(model, ids, mask, length, *given, **named)
-        with head.watching(self._warms_up) as seen:
+        with self.value.watching(self._warms_up) as seen:
             found = ask(model, ids, mask, length, *given, **named)
         self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
         return found
 
+    def _base_of(self, model: Any) -> Any:
+        """The language model in what TRL passes around."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
     def _plain_logps(
         self,
-        head: TrunkHead | None,
-        base: Any,
         model: Any,
         ids: Tensor,
         mask: Tensor,
@@ -193,17 +197,20 @@ class PPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
-        through, logps, entropies, values = None if self._is_alone else model, [], [], []
+        base, through, size = self._base_of(model), None if self._is_alone else model, batch_size or len(ids)
+        logps, entropies, values = [], [], []
         with self._precision():
-            for part, attention in zip(ids.split(size := batch_size or len(ids)), mask.split(size), strict=True):
+            for part, attention in zip(ids.split(size), mask.split(size), strict=True):
                 features = completion_features(base.base_model, part, attention, length, through)
-                output, tokens = base.get_output_embeddings(), part[:, -length:]
-                found = token_logprobs(features, output, tokens, self.temperature, compute_entropy)
-                logps.append(found[0])
-                entropies.append(found[1])
-                if head is not None:
-                    values.append(head.values(features, self._warms_up))
-        if head is not None:
+                tokens = part[:, -length:]
+                logp, entropy = token_logprobs(
+                    features, base.get_output_embeddings(), tokens, self.temperature, compute_entropy
+                )
+                logps.append(logp)
+                entropies.append(entropy)
+                if isinstance(self.value, TrunkHead):
+                    values.append(self.value.values(features, self._warms_up))
+        if values and model is not self.ref_model:
             self._watched.append(torch.cat(values))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
