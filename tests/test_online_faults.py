@@ -305,6 +305,7 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
 @pytest.mark.parametrize(
     ("stage", "trl", "message"),
     [
+        ("online-dpo", {"max_completion_length": 9}, r"OnlineDPOConfig has no such key \(did you mean 'max_new_tokens'\?\)"),
         ("ppo", {"max_completion_length": 256}, "trl: completions of 256 tokens leave no room for prompts in a context of 256"),
         ("online-dpo", {"max_new_tokens": 300}, "trl: completions of 300 tokens leave no room for prompts"),
         ("grpo", {"num_generations": 8}, r"trl: GRPOConfig refuses these values: generation_batch_size \(4\) must be div"),
@@ -323,6 +324,12 @@ def test_a_vllm_server_that_does_not_answer(tiny, rows, tmp_path):
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0.1, "vllm_server_base_url": "http://127.0.0.1:9"}
     with pytest.raises(EngineError, match=r"no vLLM server answers at http://127.0.0.1:9: start one \(.*vllm serve MODEL"):
         train("ppo", settings("ppo", tiny, rows, trl=server), tmp_path / "out")
+
+
+def test_online_dpo_has_no_vllm_in_its_process_on_a_cpu(tiny, rows, tmp_path):
+    pytest.importorskip("vllm")
+    with pytest.raises(ConfigError, match=r"trl.use_vllm: online-dpo cannot have vLLM in its process on a CPU"):
+        make_arguments("online-dpo", settings("online-dpo", tiny, rows, trl={"use_vllm": True}), tmp_path)
 
 
 def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):

@@ -63,6 +63,10 @@ def config_class(stage: StageName) -> Any:
     return Config
 
 
+_ALIKE = {"max_completion_length": "max_new_tokens", "max_new_tokens": "max_completion_length"}
+"""What TRL calls by one name in one trainer and by another in the next."""
+
+
 def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "trl") -> None:
     """Raises `ConfigError` for a key that TRL's config class does not have, one that follows from something else, and a value
     of another type than the class has there."""
@@ -72,7 +76,9 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "tr
         if key in _OURS:
             raise ConfigError(f"{where}.{key}: follows from {_OURS[key]}; remove it")
         if key not in known:
-            raise ConfigError(f"{where}.{key}: {config.__name__} has no such key{nearest(key, known)}")
+            other = _ALIKE.get(key)
+            hint = f" (did you mean '{other}'?)" if other in known else nearest(key, known)
+            raise ConfigError(f"{where}.{key}: {config.__name__} has no such key{hint}")
     types = typing.get_type_hints(config)
     for key, value in _without_truth(given).items():
         _check_value(f"{where}.{key}", value, types[key])
