@@ -410,7 +410,7 @@ def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_pa
     trainer = make(tiny, tmp_path, form)
     setattr(trainer, sharded, True)
     with pytest.raises(ConfigError, match=r"^value_function: one that shares the policy's weights cannot be trained while"):
-        trainer._build_value(None, None)
+        trainer._check_value_function()
 
 
 def test_a_model_that_sees_is_refused(tmp_path):

@@ -1,4 +1,5 @@
-"""What a critic begins with: a reward model, whose reward of what is written so far is the first guess of what it will be."""
+"""What a value function begins with: a reward model, whose reward of what is written so far is the first guess of what it will
+be, or the policy's trunk and values of 0."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
+from cai.cpu import tune_for_cpu
 from cai.documents import Document
 from cai.models import locate
 from cai.rewards.model import first_tokenizer
 from cai.rewards.spec import SPEC, MemberSpec, RewardSpec
-from cai.training.ppo.critic import Adapters, Output
+from cai.training.ppo.config import PPOConfig
+from cai.training.ppo.critic import AdapterCritic, Adapters, Critic, Output, SeparateCritic, TrunkHead
 from cai.weights import loading, pretrained
 
 _SCORE = "score"
@@ -28,8 +32,49 @@ class Start(NamedTuple):
     output: Output
 
 
+class Beginning(NamedTuple):
+    """A reward model that a critic is to begin with."""
+
+    folder: Path
+    version: str
+    """Of the weights under the policy's adapters, by `cai.models.locate`; empty where that is not known."""
+    weight: float
+    """That of the reward model in the sum of rewards."""
+
+
 class UnfitError(ValueError):
     """A critic cannot begin with this reward model; says why."""
+
+
+def build_value(
+    policy: Any, arguments: PPOConfig, tokenizer: Any, beginning: Beginning | None
+) -> tuple[Critic | TrunkHead, str | None]:
+    """The value function of `policy`, which may have adapters; and why a critic does not begin with the reward model, where so.
+    Raises `EngineError` for one that does not load."""
+    shares, note, start = isinstance(policy, PeftModel), None, None
+    base: Any = policy.get_base_model() if shares else policy
+    if arguments.value_function == "head":
+        return TrunkHead(base), None
+    if beginning is not None:
+        try:
+            start = start_from(beginning.folder, base.dtype, beginning.version if shares else None, tokenizer, beginning.weight)
+        except UnfitError as exc:
+            note = f"the critic begins with values of 0, not with reward model '{beginning.folder}': {exc}"
+    if shares:
+        return AdapterCritic(policy, start and start.adapters, start and start.output), note
+    return SeparateCritic(_backbone(base, start, arguments), start and start.output), note
+
+
+def _backbone(base: Any, start: Start | None, arguments: PPOConfig) -> Any:
+    """Of a critic of its own: the reward model's, or a copy of the policy's trunk."""
+    backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
+    if start is None:
+        backbone.load_state_dict(base.base_model.state_dict())
+    if base.device.type == "cpu":
+        tune_for_cpu(backbone)
+    if arguments.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+    return backbone.to(base.device).train()
 
 
 def reads(reward_model: str | Path, tokenizer: Any) -> bool:
@@ -82,8 +127,6 @@ def _adapters(source: Path, member: MemberSpec, weights: list[float]) -> Start:
 def _merged(source: Path, member: MemberSpec, outputs: int, dtype: torch.dtype) -> Any:
     if member.base is None:
         return AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype)
-    from peft import PeftModel
-
     name, revision = pretrained(locate(member.base, member.revision))
     base = AutoModelForSequenceClassification.from_pretrained(name, revision=revision, num_labels=outputs, dtype=dtype)
     return PeftModel.from_pretrained(base, str(source)).merge_and_unload()

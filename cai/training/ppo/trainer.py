@@ -22,14 +22,14 @@ from accelerate.utils import is_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
 from cai.training.ppo.config import PPOConfig
-from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, SeparateCritic, TrunkHead
+from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead
 from cai.training.ppo.drawing import drawing
 from cai.training.ppo.estimation import (
     KLControl,
@@ -44,7 +44,7 @@ from cai.training.ppo.estimation import (
 from cai.training.ppo.features import completion_features
 from cai.training.ppo.logprobs import is_plain, token_logprobs
 from cai.training.ppo.merging import merged
-from cai.training.ppo.starting import Start, UnfitError, start_from
+from cai.training.ppo.starting import Beginning, build_value
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
@@ -78,7 +78,7 @@ class PPOTrainer(GRPOTrainer):
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
         policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
         adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model`
-        in the sum of rewards.
+        in the sum of rewards. The trainer's `critic_note` says why a critic does not begin with `value_model`, if so.
         """
         assert args is not None
         if args.ddp_find_unused_parameters is None:
@@ -91,10 +91,10 @@ class PPOTrainer(GRPOTrainer):
         if self.accelerator.device.type == "cpu":
             tune_for_cpu(self.accelerator.unwrap_model(self.model))
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
-        self.critic_note: str | None = None
-        """Why the critic does not begin with the reward model that was named."""
-        self._value_weight = value_weight
-        self.value = self._build_value(Path(value_model) if value_model else None, base_version)
+        self._check_value_function()
+        begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
+        policy = self.accelerator.unwrap_model(self.model)
+        self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
         rate = args.value_learning_rate
         if rate is None:
             rate = _VALUE_RATE if isinstance(self.value, TrunkHead) else min(10 * args.learning_rate, _VALUE_RATE)
@@ -111,37 +111,15 @@ class PPOTrainer(GRPOTrainer):
         self._value_rate = rate
 
     # ------------------------------------------------------------------------------------------------ the value function
-    def _build_value(self, reward_model: Path | None, base_version: str | None) -> Critic | TrunkHead:
-        policy, shares = self.accelerator.unwrap_model(self.model), is_peft_model(self.model)
-        base = policy.get_base_model() if shares else policy
-        if (shares or self.args.value_function == "head") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+    def _check_value_function(self) -> None:
+        """Raises `ConfigError` for one that shares weights which no process has all of."""
+        shares = is_peft_model(self.model) or self.args.value_function == "head"
+        if shares and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
                 "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
                 "train a critic of its own, which each process then holds all of (no adapters, value_function: critic), or "
                 "launch with a number or ddp"
             )
-        if self.args.value_function == "head":
-            return TrunkHead(base)
-        start = self._start(reward_model, base.dtype, (base_version or "") if shares else None)
-        if shares:
-            return AdapterCritic(policy, start and start.adapters, start and start.output)
-        backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
-        if start is None:
-            backbone.load_state_dict(base.base_model.state_dict())
-        if base.device.type == "cpu":
-            tune_for_cpu(backbone)
-        if self.args.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-        return SeparateCritic(backbone.to(base.device).train(), start and start.output)
-
-    def _start(self, reward_model: Path | None, dtype: torch.dtype, shared: str | None) -> Start | None:
-        if reward_model is None:
-            return None
-        try:
-            return start_from(reward_model, dtype, shared, self._tokenizer, self._value_weight)
-        except UnfitError as exc:
-            self.critic_note = f"the critic begins with values of 0, not with reward model '{reward_model}': {exc}"
-            return None
 
     @contextmanager
     def _of_critic(self) -> Iterator[None]:
