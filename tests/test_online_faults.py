@@ -58,7 +58,7 @@ def functions(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", "reward 'raises' raised KeyError: 'score'"),
+        ("raises", r"^reward 'raises' raised KeyError: 'score' \(fun.py:2\)$"),
         ("not_a_number", r"reward 'not_a_number' is nan for the completion '.*'; return None where there is no reward"),
         ("too_few", "reward 'too_few' returned 1 numbers, and there are 4 completions"),
         ("no_list", "reward 'no_list' returned None; expected a list with a number for each completion"),
@@ -70,11 +70,20 @@ def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, 
         train("ppo", settings("ppo", tiny, rows, reward=f"{functions}:{name}"), tmp_path / "out")
 
 
+def test_gold_that_raises_is_called_gold_and_its_place_is_in_the_users_file(tiny, rows, tmp_path):
+    (tmp_path / "deep.py").write_text(
+        "import json\ndef inner():\n    json.loads('')\ndef outer(completions, **columns):\n    inner()\n"
+    )
+    given = settings("ppo", tiny, rows, gold={"function": f"{tmp_path}/deep.py:outer", "prompts": 2})
+    with pytest.raises(EngineError, match=r"^gold 'outer' raised JSONDecodeError: Expecting value.* \(deep.py:3\)$"):
+        train("ppo", given, tmp_path / "out")
+
+
 def test_the_command_tells_it_in_one_line(tiny, rows, functions, tmp_path):
     named = ("train", "ppo", rows, "-m", tiny, "--reward", f"{functions}:raises", "-o", tmp_path / "out")
     done = runs.command(*named, "--set", "trl={max_steps: 1, per_device_train_batch_size: 4, max_completion_length: 4}")
     assert done.returncode == 1
-    assert "cai: reward 'raises' raised KeyError: 'score'" in done.stderr.splitlines()
+    assert "cai: reward 'raises' raised KeyError: 'score' (fun.py:2)" in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
 
 

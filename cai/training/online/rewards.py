@@ -13,6 +13,7 @@ import json
 import math
 import runpy
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,9 +43,10 @@ Tell = Callable[[str, Sequence[Dialogue], Sequence[str], Rewards], object]
 class Reward:
     """One reward, checked: what TRL takes for a reward function."""
 
-    def __init__(self, name: str, score: Callable[..., Any], tell: Tell | None = None) -> None:
-        """`score` takes `prompts`, `completions` and columns; `tell` is told each answer."""
+    def __init__(self, name: str, score: Callable[..., Any], tell: Tell | None = None, kind: str = "reward") -> None:
+        """`score` takes `prompts`, `completions` and columns; `tell` is told each answer; `kind` is what errors call it."""
         self.__name__, self._score, self._tell = name, score, tell
+        self._called = f"{kind} '{name}'"
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """A number or None for each completion. Raises `EngineError` for any other answer."""
@@ -56,7 +58,7 @@ class Reward:
         except CaiError:
             raise
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
-            raise EngineError(f"reward '{self.__name__}' raised {type(exc).__name__}: {exc}") from exc
+            raise EngineError(f"{self._called} raised {type(exc).__name__}: {exc}{_where(exc)}") from exc
         rewards = self._checked(answer, completions)
         if log := columns.get("log_metric"):
             log(f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
@@ -69,29 +71,40 @@ class Reward:
             rewards = [None if one is None else float(one) for one in answer]
         except (TypeError, ValueError) as exc:
             raise EngineError(
-                f"reward '{self.__name__}' returned {answer!r:.80}; expected a list with a number for each completion"
+                f"{self._called} returned {answer!r:.80}; expected a list with a number for each completion"
             ) from exc
         if len(rewards) != len(completions):
             raise EngineError(
-                f"reward '{self.__name__}' returned {len(rewards)} numbers, and there are {len(completions)} completions"
+                f"{self._called} returned {len(rewards)} numbers, and there are {len(completions)} completions"
             )
         for place, one in enumerate(rewards):
             if one is not None and not math.isfinite(one):
                 text = completions[place][-1]["content"]
                 raise EngineError(
-                    f"reward '{self.__name__}' is {one} for the completion {text!r:.120}; return None where there is no reward"
+                    f"{self._called} is {one} for the completion {text!r:.120}; return None where there is no reward"
                 )
         return rewards
 
 
-def build_reward(source: RewardSource, tell: Tell | None = None) -> Reward:
-    """The reward of a source. Raises `ConfigError` for what cannot be had, `EngineError` for weights that do not load."""
+def _where(exc: BaseException) -> str:
+    """` (FILE:LINE)` of what raised in a user's function, in the file that the function is in; empty for what is no function of
+    Python."""
+    frames = traceback.extract_tb(exc.__traceback__)[1:]  # the first is the call
+    if not frames or frames[0].filename == __file__:
+        return ""
+    last = [one for one in frames if one.filename == frames[0].filename][-1]
+    return f" ({Path(last.filename).name}:{last.lineno})"
+
+
+def build_reward(source: RewardSource, tell: Tell | None = None, kind: str = "reward") -> Reward:
+    """The reward of a source, or what else of that kind it is. Raises `ConfigError` for what cannot be had, `EngineError` for
+    weights that do not load."""
     if source.model is not None:
-        return Reward(source.name, ModelReward(RewardModel.load(source.model)), tell)
+        return Reward(source.name, ModelReward(RewardModel.load(source.model)), tell, kind)
     if source.function is not None:
-        return Reward(source.name, find_function(source.function), tell)
+        return Reward(source.name, find_function(source.function), tell, kind)
     constitution = load_constitution(source.constitution or "")
-    return Reward(source.name, JudgeReward(constitution, source.judge or JudgeConfig(method="checks")), tell)
+    return Reward(source.name, JudgeReward(constitution, source.judge or JudgeConfig(method="checks")), tell, kind)
 
 
 def check_rewards(settings: OnlineSettings, unmade: Collection[str] = ()) -> None:

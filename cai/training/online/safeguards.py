@@ -54,7 +54,7 @@ class Safeguards(TrainerCallback):
         self._rollouts = Rollouts([one.name for one in settings.reward], [one.weight for one in settings.reward])
         self.rewards = [build_reward(one, partial(self._tell, place)) for place, one in enumerate(settings.reward)]
         gold = settings.gold
-        self._gold = build_reward(gold) if gold else None
+        self._gold = build_reward(gold, kind="gold") if gold else None
         self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
         self._leads = PartialState().is_main_process
         self._best, self._drift = Best(parts.folder), Drift()
