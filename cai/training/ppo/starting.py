@@ -99,7 +99,9 @@ def start_from(folder: Path, dtype: torch.dtype, shared: str | None, tokenizer: 
     weights = [weight * one for one in (spec.objectives.values() if spec else [1.0])]
     source = folder / member.folder
     if shared is not None and member.version != shared:
-        raise UnfitError("it is not adapters on the weights that the policy's adapters are on")
+        raise UnfitError(
+            "it is not adapters on the weights that the policy's adapters are on; train it on those, with lora: {merge: false}"
+        )
     if not reads(folder, tokenizer):
         raise UnfitError("its tokenizer is not the policy's")
     with loading(f"reward model '{folder}', which the critic begins with,"):

@@ -358,7 +358,7 @@ class PPOTrainer(GRPOTrainer):
         if not math.isfinite(norm):
             raise EngineError(
                 f"a gradient of the value function is not a finite number at step {self.state.global_step + 1}; "
-                "lower trl.value_learning_rate, or set dtype: float32"
+                "lower trl.value_learning_rate, set dtype: float32, or give rewards of about 1 (a weight)"
             )
         self._metrics["train"]["value/grad_norm"].append(norm)
         share = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
