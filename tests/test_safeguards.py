@@ -676,6 +676,19 @@ def test_rewards_that_say_nothing_or_cannot_be_told_apart_are_refused(reward, pr
         make_settings("ppo", Path("model"), Path("rows.jsonl"), reward=reward)
 
 
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
+def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, functions, tmp_path, caplog):
+    settings = settings_of(stage, tiny, rows, functions, "nothing")
+    with pytest.raises(EngineError, match=r"^reward 'nothing': no number for any of \d+ completions, so nothing can be learned; "):
+        train(stage, settings, tmp_path / "out")
+    assert [line["step"] for line in written(tmp_path / "out", "log")] in ([], [1])
+    assert "All reward functions" not in caplog.text
+    rollouts = Rollouts(["x", "y"], [1.0, 1.0])
+    with pytest.raises(EngineError, match="^rewards 'x', 'y': no number for any of 2 completions"):
+        rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2] * 2))
+    rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2, [None, 0.0]]))
+
+
 def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
     show = Shown()
     train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)

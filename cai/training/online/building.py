@@ -27,6 +27,8 @@ def build(parts: Parts) -> Any:
     given = {**parts.shared, "model": load_policy(settings), **more}
     if not isinstance(settings, OnlineDpoSettings):  # which copies the policy; the others load their reference anew
         parts.arguments.model_init_kwargs = reference_arguments(settings)
+    for name in ("grpo_trainer", "rloo_trainer"):
+        logging.getLogger(f"trl.trainer.{name}").addFilter(_is_not_told_otherwise)
     with _without_warnings():
         trainer = _ppo(settings, given) if isinstance(settings, PpoSettings) else _of_trl(settings, given)
     if note := getattr(trainer, "critic_note", None):
@@ -34,6 +36,11 @@ def build(parts: Parts) -> Any:
     reload_where_packed(trainer)
     Order(trainer)
     return guards.guard(trainer)
+
+
+def _is_not_told_otherwise(record: logging.LogRecord) -> bool:
+    """TRL logs whole rows of which no reward has a number; they are counted, and told in one line."""
+    return "All reward functions returned None" not in str(record.msg)
 
 
 @contextmanager

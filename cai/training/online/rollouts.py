@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 
+from cai.errors import EngineError
 from cai.training.online.monitors import describe
 from cai.training.online.rewards import Dialogue, Rewards
 
@@ -75,6 +76,16 @@ class Rollouts:
         none = {name: sum(one is None for one in given) for name, given in zip(self.names, rollout.rewards, strict=True)}
         described = describe(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights))
         return {"step": step, **described, "rewards": said, "unscored": none, **logged}
+
+    def check(self, rollout: Rollout) -> None:
+        """Raises `EngineError` where no completion has a number from any reward."""
+        if all(one is None for given in rollout.rewards for one in given):
+            named = f"{'rewards' if self.names[1:] else 'reward'} {', '.join(map(repr, self.names))}"
+            raise EngineError(
+                f"{named}: no number for any of {len(rollout.texts)} completions, so nothing can be learned; a completion "
+                "without a number is left out, and where all are the reward does not apply to these prompts: look at what it "
+                "returns None for, or give other prompts"
+            )
 
     def constant(self, rollout: Rollout) -> list[str]:
         """One line for each reward that has been the same for every completion so far, once."""

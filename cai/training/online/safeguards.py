@@ -142,6 +142,8 @@ class Safeguards(TrainerCallback):
         rollout = self._rollouts.take()
         if rollout is None:
             return None
+        if not self._lines:
+            self._rollouts.check(rollout)
         line = self._rollouts.line(step, rollout, self._logged.take())
         self._lines.append(line)
         for text in (*self._rollouts.constant(rollout), *self._drift.new(self._lines)):
