@@ -181,10 +181,10 @@ def test_a_collapse_is_told_in_comparison_with_the_beginning(before, after, says
 
 def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
     rollouts = Rollouts(["x", "y"], [1.0, 1.0])
-    told = [rollouts.constant(Rollout(["p"] * 16, ["t"] * 16, [[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
+    told = [rollouts.constant(1, Rollout(["p"] * 16, ["t"] * 16, [[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
     assert [len(one) for one in told] == [0, 1, 0, 0]
     assert told[1][0].startswith("reward 'x' is the same (0.5) for all 32 completions so far: nothing can be learned from it")
-    nothing = Rollouts(["z"], [1.0]).constant(Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
+    nothing = Rollouts(["z"], [1.0]).constant(1, Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
     assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
 
 
@@ -689,11 +689,26 @@ def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, f
     rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2, [None, 0.0]]))
 
 
-def test_a_constant_reward_is_said_so(tiny, rows, functions, tmp_path):
+def test_a_rollout_whose_completions_are_worth_the_same_is_told_once():
+    def told(*totals: list[float | None]) -> list[str]:
+        rollouts = Rollouts(["x"], [2.0])
+        return [text for one in totals for text in rollouts.constant(3, Rollout(["p"] * len(one), ["t"] * len(one), [one]))]
+
+    assert told([1.0, 2.0], [1.0], [1.0, None]) == []
+    (text,) = told([1.0, 2.0], *[[0.5, 0.5, None]] * 20)
+    assert text.startswith("all 2 completions of the rollout at step 3 have the same reward (1): nothing can be learned")
+    opposed = Rollouts(["x", "y"], [1.0, 1.0]).constant(1, Rollout(["p"] * 2, ["t"] * 2, [[1.0, 2.0], [2.0, 1.0]]))
+    assert opposed[0].startswith("all 2 completions of the rollout at step 1 have the same reward (3)")
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
+def test_a_constant_reward_is_said_so(stage, tiny, rows, functions, tmp_path):
     show = Shown()
-    train("rloo", settings_of("rloo", tiny, rows, functions, "constant"), tmp_path / "out", show=show)
-    told = [note for note in show.notes if note.startswith("reward 'constant' is the same (0.5) for all 32 completions")]
-    assert len(told) == 1
+    train(stage, settings_of(stage, tiny, rows, functions, "constant", trl={"max_steps": 2}), tmp_path / "out", show=show)
+    count = 16 if stage == "online-dpo" else 8
+    told = f"all {count} completions of the rollout at step 1 have the same reward (0.5): nothing can be learned"
+    assert len([note for note in show.notes if note.startswith(told)]) == 1
+    assert not [note for note in show.notes if note.startswith("reward 'constant'")]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "done"
 
 

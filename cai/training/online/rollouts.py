@@ -43,6 +43,7 @@ class Rollouts:
         self._values: list[set[float]] = [set() for _ in names]
         self._seen = 0
         self._told_constant: set[int] = set()
+        self._told_flat = False
 
     def _clear(self) -> None:
         self._prompts: list[str] = []
@@ -87,17 +88,31 @@ class Rollouts:
                 "returns None for, or give other prompts"
             )
 
-    def constant(self, rollout: Rollout) -> list[str]:
-        """One line for each reward that has been the same for every completion so far, once."""
+    def constant(self, step: int, rollout: Rollout) -> list[str]:
+        """A line for the first rollout whose completions are all worth the same, and one for each of several rewards that has
+        been the same for every completion so far."""
         self._seen += len(rollout.texts)
+        flat = [] if self._told_flat else self._flat(step, rollout)
+        self._told_flat = self._told_flat or bool(flat)
+        if self._told_flat and not self.names[1:]:
+            return flat
         for values, given in zip(self._values, rollout.rewards, strict=True):
             if len(values) < 2:
                 values |= {one for one in given if one is not None}
         if self._seen < _ENOUGH:
-            return []
+            return flat
         found = [place for place, one in enumerate(self._values) if len(one) < 2 and place not in self._told_constant]
         self._told_constant |= set(found)
-        return [self._says(place) for place in found]
+        return [*flat, *(self._says(place) for place in found)]
+
+    def _flat(self, step: int, rollout: Rollout) -> list[str]:
+        known = [one for one in weighted(rollout.rewards, self.weights) if one is not None]
+        if len(known) < 2 or len(set(known)) > 1:
+            return []
+        return [
+            f"all {len(known)} completions of the rollout at step {step} have the same reward ({known[0]:g}): nothing can be "
+            "learned from it; look at what is measured"
+        ]
 
     def _says(self, place: int) -> str:
         name, values = self.names[place], self._values[place]

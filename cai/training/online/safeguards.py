@@ -146,7 +146,7 @@ class Safeguards(TrainerCallback):
             self._rollouts.check(rollout)
         line = self._rollouts.line(step, rollout, self._logged.take())
         self._lines.append(line)
-        for text in (*self._rollouts.constant(rollout), *self._drift.new(self._lines)):
+        for text in (*self._rollouts.constant(step, rollout), *self._drift.new(self._lines)):
             self._note(text)
         if self._leads:
             lines.append(self._run / "rollouts.jsonl", line)
