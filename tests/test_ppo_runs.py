@@ -379,7 +379,9 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=2)
     with torch.no_grad():
         trainer.value.layer.linear.bias.fill_(math.inf)
-    with pytest.raises(EngineError, match=r"^a gradient of the value function is not a finite number at step 1; lower trl\..*about 1"):
+    with pytest.raises(
+        EngineError, match=r"^a gradient of the value function is not a finite number at step 1; lower trl\..*about 1"
+    ):
         trainer.train()
 
 

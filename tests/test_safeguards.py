@@ -31,7 +31,7 @@ from cai.training.loading import load_tokenizer
 from cai.training.online import gold, lines, monitors
 from cai.training.online.distance import log_ratios
 from cai.training.online.drift import Drift
-from cai.training.online.held_out import Answer, hold_out
+from cai.training.online.held_out import Answer, hold_out, tell_sources
 from cai.training.online.limits import collapsed, over_kl
 from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
 from cai.training.online.safeguards import Safeguards
@@ -328,6 +328,17 @@ def test_test_rows_are_held_out_where_they_are_others():
     assert not set(of(same.train)) & set(of(same.prompts))
 
 
+def test_prompts_that_are_taken_from_training_are_told_of_their_sources():
+    sources = ({"source": "x", "train": 6, "test": 2}, {"source": "y", "train": 6, "test": 0})
+    data = StageData(prompts(*"abcdee", *"efghij"), None, sources)
+    held = hold_out(data, 2, 0)
+    told = tell_sources(data, held._replace(train=prompts(*"abcdfghi"), prompts=prompts(*"ej")))
+    assert told == ({"source": "x", "train": 4, "test": 3}, {"source": "y", "train": 4, "test": 1})
+    told = tell_sources(data, held)
+    assert sum(one["train"] for one in told) == len(held.train)
+    assert sum(one["test"] for one in told) == len(held.prompts) + 2
+
+
 def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
     file = tmp_path / "lines.jsonl"
     assert lines.keep_until(file, 3) == []
@@ -403,6 +414,7 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
         [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 4
     )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
+    assert [(one["train"], one["test"]) for one in manifest["data"]] == [(34, 6)], "of 40 rows"
     assert manifest["measures"].get("kl") == written(out, "rollouts")[-1].get("kl")
     assert "objective/kl" not in manifest["measures"]
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
@@ -415,11 +427,13 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     show_summary(manifest, out)
     told = " ".join(capsys.readouterr().out.split())
     assert "stopped after step 4: gold has changed by" in told
+    assert "rows.jsonl 34 6" in told.replace(str(rows), "rows.jsonl")
     assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
     card = " ".join((out / "README.md").read_text().split())
     assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
     assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
+    assert "| rows.jsonl | 34 | 6 |" in card
     assert "after step 2, whose policy this is" in (out / "best" / "README.md").read_text()
     assert "It was stopped after step 4: gold has changed by" in card
 
@@ -679,7 +693,9 @@ def test_rewards_that_say_nothing_or_cannot_be_told_apart_are_refused(reward, pr
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
 def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, functions, tmp_path, caplog):
     settings = settings_of(stage, tiny, rows, functions, "nothing")
-    with pytest.raises(EngineError, match=r"^reward 'nothing': no number for any of \d+ completions, so nothing can be learned; "):
+    with pytest.raises(
+        EngineError, match=r"^reward 'nothing': no number for any of \d+ completions, so nothing can be learned; "
+    ):
         train(stage, settings, tmp_path / "out")
     assert [line["step"] for line in written(tmp_path / "out", "log")] in ([], [1])
     assert "All reward functions" not in caplog.text

@@ -17,6 +17,7 @@ from cai.errors import ConfigError
 from cai.training.data import StageData
 from cai.training.online.distance import log_ratios
 from cai.training.online.rewards import Reward
+from cai.training.reading import Row
 
 _LARGEST_SHARE = 5
 """At most one in so many training prompts is kept from training."""
@@ -58,6 +59,20 @@ def hold_out(data: StageData, count: int, seed: int) -> HeldOut:
     first = {key: place for place, key in reversed(list(enumerate(train))) if key in taken}
     rest = [place for place, key in enumerate(train) if key not in taken]
     return HeldOut(data.train.select(rest), data.train.select(sorted(first.values())))
+
+
+def tell_sources(data: StageData, held: HeldOut) -> tuple[Row, ...]:
+    """What is told of the sources of `data`, where rows lie one source after another: with the prompts that `hold_out` took from
+    training among the held-out ones. A prompt of several sources is counted as held out of the first."""
+    taken, told, start = {repr(one) for one in held.prompts["prompt"]}, [], 0
+    prompts = [repr(one) for one in data.train["prompt"]]
+    for source in data.sources:
+        end = start + source["train"]
+        here = [one for one in prompts[start:end] if one in taken]
+        new = set(here) - set(prompts[:start])
+        told.append({**source, "train": source["train"] - len(here), "test": source["test"] + len(new)})
+        start = end
+    return tuple(told)
 
 
 def answer(trainer: Any, prompts: Dataset, rewards: Sequence[Reward], gold: Reward, seed: int) -> list[Answer]:

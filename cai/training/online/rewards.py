@@ -74,9 +74,7 @@ class Reward:
                 f"{self._called} returned {answer!r:.80}; expected a list with a number for each completion"
             ) from exc
         if len(rewards) != len(completions):
-            raise EngineError(
-                f"{self._called} returned {len(rewards)} numbers, and there are {len(completions)} completions"
-            )
+            raise EngineError(f"{self._called} returned {len(rewards)} numbers, and there are {len(completions)} completions")
         for place, one in enumerate(rewards):
             if one is not None and not math.isfinite(one):
                 text = completions[place][-1]["content"]
