@@ -417,6 +417,7 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert [(one["train"], one["test"]) for one in manifest["data"]] == [(34, 6)], "of 40 rows"
     assert manifest["measures"].get("kl") == written(out, "rollouts")[-1].get("kl")
     assert "objective/kl" not in manifest["measures"]
+    assert manifest["rollout"] == (1 if stage == "ppo" else 4)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
     assert same(weights(out), weights(out / "checkpoints" / "checkpoint-4"))
     assert not same(weights(out), weights(out / "best"))
@@ -433,6 +434,9 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
     assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
+    rewarded = "objective/scores" if stage == "online-dpo" else "reward"
+    assert f"| {rewarded} (of the rollout at step {manifest['rollout']}) | " in card
+    assert stage == "grpo" or f"| kl, nats a completion (of the rollout at step {manifest['rollout']}) | " in card
     assert "| rows.jsonl | 34 | 6 |" in card
     assert "after step 2, whose policy this is" in (out / "best" / "README.md").read_text()
     assert "It was stopped after step 4: gold has changed by" in card
@@ -700,7 +704,7 @@ def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, f
     assert [line["step"] for line in written(tmp_path / "out", "log")] in ([], [1])
     assert "All reward functions" not in caplog.text
     rollouts = Rollouts(["x", "y"], [1.0, 1.0])
-    with pytest.raises(EngineError, match="^rewards 'x', 'y': no number for any of 2 completions"):
+    with pytest.raises(EngineError, match=r"^rewards 'x', 'y': no number for any of 2 completions"):
         rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2] * 2))
     rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2, [None, 0.0]]))
 

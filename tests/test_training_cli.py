@@ -85,6 +85,15 @@ def test_the_summary_of_an_online_training_tells_what_stopped_it_and_how_gold_we
     assert f"best by gold: {tmp_path}/best pictures: {tmp_path}/training.html" in told
 
 
+def test_the_summary_says_of_which_rollout_measures_are(capsys, tmp_path):
+    measures = {"reward": 0.25, "kl": 3.0, "train_loss": 0.5}
+    show_summary({**GUARDED, "measures": measures, "rollout": 9}, tmp_path)
+    told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "0.25 reward (of the rollout at step 9)" in told
+    assert "3 kl, nats a completion (of the rollout at step 9)" in told
+    assert "0.5 train_loss" in told
+
+
 def test_gold_is_named_by_a_flag_and_set_goes_into_it(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("gold: {constitution: concise-and-clear, every: 7}")

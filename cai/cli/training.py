@@ -17,6 +17,7 @@ from rich.table import Table
 from cai.cli.terminal import console, counted, duration, printable, time_left
 from cai.intervals import gathered
 from cai.models import best_model
+from cai.report.written import named
 from cai.training import ONLINE
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         )
     for name, value, ends in gathered(manifest["measures"]):
         interval = f"  ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
-        console.print(f"  {value:>10.4g}  {escape(name)}{interval}")
+        console.print(f"  {value:>10.4g}  {escape(named(name, manifest.get('rollout')))}{interval}", soft_wrap=True)
     console.print(f"\nmodel: {escape(str(out))}", soft_wrap=True)
     for name, place in (("best by gold", "best"), ("pictures", "training.html")):
         if (out / place).exists():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Line = Mapping[str, Any]
+OF_ROLLOUT = ("reward", "objective/scores", "kl")
+"""Measures in a manifest that are of the last rollout."""
 
 
 class Written(NamedTuple):
@@ -47,6 +49,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def best_of(gold: Sequence[Line]) -> Line | None:
     """The measure with the highest gold, the first of several; None where no answer had a number."""
     return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
+
+
+def named(measure: str, rollout: int | None) -> str:
+    """A measure's name with its unit and, where it is of the completions of the last rollout, the step of that."""
+    name = {"kl": "kl, nats a completion"}.get(measure, measure)
+    return name if rollout is None or measure not in OF_ROLLOUT else f"{name} (of the rollout at step {rollout:,})"
 
 
 def unscored(rollouts: Sequence[Line]) -> dict[str, tuple[int, int]]:

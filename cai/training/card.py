@@ -10,6 +10,7 @@ import jinja2
 from cai.documents import dump
 from cai.intervals import gathered
 from cai.models import ALIASES, public_name
+from cai.report.written import named
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings, RewardSource
 from cai.training.settings import StageName
@@ -45,7 +46,8 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
     the best gold measure, which may not be the last."""
     template = (Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined, autoescape=False)
-    measures = {name: _with_ends(value, ends) for name, value, ends in gathered(manifest["measures"])}
+    rollout = manifest.get("rollout")
+    measures = {named(name, rollout): _with_ends(value, ends) for name, value, ends in gathered(manifest["measures"])}
     base = ALIASES[settings.model].hub_id if settings.model in ALIASES else public_name(settings.model)
     return environment.from_string(template).render(
         stage=stage,

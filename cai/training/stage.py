@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     training: dict[str, Any]
     """What it was trained by: see `cai.training.arguments.effective`."""
     guarded: Mapping[str, Any] = MappingProxyType({})
-    """Of an online stage, what its safeguards tell: `stopped`, `best`, `gold`; and `data`, where they took prompts from training."""
+    """Of an online stage, what its safeguards tell: `stopped`, `best`, `gold`, `rollout`, and of `data` what gold held out."""
 
 
 def build_trainer(stage: StageName, parts: Parts) -> Any:

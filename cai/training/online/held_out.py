@@ -62,8 +62,8 @@ def hold_out(data: StageData, count: int, seed: int) -> HeldOut:
 
 
 def tell_sources(data: StageData, held: HeldOut) -> tuple[Row, ...]:
-    """What is told of the sources of `data`, where rows lie one source after another: with the prompts that `hold_out` took from
-    training among the held-out ones. A prompt of several sources is counted as held out of the first."""
+    """What is told of the sources of `data`, whose rows lie one source after another: with the prompts that `hold_out` took
+    from training among the held-out ones. A prompt of several sources is counted as held out of the first."""
     taken, told, start = {repr(one) for one in held.prompts["prompt"]}, [], 0
     prompts = [repr(one) for one in data.train["prompt"]]
     for source in data.sources:

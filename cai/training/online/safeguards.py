@@ -217,8 +217,8 @@ class Safeguards(TrainerCallback):
 
     # ------------------------------------------------------------------------------------------------ at the end
     def finish(self) -> dict[str, Any]:
-        """Write OUT/best and the page; what the manifest tells of all this, and among its `measures` the last KL, in nats a
-        completion. All processes call this."""
+        """Write OUT/best and the page; what the manifest tells of all this: among its `measures` the last KL, in nats a
+        completion, and as `rollout` the step of the last rollout, which measures are of. All processes call this."""
         self._go_on(self._trainer.state.global_step)
         best = self._best_step
         if best is not None and (self._run / "best" / str(best)).exists():  # else OUT/best has been it since an earlier stop
@@ -227,6 +227,7 @@ class Safeguards(TrainerCallback):
         kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
         return {
             "measures": {"kl": kls[-1]} if kls else {},
+            **({"rollout": self._lines[-1]["step"]} if self._lines else {}),
             **({"stopped": self._stopped} if self._stopped else {}),
             **({"unscored": {name: {"none": none, "of": of} for name, (none, of) in found.items()}} if found else {}),
             **self._told_gold(),
