@@ -310,6 +310,17 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ("online-dpo", {"max_new_tokens": 300}, "trl: completions of 300 tokens leave no room for prompts"),
         ("grpo", {"num_generations": 8}, r"trl: GRPOConfig refuses these values: generation_batch_size \(4\) must be div"),
         ("rloo", {"num_generations": 8}, r"trl: RLOOConfig refuses these values: generation_batch_size \(4\) must be div"),
+        (
+            "rloo",
+            {"per_device_train_batch_size": 1},
+            r"\(1\) must be divisible by num_generations \(2\)\. Make trl.per_device_train_batch_size a multiple of "
+            "trl.num_generations$",
+        ),
+        (
+            "grpo",
+            {"generation_batch_size": 4, "num_generations": 3},
+            r"\(3\)\. Make trl.generation_batch_size a multiple of trl.num_generations$",
+        ),
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
     ],

@@ -169,10 +169,18 @@ def make_arguments(
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
             made = config(**{**ours, **_without_truth(settings.trl), **given})
     except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
-        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}{_keys_to_change(exc, settings.trl)}") from exc
     if isinstance(settings, DpoSettings) and settings.soft_labels:
         _check_softened(made)
     return made
+
+
+def _keys_to_change(refused: Exception, given: Mapping[str, Any]) -> str:
+    """Of a rollout that TRL cannot divide into groups."""
+    if "must be divisible by num_generations" not in str(refused):
+        return ""
+    size = "generation_batch_size" if given.get("generation_batch_size") else "per_device_train_batch_size"
+    return f" Make trl.{size} a multiple of trl.num_generations"
 
 
 def _check_vllm(stage: StageName, mode: Any) -> None:
