@@ -16,6 +16,7 @@ from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
 from cai.training.arguments import make_arguments
+from cai.training.failing import refusals
 from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
@@ -347,6 +348,49 @@ def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trl.use_vllm: vllm is not installed: pip install 'cai-toolkit\[vllm\]'"):
         make_arguments("grpo", settings("grpo", tiny, rows, trl={"use_vllm": True}), tmp_path)
+
+
+_ON_NODE = "Available memory on node 0 (14.07/23.54 GiB) on"
+
+
+@pytest.mark.parametrize(
+    ("told", "advice"),
+    [
+        (
+            f"{_ON_NODE} kv cache allocation is less than requested memory for kv (-0.61/1.18 GiB). Reduce CPU memory used by "
+            "other processes.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "To serve at least one request, 2 GiB is needed. Try increasing `gpu_memory_utilization` or decreasing "
+            "`max_model_len`.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization, or set a lower "
+            "trl.vllm_max_model_length",
+        ),
+        (
+            f"{_ON_NODE} kv cache allocation is less than requested memory for kv (20.59/22.18 GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            f"{_ON_NODE} startup is less than desired CPU memory utilization (0.9, 21.19 GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "Free memory on device cuda:0 (14.07/23.54 GiB) on startup is less than desired GPU memory utilization (0.9, 21.19 "
+            "GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        ("Something else.", ""),
+    ],
+)
+def test_memory_that_vllm_lacks_names_the_key_that_gives_it(told, advice):
+    with pytest.raises(ConfigError) as caught, refusals("ppo"):
+        raise ValueError(told)
+    assert str(caught.value) == f"trl: the ppo trainer refuses this: {told} {advice}".rstrip()
 
 
 @pytest.mark.parametrize(
