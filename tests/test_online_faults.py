@@ -15,7 +15,7 @@ from cai.cli.train import resolve_settings
 from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
-from cai.training.arguments import make_arguments
+from cai.training.arguments import make_arguments, room_for_prompts
 from cai.training.failing import refusals
 from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
@@ -287,6 +287,31 @@ def test_prompts_are_limited_by_the_shortest_context_of_all_reward_models_too(ti
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c " * 80}]
     given = settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows), reward=str(tmp_path / "short"))
     assert train("ppo", given, tmp_path / "out")["too_long"] == {"train": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "room"),
+    [
+        ({"use_vllm": True, "vllm_max_model_length": 128}, 256, 122),
+        ({"use_vllm": True, "vllm_max_model_length": 512}, 256, 250),
+        ({"use_vllm": True, "vllm_max_model_length": 128}, None, 122),
+        ({"use_vllm": True, "vllm_max_model_length": -1}, 256, 250),
+        ({"use_vllm": True}, 256, 250),
+        ({"vllm_max_model_length": 128}, 256, 250),
+    ],
+)
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo"])
+def test_prompts_are_limited_by_the_context_that_vllm_is_given(tiny, rows, tmp_path, monkeypatch, stage, given, context, room):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    one = settings(stage, tiny, rows, trl=given)
+    assert room_for_prompts(one, make_arguments(stage, one, tmp_path), context) == room
+
+
+def test_a_completion_that_takes_all_that_vllm_is_given(tiny, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    one = settings("ppo", tiny, rows, trl={"use_vllm": True, "vllm_max_model_length": 6})
+    with pytest.raises(ConfigError, match=r"completions of 6 tokens leave no room .* of 6 \(.*vllm_max_model_length\)"):
+        room_for_prompts(one, make_arguments("ppo", one, tmp_path), 256)
 
 
 def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_counted(tmp_path):

@@ -264,16 +264,20 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
 def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | None) -> int | None:
     """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion.
 
-    `context` is the shortest of those who read a row. Raises `ConfigError` where a completion takes all of it.
+    `context` is the shortest of those who read a row; vLLM may have a shorter one. Raises `ConfigError` where a completion
+    takes all of it.
     """
     if not isinstance(settings, OnlineSettings):
         longest: int | None = getattr(arguments, "max_length", None)
         return longest or context
-    completion = getattr(arguments, "max_completion_length", None) or arguments.max_new_tokens
+    name = "max_completion_length" if hasattr(arguments, "max_completion_length") else "max_new_tokens"
+    completion = getattr(arguments, name)
+    of_vllm = getattr(arguments, "vllm_max_model_length", None) if arguments.use_vllm else None
+    context = min((one for one in (context, of_vllm) if one is not None and one > 0), default=None)  # -1: what vLLM finds
     if context is not None and completion >= context:
         raise ConfigError(
             f"trl: completions of {completion} tokens leave no room for prompts in a context of {context} (the shortest of the "
-            "model and its reward models); lower it"
+            f"model, its reward models and trl.vllm_max_model_length); lower trl.{name}"
         )
     return None if context is None else context - completion
 
