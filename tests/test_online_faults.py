@@ -264,6 +264,49 @@ def test_rows_that_are_no_prompts(tiny, tmp_path, rows, message):
         train("ppo", settings("ppo", tiny, file), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("stage", "trl", "gold", "message"),
+    [
+        (
+            "ppo",
+            {"gradient_accumulation_steps": 3},
+            None,
+            r"data: 8 prompts are left to train on, and a rollout takes 12 \(trl.per_device_train_batch_size 4 x "
+            r"trl.gradient_accumulation_steps 3\): add prompts, or lower trl.per_device_train_batch_size$",
+        ),
+        (
+            "rloo",
+            {"steps_per_generation": 6, "max_steps": -1},
+            None,
+            r"8 prompts are left to train on, and a rollout takes 12 \(trl.per_device_train_batch_size 4 x "
+            r"trl.steps_per_generation 6, divided by trl.num_generations 2\)",
+        ),
+        (
+            "grpo",
+            {"generation_batch_size": 32, "num_generations": 2},
+            None,
+            r"and a rollout takes 16 \(trl.generation_batch_size 32, divided by trl.num_generations 2\): add prompts, or lower "
+            "trl.generation_batch_size$",
+        ),
+        ("ppo", {"per_device_train_batch_size": 8}, "counted", r"data: 7 prompts are left to train on, and a rollout takes 8 "),
+    ],
+)
+def test_fewer_prompts_than_a_rollout_takes(tiny, rows, tmp_path, monkeypatch, stage, trl, gold, message):
+    from cai.training.online import building
+
+    monkeypatch.setattr(building, "load_policy", lambda given: pytest.fail("a model was loaded"))
+    keys = {"gold": {"function": f"{HERE}:{gold}"}} if gold else {}
+    with pytest.raises(ConfigError, match=message):
+        train(stage, settings(stage, tiny, rows, trl=trl, **keys), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("stage", "trl"), [("ppo", {}), ("rloo", {"gradient_accumulation_steps": 4}), ("online-dpo", {})])
+def test_as_many_prompts_as_a_rollout_takes_train(tiny, tmp_path, stage, trl):
+    count = {"ppo": 4, "rloo": 8, "online-dpo": 1}[stage]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(count)])
+    assert train(stage, settings(stage, tiny, rows, trl={**trl, "max_steps": 1}), tmp_path / "out")["steps"] == 1
+
+
 def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted(tiny, tmp_path):
     from cai.training.lengths import row_lengths
     from cai.training.loading import load_tokenizer
@@ -277,14 +320,14 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted
     assert lengths[len(ids["input_ids"])] == 3
     limit = max(one for one in lengths if one <= 250)
     above = min(one for one in lengths if one > 250)
-    rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2)]
+    rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2), prompt(3)]
     manifest = train("ppo", settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out")
     assert manifest["too_long"] == {"train": 1}
 
 
 def test_prompts_are_limited_by_the_shortest_context_of_all_reward_models_too(tiny, tmp_path):
     make_reward_model(tmp_path / "short", context=80)
-    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c " * 80}]
+    rows = [*({"prompt": one} for one in "abde"), {"prompt": "c " * 80}]
     given = settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows), reward=str(tmp_path / "short"))
     assert train("ppo", given, tmp_path / "out")["too_long"] == {"train": 1}
 
