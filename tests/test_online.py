@@ -197,7 +197,8 @@ def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, lora
     pytest.importorskip("vllm")
     model = make_tiny_model(tmp_path / "model", context=512, head=32, tied=is_tied)  # the smallest that vLLM computes on a CPU
     (tmp_path / "reward.py").write_text("from typing import Any\n" + inspect.getsource(brief) + inspect.getsource(counted))
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(16)])
+    prompts = [*(f"What is {number}?" for number in range(16)), "long " * 128]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": one} for one in prompts])
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 128}
     recipe = {
         "model": str(model),
@@ -212,6 +213,7 @@ def test_vllm_in_the_process_writes_with_the_weights_of_each_step(tmp_path, lora
     told = ["train", "ppo", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
     done = subprocess.run([Path(sys.executable).with_name("cai"), *told], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["too_long"] == {"train": 1}
     assert max(logged(tmp_path / "out", "kl")) > 0.3, "the weights have moved away from those that vLLM loaded"
     assert max(logged(tmp_path / "out", "sampling/sampling_logp_difference/mean")) < 0.1, "vLLM's and the trainer's"
 

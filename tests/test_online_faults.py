@@ -15,7 +15,8 @@ from cai.cli.train import resolve_settings
 from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
-from cai.training.arguments import make_arguments
+from cai.training.arguments import make_arguments, room_for_prompts
+from cai.training.failing import refusals
 from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
@@ -272,6 +273,49 @@ def test_rows_that_are_no_prompts(tiny, tmp_path, rows, message):
         train("ppo", settings("ppo", tiny, file), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("stage", "trl", "gold", "message"),
+    [
+        (
+            "ppo",
+            {"gradient_accumulation_steps": 3},
+            None,
+            r"data: 8 prompts are left to train on, and a rollout takes 12 \(trl.per_device_train_batch_size 4 x "
+            r"trl.gradient_accumulation_steps 3\): add prompts, or lower trl.per_device_train_batch_size$",
+        ),
+        (
+            "rloo",
+            {"steps_per_generation": 6, "max_steps": -1},
+            None,
+            r"8 prompts are left to train on, and a rollout takes 12 \(trl.per_device_train_batch_size 4 x "
+            r"trl.steps_per_generation 6, divided by trl.num_generations 2\)",
+        ),
+        (
+            "grpo",
+            {"generation_batch_size": 32, "num_generations": 2},
+            None,
+            r"and a rollout takes 16 \(trl.generation_batch_size 32, divided by trl.num_generations 2\): add prompts, or lower "
+            "trl.generation_batch_size$",
+        ),
+        ("ppo", {"per_device_train_batch_size": 8}, "counted", r"data: 7 prompts are left to train on, and a rollout takes 8 "),
+    ],
+)
+def test_fewer_prompts_than_a_rollout_takes(tiny, rows, tmp_path, monkeypatch, stage, trl, gold, message):
+    from cai.training.online import building
+
+    monkeypatch.setattr(building, "load_policy", lambda given: pytest.fail("a model was loaded"))
+    keys = {"gold": {"function": f"{HERE}:{gold}"}} if gold else {}
+    with pytest.raises(ConfigError, match=message):
+        train(stage, settings(stage, tiny, rows, trl=trl, **keys), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("stage", "trl"), [("ppo", {}), ("rloo", {"gradient_accumulation_steps": 4}), ("online-dpo", {})])
+def test_as_many_prompts_as_a_rollout_takes_train(tiny, tmp_path, stage, trl):
+    count = {"ppo": 4, "rloo": 8, "online-dpo": 1}[stage]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {number}?"} for number in range(count)])
+    assert train(stage, settings(stage, tiny, rows, trl={**trl, "max_steps": 1}), tmp_path / "out")["steps"] == 1
+
+
 def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted(tiny, tmp_path):
     from cai.training.lengths import row_lengths
     from cai.training.loading import load_tokenizer
@@ -285,16 +329,41 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_left_out_and_counted
     assert lengths[len(ids["input_ids"])] == 3
     limit = max(one for one in lengths if one <= 250)
     above = min(one for one in lengths if one > 250)
-    rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2)]
+    rows = [prompt(lengths[limit]), prompt(lengths[above]), prompt(1), prompt(2), prompt(3)]
     manifest = train("ppo", settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out")
     assert manifest["too_long"] == {"train": 1}
 
 
 def test_prompts_are_limited_by_the_shortest_context_of_all_reward_models_too(tiny, tmp_path):
     make_reward_model(tmp_path / "short", context=80)
-    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c " * 80}]
+    rows = [*({"prompt": one} for one in "abde"), {"prompt": "c " * 80}]
     given = settings("ppo", tiny, write_rows(tmp_path / "rows.jsonl", rows), reward=str(tmp_path / "short"))
     assert train("ppo", given, tmp_path / "out")["too_long"] == {"train": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "room"),
+    [
+        ({"use_vllm": True, "vllm_max_model_length": 128}, 256, 122),
+        ({"use_vllm": True, "vllm_max_model_length": 512}, 256, 250),
+        ({"use_vllm": True, "vllm_max_model_length": 128}, None, 122),
+        ({"use_vllm": True, "vllm_max_model_length": -1}, 256, 250),
+        ({"use_vllm": True}, 256, 250),
+        ({"vllm_max_model_length": 128}, 256, 250),
+    ],
+)
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo"])
+def test_prompts_are_limited_by_the_context_that_vllm_is_given(tiny, rows, tmp_path, monkeypatch, stage, given, context, room):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    one = settings(stage, tiny, rows, trl=given)
+    assert room_for_prompts(one, make_arguments(stage, one, tmp_path), context) == room
+
+
+def test_a_completion_that_takes_all_that_vllm_is_given(tiny, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    one = settings("ppo", tiny, rows, trl={"use_vllm": True, "vllm_max_model_length": 6})
+    with pytest.raises(ConfigError, match=r"completions of 6 tokens leave no room .* of 6 \(.*vllm_max_model_length\)"):
+        room_for_prompts(one, make_arguments("ppo", one, tmp_path), 256)
 
 
 def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_counted(tmp_path):
@@ -319,6 +388,17 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ("online-dpo", {"max_new_tokens": 300}, "trl: completions of 300 tokens leave no room for prompts"),
         ("grpo", {"num_generations": 8}, r"trl: GRPOConfig refuses these values: generation_batch_size \(4\) must be div"),
         ("rloo", {"num_generations": 8}, r"trl: RLOOConfig refuses these values: generation_batch_size \(4\) must be div"),
+        (
+            "rloo",
+            {"per_device_train_batch_size": 1},
+            r"\(1\) must be divisible by num_generations \(2\)\. Make trl.per_device_train_batch_size a multiple of "
+            "trl.num_generations$",
+        ),
+        (
+            "grpo",
+            {"generation_batch_size": 4, "num_generations": 3},
+            r"\(3\)\. Make trl.generation_batch_size a multiple of trl.num_generations$",
+        ),
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
     ],
@@ -345,6 +425,49 @@ def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trl.use_vllm: vllm is not installed: pip install 'cai-toolkit\[vllm\]'"):
         make_arguments("grpo", settings("grpo", tiny, rows, trl={"use_vllm": True}), tmp_path)
+
+
+_ON_NODE = "Available memory on node 0 (14.07/23.54 GiB) on"
+
+
+@pytest.mark.parametrize(
+    ("told", "advice"),
+    [
+        (
+            f"{_ON_NODE} kv cache allocation is less than requested memory for kv (-0.61/1.18 GiB). Reduce CPU memory used by "
+            "other processes.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "To serve at least one request, 2 GiB is needed. Try increasing `gpu_memory_utilization` or decreasing "
+            "`max_model_len`.",
+            "This is too little memory for vLLM: raise trl.vllm_gpu_memory_utilization, or set a lower "
+            "trl.vllm_max_model_length",
+        ),
+        (
+            f"{_ON_NODE} kv cache allocation is less than requested memory for kv (20.59/22.18 GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            f"{_ON_NODE} startup is less than desired CPU memory utilization (0.9, 21.19 GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        (
+            "Free memory on device cuda:0 (14.07/23.54 GiB) on startup is less than desired GPU memory utilization (0.9, 21.19 "
+            "GiB).",
+            "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
+        ),
+        ("Something else.", ""),
+    ],
+)
+def test_memory_that_vllm_lacks_names_the_key_that_gives_it(told, advice):
+    with pytest.raises(ConfigError) as caught, refusals("ppo"):
+        raise ValueError(told)
+    assert str(caught.value) == f"trl: the ppo trainer refuses this: {told} {advice}".rstrip()
 
 
 @pytest.mark.parametrize(

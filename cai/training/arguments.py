@@ -169,10 +169,18 @@ def make_arguments(
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that TRL still has
             made = config(**{**ours, **_without_truth(settings.trl), **given})
     except (ValueError, TypeError, ImportError, NotImplementedError) as exc:
-        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}") from exc
+        raise ConfigError(f"trl: {config.__name__} refuses these values: {exc}{_keys_to_change(exc, settings.trl)}") from exc
     if isinstance(settings, DpoSettings) and settings.soft_labels:
         _check_softened(made)
     return made
+
+
+def _keys_to_change(refused: Exception, given: Mapping[str, Any]) -> str:
+    """Of a rollout that TRL cannot divide into groups."""
+    if "must be divisible by num_generations" not in str(refused):
+        return ""
+    size = "generation_batch_size" if given.get("generation_batch_size") else "per_device_train_batch_size"
+    return f" Make trl.{size} a multiple of trl.num_generations"
 
 
 def _check_vllm(stage: StageName, mode: Any) -> None:
@@ -256,16 +264,20 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
 def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | None) -> int | None:
     """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion.
 
-    `context` is the shortest of those who read a row. Raises `ConfigError` where a completion takes all of it.
+    `context` is the shortest of those who read a row; vLLM may have a shorter one. Raises `ConfigError` where a completion
+    takes all of it.
     """
     if not isinstance(settings, OnlineSettings):
         longest: int | None = getattr(arguments, "max_length", None)
         return longest or context
-    completion = getattr(arguments, "max_completion_length", None) or arguments.max_new_tokens
+    name = "max_completion_length" if hasattr(arguments, "max_completion_length") else "max_new_tokens"
+    completion = getattr(arguments, name)
+    of_vllm = getattr(arguments, "vllm_max_model_length", None) if arguments.use_vllm else None
+    context = min((one for one in (context, of_vllm) if one is not None and one > 0), default=None)  # -1: what vLLM finds
     if context is not None and completion >= context:
         raise ConfigError(
             f"trl: completions of {completion} tokens leave no room for prompts in a context of {context} (the shortest of the "
-            "model and its reward models); lower it"
+            f"model, its reward models and trl.vllm_max_model_length); lower trl.{name}"
         )
     return None if context is None else context - completion
 

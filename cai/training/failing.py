@@ -18,6 +18,8 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory"
 _NO_DISK = re.compile(
     r"I/O error|No space left|File too large|quota exceeded|PytorchStreamWriter|file write failed", re.IGNORECASE
 )
+_TOO_LITTLE_FOR_VLLM = re.compile(r"memory for kv \((-|0\.0+/)|increasing `gpu_memory_utilization`")
+_TOO_MUCH_FOR_VLLM = re.compile(r"less than (requested memory for kv|desired [GC]PU memory utilization)")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _CONTINUES = "the same command continues"
 
@@ -92,4 +94,13 @@ def refusals(name: str) -> Iterator[None]:
     except CaiError:
         raise
     except (ValueError, NotImplementedError, ImportError) as exc:
-        raise ConfigError(f"trl: the {name} trainer refuses this: {exc}") from exc
+        raise ConfigError(f"trl: the {name} trainer refuses this: {exc}{_of_vllm(str(exc))}") from exc
+
+
+def _of_vllm(refused: str) -> str:
+    """The key that gives vLLM, in the training's process, another share of all memory."""
+    key = "trl.vllm_gpu_memory_utilization"
+    if _TOO_LITTLE_FOR_VLLM.search(refused):
+        shorter = ", or set a lower trl.vllm_max_model_length" if "max_model_len" in refused else ""
+        return f" This is too little memory for vLLM: raise {key}{shorter}"
+    return f" This is more memory than is free: lower {key}" if _TOO_MUCH_FOR_VLLM.search(refused) else ""

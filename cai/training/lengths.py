@@ -25,8 +25,9 @@ def drop_long_rows(data: StageData, tokenizer: Any, limit: int | None) -> tuple[
         count = len(data.train)
         if "columns" in data.train.column_names:
             raise ConfigError(
-                f"all {count} prompts are longer than the {limit} tokens that completions leave of the model's context, or of "
-                "a reward model's; lower trl.max_completion_length (of online-dpo trl.max_new_tokens), or use shorter prompts"
+                f"all {count} prompts are longer than the {limit} tokens that completions leave of the model's context, of a "
+                "reward model's, or of trl.vllm_max_model_length; lower trl.max_completion_length (of online-dpo "
+                "trl.max_new_tokens), or use shorter prompts"
             )
         raise ConfigError(f"all {count} rows are longer than {limit} tokens; raise trl.max_length, or use shorter rows")
     dropped = {"train": len(data.train) - len(train), "test": len(data.test or ()) - len(test or ())}

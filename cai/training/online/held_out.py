@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -73,6 +73,38 @@ def tell_sources(data: StageData, held: HeldOut) -> tuple[Row, ...]:
         told.append({**source, "train": source["train"] - len(here), "test": source["test"] + len(new)})
         start = end
     return tuple(told)
+
+
+def check_enough(prompts: int, arguments: Any, given: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where there are fewer prompts to train on than one rollout takes: TRL leaves an incomplete one out,
+    but for online DPO, which takes what there is. `given` is what stands under `trl:`."""
+    if not hasattr(arguments, "generation_batch_size"):
+        return
+    groups = arguments.num_generations
+    needed = arguments.generation_batch_size // groups
+    if prompts >= needed:
+        return
+    many = "1 prompt is" if prompts == 1 else f"{prompts} prompts are"
+    factors = _factors(arguments, given)
+    made = " x ".join(f"{name} {count}" for name, count in factors.items())
+    of_groups = f", divided by trl.num_generations {groups}" if groups > 1 else ""
+    raise ConfigError(
+        f"data: {many} left to train on, and a rollout takes {needed} ({made}{of_groups}): add prompts, or lower "
+        f"{next(iter(factors))}"
+    )
+
+
+def _factors(arguments: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """What makes the completions of a rollout as many as they are, without what is 1."""
+    if given.get("generation_batch_size"):
+        return {"trl.generation_batch_size": arguments.generation_batch_size}
+    steps = "steps_per_generation" if given.get("steps_per_generation") else "gradient_accumulation_steps"
+    factors = {
+        "trl.per_device_train_batch_size": arguments.per_device_train_batch_size,
+        f"trl.{steps}": arguments.steps_per_generation,
+        "processes": arguments.world_size,
+    }
+    return {name: count for name, count in factors.items() if count > 1}
 
 
 def answer(trainer: Any, prompts: Dataset, rewards: Sequence[Reward], gold: Reward, seed: int) -> list[Answer]:

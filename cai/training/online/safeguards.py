@@ -25,7 +25,7 @@ from cai.training.online import gold as golden
 from cai.training.online import lines
 from cai.training.online.best import Best
 from cai.training.online.drift import Drift
-from cai.training.online.held_out import HeldOut, answer, hold_out
+from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
 from cai.training.online.rollouts import Logged, Rollouts
@@ -51,11 +51,12 @@ class Safeguards(TrainerCallback):
         settings = parts.settings
         assert isinstance(settings, OnlineSettings)
         self.settings, self._show, self._out, self._run = settings, parts.show, parts.folder, parts.folder / "run"
+        gold = settings.gold
+        self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
+        check_enough(len(self.held_out.train), parts.arguments, settings.trl)
         self._rollouts = Rollouts([one.name for one in settings.reward], [one.weight for one in settings.reward])
         self.rewards = [build_reward(one, partial(self._tell, place)) for place, one in enumerate(settings.reward)]
-        gold = settings.gold
         self._gold = build_reward(gold, kind="gold") if gold else None
-        self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
         self._leads = PartialState().is_main_process
         self._best, self._drift = Best(parts.folder), Drift()
         self._lines: list[dict[str, Any]] = []
