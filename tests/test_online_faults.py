@@ -399,6 +399,7 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
             {"generation_batch_size": 4, "num_generations": 3},
             r"\(3\)\. Make trl.generation_batch_size a multiple of trl.num_generations$",
         ),
+        ("ppo", {"max_completion_length": None}, "trl.max_completion_length: expected a whole number, found None"),
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
     ],

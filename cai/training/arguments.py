@@ -265,13 +265,15 @@ def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | Non
     """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion.
 
     `context` is the shortest of those who read a row; vLLM may have a shorter one. Raises `ConfigError` where a completion
-    takes all of it.
+    takes all of it, or has no end.
     """
     if not isinstance(settings, OnlineSettings):
         longest: int | None = getattr(arguments, "max_length", None)
         return longest or context
     name = "max_completion_length" if hasattr(arguments, "max_completion_length") else "max_new_tokens"
     completion = getattr(arguments, name)
+    if completion is None:
+        raise ConfigError(f"trl.{name}: expected a whole number, found None")
     of_vllm = getattr(arguments, "vllm_max_model_length", None) if arguments.use_vllm else None
     context = min((one for one in (context, of_vllm) if one is not None and one > 0), default=None)  # -1: what vLLM finds
     if context is not None and completion >= context:
