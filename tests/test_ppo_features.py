@@ -30,11 +30,11 @@ def widths(model):
 
 
 def batch(shared: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of 9, 7 and 8 tokens that begin with the same ones, and completions of 4, 2 and 3."""
+    """Prompts of 7, 9 and 8 tokens that begin with the same ones, and completions of 2, 4 and 3."""
     torch.manual_seed(0)
     ids, mask = torch.randint(5, 200, (3, 9 + LENGTH)), torch.ones(3, 9 + LENGTH, dtype=torch.long)
     beginning = ids[0, :shared].clone()
-    for row, (padding, short) in enumerate([(0, 0), (2, 2), (1, 1)]):
+    for row, (padding, short) in enumerate([(2, 2), (0, 0), (1, 1)]):
         ids[row, padding : padding + shared] = beginning
         ids[row, padding + shared] = row + 5  # there they part
         mask[row, :padding] = 0
