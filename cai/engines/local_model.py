@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
-from transformers.cache_utils import StaticLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from cai.config import ModelConfig
 from cai.cpu import contiguous_head, keep_freed_memory
 from cai.engines.base import GenerateRequest
 from cai.engines.drawing import draw, only
-from cai.engines.prefixes import Prefix, PrefixCache
+from cai.engines.prefixes import Prefix, PrefixCache, keeps_all
 from cai.models import ModelPlace, locate
 from cai.weights import best_device, pretrained, resolve_dtype
 
@@ -120,8 +119,7 @@ class LocalModel:
     @functools.cached_property
     def _cache_is_plain(self) -> bool:
         """Whether every layer keeps every position (no sliding window, no recurrent state)."""
-        layers = StaticCache(config=self.model.config, max_cache_len=8).layers
-        return all(type(layer) is StaticLayer for layer in layers)
+        return keeps_all(self.model.config)
 
     def _pad(self, rows: Sequence[list[int]], shared: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, (rows, width): the shared beginning, then padding, then each row's own tokens."""

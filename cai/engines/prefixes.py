@@ -63,6 +63,12 @@ class PrefixCache:
             self._kept.popitem(last=False)
 
 
+def keeps_all(config: Any) -> bool:
+    """Whether every layer of such a model keeps every position (no sliding window, no recurrent state)."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
 def _cache(config: Any, layers: Tensors) -> DynamicCache:
     cache = DynamicCache(config=config)
     for layer, (keys, values) in zip(cache.layers, layers, strict=False):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Line = Mapping[str, Any]
-OF_ROLLOUT = ("reward", "objective/scores", "kl")
+_OF_ROLLOUT = ("reward", "objective/scores", "kl")
 """Measures in a manifest that are of the last rollout."""
 
 
@@ -54,7 +54,7 @@ def best_of(gold: Sequence[Line]) -> Line | None:
 def named(measure: str, rollout: int | None) -> str:
     """A measure's name with its unit and, where it is of the completions of the last rollout, the step of that."""
     name = {"kl": "kl, nats a completion"}.get(measure, measure)
-    return name if rollout is None or measure not in OF_ROLLOUT else f"{name} (of the rollout at step {rollout:,})"
+    return name if rollout is None or measure not in _OF_ROLLOUT else f"{name} (of the rollout at step {rollout:,})"
 
 
 def unscored(rollouts: Sequence[Line]) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,19 +162,23 @@ def neutralize(data: StageData, tokenizer: Any) -> StageData:
 
     The assistant's own thoughts stay marked (`<think>`).
     """
+    row = neutral_row(tokenizer)
+
+    def whole(rows: Dataset) -> Dataset:
+        return rows.map(row, features=rows.features, keep_in_memory=True)
+
+    return replace(data, train=whole(data.train), test=whole(data.test) if data.test is not None else None)
+
+
+def neutral_row(tokenizer: Any) -> Callable[[Row], Row]:
+    """What changes the dialogues of one row so."""
     others, own = neutralizer(tokenizer), neutralizer(tokenizer, keep=THOUGHTS)
 
     def turn(message: Row) -> Row:
         change = own if message["role"] == "assistant" else others
         return {**message, "content": change(message["content"])}
 
-    def row(given: Row) -> Row:
-        return {name: [turn(one) for one in given[name]] for name in _DIALOGUES if name in given}
-
-    def whole(rows: Dataset) -> Dataset:
-        return rows.map(row, features=rows.features, keep_in_memory=True)
-
-    return replace(data, train=whole(data.train), test=whole(data.test) if data.test is not None else None)
+    return lambda given: {name: [turn(one) for one in given[name]] for name in _DIALOGUES if name in given}
 
 
 _DIALOGUES = ("prompt", "completion", "chosen", "rejected")

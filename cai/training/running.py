@@ -24,7 +24,7 @@ from cai.models import locate
 from cai.training.arguments import effective, keeps_own_pace, make_arguments, room_for_prompts
 from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
-from cai.training.data import StageData, load_data, neutralize
+from cai.training.data import StageData, load_data, neutral_row
 from cai.training.failing import failures, refusals
 from cai.training.folder import Mode, TrainFolder
 from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
@@ -205,7 +205,8 @@ def _train_one(
             shortest = context_with_rewards(settings, context)
             prepare_rows(data, tokenizer, room_for_prompts(settings, arguments, shortest), folder.rows)
         processes.wait_for_everyone()
-        given, (data, left_out) = data, read_rows(data, folder.rows)
+        given = data
+        data, left_out = read_rows(data, folder.rows)
         if data.test is None:
             arguments.eval_strategy = "no"
         show.note(_loading(settings, arguments))
@@ -223,7 +224,7 @@ def _train_one(
         guarded = trainer.safeguards.finish() if isinstance(settings, OnlineSettings) else {}
         measures |= guarded.pop("measures", {})
         if isinstance(settings, OnlineSettings) and len(trainer.safeguards.held_out.train) < len(data.train):
-            guarded["data"] = list(tell_sources(neutralize(given, tokenizer), trainer.safeguards.held_out))
+            guarded["data"] = list(tell_sources(given, trainer.safeguards.held_out, neutral_row(tokenizer)))
     return Outcome(trainer.state.global_step, measures, left_out, effective(arguments), guarded)
 
 

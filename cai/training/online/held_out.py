@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,17 +62,18 @@ def hold_out(data: StageData, count: int, seed: int) -> HeldOut:
     return HeldOut(data.train.select(rest), data.train.select(sorted(first.values())))
 
 
-def tell_sources(data: StageData, held: HeldOut) -> tuple[Row, ...]:
+def tell_sources(data: StageData, held: HeldOut, change: Callable[[Row], Row] = dict) -> tuple[Row, ...]:
     """What is told of the sources of `data`, whose rows lie one source after another: with the prompts that `hold_out` took
-    from training among the held-out ones. A prompt of several sources is counted as held out of the first."""
-    taken, told, start = {repr(one) for one in held.prompts["prompt"]}, [], 0
-    prompts = [repr(one) for one in data.train["prompt"]]
+    from training among the held-out ones. A prompt of several sources is counted as held out of the first. `change` makes of
+    a row of `data` what was held out of."""
+    taken, known, told = {repr(one) for one in held.prompts["prompt"]}, set[str](), []
+    rows = iter(data.train.select_columns(["prompt"]))
     for source in data.sources:
-        end = start + source["train"]
-        here = [one for one in prompts[start:end] if one in taken]
-        new = set(here) - set(prompts[:start])
+        prompts = (repr(change(row)["prompt"]) for row in islice(rows, source["train"]))
+        here = [one for one in prompts if one in taken]
+        new = set(here) - known
+        known |= new
         told.append({**source, "train": source["train"] - len(here), "test": source["test"] + len(new)})
-        start = end
     return tuple(told)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from cai.engines.prefixes import Prefix, keeps_all
 
 _WORTH = 128
 """Fewer tokens saved are not worth a pass of their own."""
@@ -43,14 +44,14 @@ def _pass_sharing(trunk: Any, ids: Tensor, mask: Tensor, shared: int) -> Any:
     first = int(padding[0])
     one_row = DynamicCache(config=trunk.config)
     trunk(input_ids=ids[:1, first : first + shared], past_key_values=one_row, use_cache=True)
-    cache = DynamicCache([tuple(one.expand(rows, -1, -1, -1) for one in (kept.keys, kept.values)) for kept in one_row.layers])
+    beginning = Prefix([(layer.keys, layer.values) for layer in one_row.layers], shared)
     after = torch.arange(ids.size(1) - shared, device=ids.device) >= padding
     attended = torch.cat([mask.new_ones(rows, shared), mask[:, shared:] * after], dim=1)
     return trunk(
         input_ids=ids[:, shared:],
         attention_mask=attended,
         position_ids=_places(attended)[:, shared:],
-        past_key_values=cache,
+        past_key_values=beginning.expanded(trunk.config, rows),
         use_cache=True,
     )
 
@@ -87,10 +88,9 @@ def shared_length(ids: Tensor, mask: Tensor, length: int) -> int:
 def _may_share(trunk: Any) -> bool:
     """Whether a pass in two parts says what one pass says: all layers keep every position and are not computed again on the way
     back, positions mean the same in short and long passes, and nothing is dropped at random."""
-    layers = DynamicCache(config=trunk.config).layers
-    keeps_all = bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and not trunk.is_gradient_checkpointing
     scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
-    return keeps_all and not scales and not (trunk.training and _drops(trunk))
+    differs = trunk.is_gradient_checkpointing or scales or (trunk.training and _drops(trunk))
+    return keeps_all(trunk.config) and not differs
 
 
 def _drops(trunk: Any) -> bool:
