@@ -64,7 +64,6 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any
         "num_iterations": EPOCHS,
         "per_device_train_batch_size": BATCH // MINIBATCHES,
         "steps_per_generation": MINIBATCHES,
-        "value_learning_rate": 1e-3,
     }
     groups = {"per_device_train_batch_size": BATCH, "num_generations": 4}
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 512}

@@ -44,13 +44,12 @@ class PPOConfig(GRPOConfig):
     lam: float = _field(0.95, "Lambda of generalised advantage estimation.")
     value_function: str = _field(
         "critic",
-        "critic: a network of its own (under LoRA adapters on the policy's base); head: a layer on the policy's trunk.",
+        "critic: a network of its own (under LoRA adapters on the policy's base); head: layers on the policy's states.",
     )
     value_learning_rate: float | None = _field(
-        None, "Of the value function; null: 1e-3 for a head, for a critic 10 times learning_rate and at most 1e-3."
+        None, "Of the value function; null: 5e-3 for a head, for a critic 10 times learning_rate and at most 1e-3."
     )
     value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
-    vf_coef: float = _field(0.1, "Weight of the value loss where a head shares the policy's trunk.")
     cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")
     kl_estimator: str = _field("k1", "k1 (unbiased) or k3 (never negative) for the KL in the reward.")
     target_kl: float | None = _field(None, "Nats a completion that the coefficient is steered to; null: it is fixed.")

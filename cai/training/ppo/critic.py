@@ -3,7 +3,7 @@
 A critic is a network of its own: a backbone and a layer with one output. Its gradients are taken by themselves, before those of
 the policy, and it has an optimizer of its own, so that the policy's trainer (and whatever wraps its model) never meets it. With
 LoRA it is a second set of adapters on the policy's base: policy, reference and critic share one set of weights. A head is
-a layer on the policy's own trunk, and its loss is part of the policy's.
+a layer on what passes of the policy leave, and costs next to nothing; its gradients end there.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class ValueLayer(nn.Module):
     learning rate, whatever the width and the size of the features: rewards of about 1 are in reach within tens of steps.
     """
 
-    def __init__(self, width: int, output: Output | None = None) -> None:
-        """`output`: what it begins with."""
+    def __init__(self, width: int, output: Output | None = None, parts: int = 1) -> None:
+        """`output`: what it begins with. `parts`: how many such layers a value is the sum of."""
         super().__init__()
         self.linear, self._is_new = nn.Linear(width, 1, dtype=torch.float32), output is None
+        self._scale = _REACH / (width * parts)
         with torch.no_grad():
             self.linear.weight.copy_(output.weight) if output else nn.init.zeros_(self.linear.weight)
             self.linear.bias.copy_(output.bias) if output else nn.init.zeros_(self.linear.bias)
@@ -61,7 +62,7 @@ class ValueLayer(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self._is_new:
-                features = nn.functional.layer_norm(features, features.shape[-1:]) * (_REACH / features.size(-1))
+                features = nn.functional.layer_norm(features, features.shape[-1:]) * self._scale
             values: Tensor = self.linear(features)
         return values[..., 0]
 
@@ -157,32 +158,41 @@ def _of_its_own(config: Any) -> Any:
 
 
 class TrunkHead:
-    """A layer on the policy's trunk: its values come with each pass of the policy that it watches."""
+    """Values from what passes of the policy leave anyway: of the state before a token, and of all that is written before it the
+    mean of what its states and its words are worth. Nothing of it reaches the trunk: values do not bend what the policy knows.
+
+    A state alone says little of a text that is nearly whole; the mean does, and is where most rewards can be foreseen.
+    """
 
     def __init__(self, policy: Any) -> None:
         """`policy`: the model, not wrapped."""
-        self._trunk = policy.base_model
-        self.layer = ValueLayer(policy.config.get_text_config().hidden_size).to(policy.device)
+        self._trunk, self._words = policy.base_model, policy.get_input_embeddings()
+        width, words = policy.config.get_text_config().hidden_size, self._words.embedding_dim
+        self._of_state = ValueLayer(width, parts=3).to(policy.device)
+        self._of_states = ValueLayer(width, parts=3).to(policy.device)
+        self._of_words = ValueLayer(words, parts=3).to(policy.device)
 
-    def values(self, features: Tensor, alone: bool = False) -> Tensor:
-        """Of features of the trunk. `alone`: their gradients end at the layer."""
-        values: Tensor = self.layer(features.detach() if alone else features)
-        return values
+    def values(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(B, length), float32, of `states` (B, length, width), the trunk's last ones before each token, and the `tokens`
+        (B, length) that they were read at."""
+        states = states.detach()
+        with torch.no_grad():
+            words = self._words(tokens)
+        so_far = self._of_states(states) + self._of_words(words)
+        many = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
+        return self._of_state(states) + so_far.cumsum(dim=1) / many
 
     @contextmanager
-    def watching(self, alone: bool = False) -> Iterator[list[Tensor]]:
-        """A list to which each pass of the trunk adds its values."""
+    def watching(self) -> Iterator[list[Tensor]]:
+        """A list to which each pass of the trunk adds its last hidden states."""
         seen: list[Tensor] = []
-
-        def add(_module: Any, _given: Any, answer: Any) -> None:
-            seen.append(self.values(answer.last_hidden_state, alone))
-
-        handle = self._trunk.register_forward_hook(add)
+        handle = self._trunk.register_forward_hook(lambda *passed: seen.append(passed[-1].last_hidden_state.detach()))
         try:
             yield seen
         finally:
             handle.remove()
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The layer's."""
-        return {f"layer.{name}": one for name, one in self.layer.named_parameters()}
+        """The layers'."""
+        layers = {"state": self._of_state, "states": self._of_states, "words": self._of_words}
+        return {f"{name}.{one}": weight for name, layer in layers.items() for one, weight in layer.named_parameters()}

@@ -48,11 +48,11 @@ from cai.training.ppo.starting import Beginning, build_value
 
 _WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
 _NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
-_VALUE_RATE = 1e-3
+_CRITIC_RATE, _HEAD_RATE = 1e-3, 5e-3
 
 
 class Passed(NamedTuple):
-    """What the policy, and a head on its trunk, said of a rollout: (B, T) each."""
+    """What the policy and the value function said of a rollout: (B, T) each."""
 
     logps: Tensor
     values: Tensor
@@ -97,7 +97,7 @@ class PPOTrainer(GRPOTrainer):
         self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
         rate = args.value_learning_rate
         if rate is None:
-            rate = _VALUE_RATE if isinstance(self.value, TrunkHead) else min(10 * args.learning_rate, _VALUE_RATE)
+            rate = _HEAD_RATE if isinstance(self.value, TrunkHead) else min(10 * args.learning_rate, _CRITIC_RATE)
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = torch.optim.AdamW(
@@ -154,9 +154,9 @@ class PPOTrainer(GRPOTrainer):
         ask = super()._get_per_token_logps_and_entropies
         if not isinstance(self.value, TrunkHead) or model is self.ref_model:
             return ask(model, ids, mask, length, *given, **named)
-        with self.value.watching(self._warms_up) as seen:
+        with self.value.watching() as seen:
             found = ask(model, ids, mask, length, *given, **named)
-        self._watched.append(torch.cat(seen)[:, -length - 1 : -1])
+        self._watched.append(self.value.values(torch.cat(seen)[:, -length - 1 : -1], ids[:, -length - 1 : -1]))
         return found
 
     def _base_of(self, model: Any) -> Any:
@@ -187,7 +187,7 @@ class PPOTrainer(GRPOTrainer):
                 logps.append(logp)
                 entropies.append(entropy)
                 if isinstance(self.value, TrunkHead):
-                    values.append(self.value.values(features, self._warms_up))
+                    values.append(self.value.values(features, part[:, -length - 1 : -1]))
         if values and model is not self.ref_model:
             self._watched.append(torch.cat(values))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -306,42 +306,40 @@ class PPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------ losses
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The clipped surrogate by TRL, without its KL, which is in the reward. A critic's gradients are taken here, before the
-        policy's; a head's loss is added."""
-        trains = torch.is_grad_enabled()
+        """The clipped surrogate by TRL, without its KL, which is in the reward. The value function takes its gradients here."""
         if not isinstance(self.value, TrunkHead):
             ids, attention = _whole(inputs)
             with self._of_critic():
-                loss = self._value_loss(self._critic_values(ids, attention, inputs["completion_ids"].size(1)), inputs)
-                if trains:
-                    loss.backward()
+                self._learn_values(self._critic_values(ids, attention, inputs["completion_ids"].size(1)), inputs)
         beta, self.beta, self._watched = self.args.beta, 0.0, []
         try:
             surrogate: Tensor = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        if trains and self._warms_up:
-            surrogate = surrogate * 0.0
         if isinstance(self.value, TrunkHead):
-            return surrogate + self.args.vf_coef * self._value_loss(self._watched[-1], inputs)
-        return surrogate
+            self._learn_values(self._watched[-1], inputs)
+        return surrogate * 0.0 if torch.is_grad_enabled() and self._warms_up else surrogate
 
     @property
     def _warms_up(self) -> bool:
         """Whether the value function is trained alone."""
         return bool(self.state.global_step < self.args.value_warmup_steps)
 
-    def _value_loss(self, values: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The sum over a step's tokens by how many tokens a step of the rollout has on average, as TRL's surrogate: each token
-        weighs the same, whatever batch or process it is in."""
+    def _learn_values(self, values: Tensor, inputs: dict[str, Any]) -> None:
+        """Add the gradients of the clipped value loss, where anything is trained, and log it.
+
+        The loss is the sum over a step's tokens by how many tokens a step of the rollout has on average, as TRL's surrogate:
+        each token weighs the same, whatever batch or process it is in.
+        """
         mask = inputs["value_mask"]
         errors, is_clipped = value_errors(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
-        steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation if torch.is_grad_enabled() else 1.0
-        loss = (errors * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps)
+        if torch.is_grad_enabled():
+            steps = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * steps
+            ((errors * mask).sum() / tokens).backward()
         self._log(
             {"value/loss": self._mean(errors.detach(), mask), "value/clip_fraction": self._mean(is_clipped.float(), mask)}
         )
-        return loss
 
     def training_step(self, *given: Any, **named: Any) -> Tensor:
         """TRL's; and a step of the value function with each of the policy's."""
