@@ -9,7 +9,9 @@ answers that is), KL to the reference, the explained variance of the value funct
 a second. Goals: the reward rises by 2 deviations within 15 minutes under a KL of 30 nats; explained variance over 0.3; 3 times
 the tokens a second of TRL's PPO.
 
-    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS]   (default all, 640, a temporary folder, 24)
+    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS] [SEED]
+
+(default all, 640, a temporary folder, 24, and the seed that each trainer has by itself)
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def reward(completions: Any, **columns: Any) -> list[float]:
     return [worth(one[-1]["content"]) for one in completions]
 
 
-def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any]:
+def settings_of(name: str, steps: int, rows: Path, tokens: int, seed: str) -> dict[str, Any]:
     """What `cai train` is told."""
     shared = {
         "max_steps": steps * (EPOCHS * MINIBATCHES if name.startswith("ppo") else 1),
@@ -75,18 +77,19 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int) -> dict[str, Any
         "lora": {},
         "reward": source,
         "limits": {"kl": None, "collapse": False},
+        **({"seed": int(seed)} if seed else {}),
         "trl": {**shared, **own[name]},
     }
 
 
-def measure(name: str, completions: int, folder: Path, tokens: int) -> dict[str, Any]:
+def measure(name: str, completions: int, folder: Path, tokens: int, seed: str) -> dict[str, Any]:
     """Train in this process, and what came of it."""
     from cai.training import SETTINGS
     from cai.training.running import train
 
     rows = folder / "prompts.jsonl"
     stage: Any = name.partition("-")[0]
-    settings = SETTINGS[stage].model_validate(settings_of(name, completions // BATCH, rows, tokens))  # type: ignore[index]
+    settings = SETTINGS[stage].model_validate(settings_of(name, completions // BATCH, rows, tokens, seed))  # type: ignore[index]
     train(stage, settings, folder / name, "fresh")
     lines = [json.loads(line) for line in (folder / name / "run" / "log.jsonl").read_text().splitlines()]
     told = [line for line in lines if "reward" in line]
@@ -109,7 +112,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_prompts(folder / "prompts.jsonl")
         for name in names:
-            show(name, run_apart(name, completions, folder, given.get(3, "24")))
+            show(name, run_apart(name, completions, folder, given.get(3, "24"), given.get(4, "")))
 
 
 def write_prompts(file: Path) -> None:
@@ -122,7 +125,7 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def run_apart(name: str, completions: int, folder: Path, tokens: str) -> dict[str, Any]:
+def run_apart(name: str, completions: int, folder: Path, tokens: str, seed: str) -> dict[str, Any]:
     """In a process of its own, so that nothing of the one before is in memory."""
     result, more = folder / f"{name}.json", {}
     if name == "trl-ppo":
@@ -132,7 +135,7 @@ def run_apart(name: str, completions: int, folder: Path, tokens: str) -> dict[st
                 [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), _TRL], check=True
             )
         more = {"PYTHONPATH": os.pathsep.join([str(place), str(Path(__file__).resolve().parents[1])])}
-    job = [name, str(completions), str(folder), str(result), tokens, pretrained(locate(MODEL))[0]]
+    job = [name, str(completions), str(folder), str(result), tokens, seed, pretrained(locate(MODEL))[0]]
     code = (
         "import sys; from benchmarks import ppo, ppo_trl; (ppo_trl if sys.argv[1] == 'trl-ppo' else ppo).apart(*sys.argv[1:])"
     )
@@ -140,9 +143,9 @@ def run_apart(name: str, completions: int, folder: Path, tokens: str) -> dict[st
     return dict(json.loads(result.read_text()))
 
 
-def apart(name: str, completions: str, folder: str, result: str, tokens: str, model: str) -> None:
+def apart(name: str, completions: str, folder: str, result: str, tokens: str, seed: str, model: str) -> None:
     """What the process does."""
-    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder), int(tokens))))
+    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder), int(tokens), seed)))
 
 
 def show(name: str, found: dict[str, Any]) -> None:

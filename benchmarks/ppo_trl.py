@@ -13,12 +13,12 @@ from typing import Any
 from benchmarks.ppo import BATCH, EPOCHS, KL, MINIBATCHES, PPO_RATE, worth
 
 
-def apart(name: str, completions: str, folder: str, result: str, tokens: str, model: str) -> None:
+def apart(name: str, completions: str, folder: str, result: str, tokens: str, seed: str, model: str) -> None:
     """Train and write what came of it."""
-    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), int(tokens), model)))
+    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), int(tokens), seed, model)))
 
 
-def measure(completions: int, folder: Path, tokens: int, place: str) -> dict[str, Any]:
+def measure(completions: int, folder: Path, tokens: int, seed: str, place: str) -> dict[str, Any]:
     """Its trainer takes reward models alone: the one that it is given is a stand-in, for which the check answers."""
     import torch
     from datasets import load_dataset
@@ -66,6 +66,7 @@ def measure(completions: int, folder: Path, tokens: int, place: str) -> dict[str
             report_to="none",
             save_strategy="no",
             logging_steps=1,
+            **({"seed": int(seed)} if seed else {}),
         ),
         processing_class=tokenizer,
         model=model,

@@ -359,6 +359,12 @@ def test_prompts_are_limited_by_the_context_that_vllm_is_given(tiny, rows, tmp_p
     assert room_for_prompts(one, make_arguments(stage, one, tmp_path), context) == room
 
 
+@pytest.mark.parametrize(("given", "room"), [({}, 58), ({"max_length": 48}, 42), ({"max_length": 512}, 58)])
+def test_online_dpo_is_given_no_prompt_that_it_would_cut(tiny, rows, tmp_path, given, room):
+    one = settings("online-dpo", tiny, rows, trl=given)
+    assert room_for_prompts(one, make_arguments("online-dpo", one, tmp_path), 64) == room
+
+
 def test_a_completion_that_takes_all_that_vllm_is_given(tiny, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "find_spec", lambda name: name)
     one = settings("ppo", tiny, rows, trl={"use_vllm": True, "vllm_max_model_length": 6})

@@ -58,19 +58,17 @@ def plain_values(trainer: Any, form: str, row: Row) -> Tensor:
     """The value of what was written before each token of the completion; within `critic_of`."""
     value, model = trainer.value, trainer.model
     backbone = {"critic": lambda: value.backbone, "adapters": lambda: model.base_model.model.model, "head": lambda: model.model}
-    hidden = backbone[form]()(input_ids=torch.tensor([row.prompt + row.ids])).last_hidden_state[0]
-    start = len(row.prompt) - 1
-    if form != "head":
-        return (normal(hidden) @ value.layer.linear.weight[0] * (250 / hidden.shape[-1]) + value.layer.linear.bias)[start:-1]
-    ids, weights, scale = torch.tensor(row.prompt + row.ids), value.weights(), 250 / 3 / hidden.shape[-1]
-    states, words = normal(hidden.detach()) * scale, normal(model.model.embed_tokens.weight.detach()[ids]) * scale
+    ids, weights, start = torch.tensor(row.prompt + row.ids), dict(value.layer.named_parameters()), len(row.prompt) - 1
+    hidden, words = backbone[form]()(input_ids=ids.unsqueeze(0)).last_hidden_state[0], backbone[form]().embed_tokens.weight[ids]
+    scale = 250 / 3 / hidden.shape[-1]
+    states, words = normal(hidden) * scale, normal(words) * scale
+    if form == "head":
+        states, words = states.detach(), words.detach()
     found = []
     for place in range(start, len(ids) - 1):
         written = slice(start, place + 1)
         parts = {"state": states[place], "states": states[written].mean(0), "words": words[written].mean(0)}
-        found.append(
-            sum(weights[f"{name}.linear.weight"][0] @ one + weights[f"{name}.linear.bias"][0] for name, one in parts.items())
-        )
+        found.append(sum(weights[f"{name}.weight"][0] @ one for name, one in parts.items()) + weights["state.bias"][0])
     return torch.stack(found)
 
 

@@ -91,7 +91,7 @@ def test_a_checkpoint_counts_as_whole_only_when_the_value_function_is_in_it(tiny
     def fail(*given: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cai.training.ppo.trainer.save_file", fail)
+    monkeypatch.setattr("cai.training.ppo.saving.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         make(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     assert not is_whole(tmp_path / "checkpoint-1")
@@ -208,6 +208,9 @@ def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outp
             assert float(
                 trainer.value.values(more := torch.cat([ids, ids[:, :1]], dim=1), torch.ones_like(more), 1)[0, 0]
             ) == pytest.approx(float(reward), abs=1e-4)
+    fast, slow = ([id(one) for one in group["params"]] for group in trainer._value_optimizer.param_groups)
+    assert fast == [id(trainer._trained[f"layer.{name}.weight"]) for name in ("states", "words")]
+    assert {id(one) for name, one in trainer._trained.items() if name.startswith("layer.state.")} < set(slow)
     out = rollout(trainer)
     assert (out["old_per_token_logps"] - out["ref_per_token_logps"]).abs().max() < 1e-4, "the policy is as it was"
     assert trainer.model.training
@@ -359,13 +362,31 @@ def test_evaluation_tells_and_steers_nothing(tiny, tmp_path, form):
 
 
 @each_form
+def test_what_begins_at_0_learns_at_a_rate_of_its_own(tiny, tmp_path, form):
+    more = {} if form == "head" else {"critic_learning_rate": 7e-4}
+    trainer = make(tiny, tmp_path, form, learning_rate=1e-3, value_learning_rate=3e-2, **more)
+    rates = {id(one): group["lr"] for group in trainer._value_optimizer.param_groups for one in group["params"]}
+    found = {name: rates.pop(id(one)) for name, one in trainer._trained.items()}
+    assert not rates
+    layer = {name for name in found if name.startswith("layer.")}
+    assert layer == {"layer.state.weight", "layer.state.bias", "layer.states.weight", "layer.words.weight"}
+    assert found == {name: 3e-2 if name in layer else 7e-4 for name in found}
+    assert (found.keys() == layer) == (form == "head")
+
+
+@pytest.mark.parametrize("form", ["critic", "adapters"])
+def test_a_critic_learns_as_fast_as_the_policy_where_nothing_is_said(tiny, tmp_path, form):
+    trainer = make(tiny, tmp_path, form, learning_rate=2e-4)
+    assert [group["lr"] for group in trainer._value_optimizer.param_groups] == [5e-3, 2e-4]
+
+
+@each_form
 @pytest.mark.parametrize("told", [{"bf16": True}, {"dtype": torch.bfloat16}], ids=["autocast", "weights"])
 def test_bfloat16(tiny, tmp_path, form, told):
     trainer = make(tiny, tmp_path, form, max_steps=2, gradient_checkpointing=True, **told)
     trainer.train()
     assert all(math.isfinite(one) for name in ("loss", "value/loss", "grad_norm") for one in logged(trainer, name))
-    layers = [one for name, one in trainer._trained.items() if name.endswith("linear.weight")]
-    assert {one.dtype for one in layers} == {torch.float32}
+    assert {one.dtype for one in trainer.value.layer.parameters()} == {torch.float32}
 
 
 def test_without_a_kl_there_is_no_reference(tiny, tmp_path):
@@ -379,7 +400,7 @@ def test_without_a_kl_there_is_no_reference(tiny, tmp_path):
 def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
     trainer = make(tiny, tmp_path, max_steps=2)
     with torch.no_grad():
-        trainer.value.layer.linear.bias.fill_(math.inf)
+        trainer.value.layer.state.bias.fill_(math.inf)
     with pytest.raises(
         EngineError, match=r"^a gradient of the value function is not a finite number at step 1; lower trl\..*about 1"
     ):
@@ -390,6 +411,10 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
     ("keys", "message"),
     [
         ({"value_function": "none"}, "value_function: expected critic or head, found 'none'"),
+        (
+            {"value_function": "head", "critic_learning_rate": 1e-5},
+            "critic_learning_rate: with value_function: head there is no",
+        ),
         ({"kl_estimator": "k2"}, "kl_estimator: expected k1 or k3, found 'k2'"),
         ({"lam": 1.5}, "lam: expected a number from 0 to 1, found 1.5"),
         ({"target_kl": 1.0, "beta": 0.0}, "target_kl: needs to be above 0, and so does beta"),

@@ -143,7 +143,7 @@ def test_where_labels_are_hard_the_likelier_completion_is_the_chosen_one(tmp_pat
         assert found.train[side][:] == [one[side] for one in expected]
     assert found.train["chosen_probability"][:] == [0.8, 0.9, 1.0, 1.0]
     assert (found.sources[0]["train"], found.sources[0]["left_out"]) == (4, 1)
-    assert found.sources[0]["first_left_out"].startswith("its chosen_probability is 0.5, which prefers neither")
+    assert found.sources[0]["first_left_out"].startswith(f"{file}: its chosen_probability is 0.5, which prefers neither")
     soft = {"dpo": {}, "reward": {}}.get(stage)
     if soft is not None:
         assert data(stage, file).train["chosen"][:] == [one["chosen"] for one in given]
@@ -197,6 +197,8 @@ def test_bad_rows_are_left_out_counted_and_the_first_is_told(tmp_path):
     assert len(found.train) == 2
     assert found.sources[0]["left_out"] == 3
     assert found.sources[0]["first_left_out"].startswith("a.jsonl:2: 'messages' ends with a user message")
+    assert [one.origin for one in found.unusable] == ["a.jsonl:2", "a.jsonl:4", "a.jsonl:5"]
+    assert all(str(one).startswith(f"{one.origin}: ") and one.reason for one in found.unusable)
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,13 @@ def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):
     file.write_text("model: tiny\nlora: {rnak: 3}\n")
     with pytest.raises(ConfigError, match=r"sft.yaml:2: lora.rnak: unknown key \(did you mean 'rank'\?\)"):
         resolve_settings("sft", str(file), [], {"data": ["x"]})
+    file.write_text("model: tiny\ntrl:\n  max_steps: 3\n  learning_rat: 1\n")
+    with pytest.raises(
+        ConfigError, match=r"sft.yaml:4: trl.learning_rat: SFTConfig has no such key \(did you mean 'learning_rate'"
+    ):
+        resolve_settings("sft", str(file), [], {"data": ["x"]})
+    with pytest.raises(ConfigError, match=r"^--set trl.max_step=1: trl.max_step: SFTConfig has no such key"):
+        resolve_settings("sft", None, ["trl.max_step=1"], {"data": ["x"]})
     with pytest.raises(ConfigError, match=r"no data: name a run folder, for example: cai train sft runs/harmless"):
         resolve_settings("sft", None, [], {})
 

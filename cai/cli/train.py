@@ -151,7 +151,13 @@ def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str
         raise ConfigError(f"no data: name a run folder, for example: cai train {stage} runs/harmless")
     if stage in ONLINE and not document.data.get("reward"):
         raise ConfigError(f"no reward: name one, for example: cai train {stage} benign --reward models/reward")
-    return document.validate(SETTINGS[stage])
+    settings = document.validate(SETTINGS[stage])
+    if settings.trl:
+        from cai.training.arguments import check_arguments
+
+        for key, value in settings.trl.items():
+            check_arguments(stage, {key: value}, f"{document.where(('trl', key))}: trl")
+    return settings
 
 
 def _gold(before: object, text: str) -> Any:

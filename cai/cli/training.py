@@ -19,6 +19,7 @@ from cai.intervals import gathered
 from cai.models import best_model
 from cai.report.written import named
 from cai.training import ONLINE
+from cai.training.folder import QUARANTINE
 
 if TYPE_CHECKING:
     from cai.training.watching import Show
@@ -127,7 +128,8 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         if left_out := one.get("left_out"):
             first = escape(printable(one["first_left_out"]))
             console.print(
-                f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used; the first, {first}", soft_wrap=True
+                f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used ({QUARANTINE}); the first, {first}",
+                soft_wrap=True,
             )
     limit = "the room that completions leave of the context" if manifest["stage"] in ONLINE else "trl.max_length"
     for split, count in manifest["too_long"].items():

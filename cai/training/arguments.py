@@ -264,8 +264,8 @@ def _ours(settings: TrainSettings, defaults: Mapping[str, Any], evaluates: bool)
 def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | None) -> int | None:
     """The most tokens of a row: those of the context, or of `trl.max_length`; of a prompt, less those of a completion.
 
-    `context` is the shortest of those who read a row; vLLM may have a shorter one. Raises `ConfigError` where a completion
-    takes all of it, or has no end.
+    `context` is the shortest of those who read a row; vLLM and `trl.max_length` may be shorter. Raises `ConfigError` where a
+    completion takes all of it, or has no end.
     """
     if not isinstance(settings, OnlineSettings):
         longest: int | None = getattr(arguments, "max_length", None)
@@ -275,11 +275,12 @@ def room_for_prompts(settings: TrainSettings, arguments: Any, context: int | Non
     if completion is None:
         raise ConfigError(f"trl.{name}: expected a whole number, found None")
     of_vllm = getattr(arguments, "vllm_max_model_length", None) if arguments.use_vllm else None
-    context = min((one for one in (context, of_vllm) if one is not None and one > 0), default=None)  # -1: what vLLM finds
+    limits = (context, of_vllm, getattr(arguments, "max_length", None))  # the last is online-dpo's, which cuts prompts there
+    context = min((one for one in limits if one is not None and one > 0), default=None)  # -1: what vLLM finds
     if context is not None and completion >= context:
         raise ConfigError(
             f"trl: completions of {completion} tokens leave no room for prompts in a context of {context} (the shortest of the "
-            f"model, its reward models and trl.vllm_max_model_length); lower trl.{name}"
+            f"model, its reward models, trl.max_length and trl.vllm_max_model_length); lower trl.{name}"
         )
     return None if context is None else context - completion
 

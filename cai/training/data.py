@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
 from cai.training.base_settings import SourceSettings, TrainSettings
 from cai.training.objectives import check_objectives, tag_pairs
-from cai.training.reading import Reading, Row, View, is_run, place, read_source
+from cai.training.reading import LISTED, Reading, Row, Unusable, View, is_run, place, read_source
 from cai.training.settings import DpoSettings, RewardSettings, StageName
 
 VIEWS: dict[StageName, View] = {
@@ -47,6 +48,8 @@ class StageData:
     test: Dataset | None
     sources: tuple[Row, ...]
     """Of each source: its name, its rows of each split, how many were left out, and of a run folder its constitution."""
+    unusable: tuple[Unusable, ...] = ()
+    """What was left out, up to `LISTED` rows of a split."""
 
 
 def load_data(stage: StageName, settings: TrainSettings) -> StageData:
@@ -65,14 +68,15 @@ def load_data(stage: StageName, settings: TrainSettings) -> StageData:
         check_objectives(blended, settings)
     if view == "unpaired":
         _check_labels(blended)
-    return StageData(blended, datasets.concatenate_datasets(measured) if measured else None, told)
+    unusable = tuple(chain.from_iterable(map(_unusable, train, test)))
+    return StageData(blended, datasets.concatenate_datasets(measured) if measured else None, told, unusable)
 
 
 def _read(source: SourceSettings, stage: StageName, split: str, settings: TrainSettings) -> Reading | None:
     """One split of a source; for a reward model with what each tag says of a pair."""
     reading = read_source(source, VIEWS[stage], split, margins=isinstance(settings, RewardSettings))
     if reading is not None and _is_hard(stage, settings):
-        reading = _decided(reading)
+        reading = _decided(reading, source)
     if reading is None or not isinstance(settings, RewardSettings):
         return reading
     return reading._replace(rows=tag_pairs(reading.rows, source, settings))
@@ -85,12 +89,13 @@ def _is_hard(stage: StageName, settings: TrainSettings) -> bool:
     return stage in ("orpo", "cpo") or (isinstance(settings, DpoSettings) and not settings.soft_labels)
 
 
-def _decided(reading: Reading) -> Reading:
+def _decided(reading: Reading, source: SourceSettings) -> Reading:
     """The pairs with the likelier completion as the chosen one; those that prefer neither are left out."""
     rows = reading.rows.filter(lambda row: row["chosen_probability"] != 0.5, keep_in_memory=True)
     rows = rows.map(_turned, features=rows.features, keep_in_memory=True)
     ties = len(reading.rows) - len(rows)
-    return reading._replace(rows=rows, left_out=reading.left_out + ties, first=reading.first or (_TIE if ties else ""))
+    tied = (Unusable(source.source, _TIE),) * min(ties, LISTED)
+    return reading._replace(rows=rows, left_out=reading.left_out + ties, unusable=reading.unusable + tied)
 
 
 def _turned(row: Row) -> Row:
@@ -107,7 +112,7 @@ def _some(reading: Reading | None, source: SourceSettings, view: View) -> Readin
         return reading
     if reading is not None and reading.left_out:
         many = f"none of its {reading.left_out} rows is" if reading.left_out > 1 else "its only row is not"
-        raise ConfigError(f"data '{source.source}': {many} {_NEEDED[view]}; the first, {reading.first}")
+        raise ConfigError(f"data '{source.source}': {many} {_NEEDED[view]}; the first, {reading.unusable[0]}")
     what = f"has no split '{source.split}'" if reading is None else f"has no rows in its split '{source.split}'"
     hint = f"; its manifest.json counts what was dropped from '{view}'" if is_run(place(source)) else ""
     raise ConfigError(f"data '{source.source}' {what}{hint}; name another source or split")
@@ -144,8 +149,12 @@ def _check_labels(rows: Dataset) -> None:
 def _tell(source: SourceSettings, used: int, reading: Reading, held: Reading | None) -> Row:
     told: Row = {"source": source.source, "train": used, "test": len(held.rows) if held else 0}
     if left_out := reading.left_out + (held.left_out if held else 0):
-        told |= {"left_out": left_out, "first_left_out": reading.first or (held.first if held else "")}
+        told |= {"left_out": left_out, "first_left_out": str(_unusable(reading, held)[0])}
     return told | _origin(place(source))
+
+
+def _unusable(reading: Reading, held: Reading | None) -> tuple[Unusable, ...]:
+    return reading.unusable + (held.unusable if held else ())
 
 
 def _origin(path: Path) -> Row:

@@ -3,6 +3,7 @@
 OUT/config.json, model.safetensors, tokenizer…   the trained model      OUT/recipe.yaml    the resolved settings
 OUT/README.md                                    its model card         OUT/manifest.json  data, hashes, measures, versions
 OUT/checkpoints/checkpoint-N                     where it goes on       OUT/run/           identity, log, lock, rows, seconds
+OUT/run/quarantine.jsonl                         rows that were not of use, and why
 OUT/best/, training.html                         of an online stage, the policy with the best gold, and pictures
 OUT/reward.json, members/N                       what makes one reward of a reward model's outputs; the models of several
 """
@@ -26,6 +27,8 @@ from cai.store import write_whole
 Mode = Literal["continue", "fresh"]
 STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
 """What to do when settings have been changed, whichever command trains."""
+QUARANTINE = "run/quarantine.jsonl"
+"""Rows that could not be used: where each stood, and why."""
 _SECONDS = "run/seconds.json"
 _STATE = "trainer_state.json"
 

@@ -1,7 +1,7 @@
 """One source's rows in the columns of a stage: from a run folder, a file, a `datasets` folder or the Hub.
 
 A run folder has a view for each kind of stage. Whatever else is read may come in any of TRL's conversational formats, and pairs
-also as transcripts (Anthropic's HH). What is no such row is left out and counted.
+also as transcripts (Anthropic's HH). What is no such row is left out, counted and named.
 """
 
 from __future__ import annotations
@@ -48,15 +48,27 @@ MARGIN = {"margin": Value("float64")}
 _FOLDERS: dict[View, str] = {"prompt": "trace"}
 """Where a run folder has the rows of a view, if not in one of its name."""
 _TOGETHER = 1000
+LISTED = 10_000
+"""Rows of a source that are named one by one where they cannot be used."""
 _NO_SPLIT = re.compile(r"no split|bad split|unknown split", re.IGNORECASE)
 
 
+class Unusable(NamedTuple):
+    """A row that is none of the view's: where it stood, and what is wrong with it."""
+
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
+
 class Reading(NamedTuple):
-    """Rows in a view's columns, and how many were none, with what was wrong with the first of them."""
+    """Rows in a view's columns, how many were none, and the first `LISTED` of these."""
 
     rows: Dataset
     left_out: int
-    first: str
+    unusable: tuple[Unusable, ...]
 
 
 def place(source: SourceSettings) -> Path:
@@ -104,11 +116,12 @@ def _raw_rows(source: SourceSettings, path: Path, view: View, split: str) -> Ite
 
 def _read(raw_rows: Iterator[Raw], parse: Callable[[Any], Row], features: Features) -> Reading:
     """All rows, held as Arrow's columns."""
-    left_out, first = 0, ""
+    left_out = 0
+    unusable: list[Unusable] = []
     chunks: list[Dataset] = []
 
     def parsed() -> Iterator[Row]:
-        nonlocal left_out, first
+        nonlocal left_out
         for origin, raw in raw_rows:
             try:
                 if isinstance(raw, RowError):
@@ -116,13 +129,15 @@ def _read(raw_rows: Iterator[Raw], parse: Callable[[Any], Row], features: Featur
                 row = parse(raw)
                 yield {name: row.get(name) for name in features}
             except RowError as exc:
-                left_out, first = left_out + 1, first or f"{origin}: {exc}"
+                left_out += 1
+                if len(unusable) < LISTED:
+                    unusable.append(Unusable(origin, str(exc)))
 
     rows = parsed()
     while chunk := list(islice(rows, _TOGETHER)):
         chunks.append(Dataset.from_list(chunk, features=features))
     none = Dataset.from_dict({name: [] for name in features}, features=features)
-    return Reading(datasets.concatenate_datasets(chunks) if chunks else none, left_out, first)
+    return Reading(datasets.concatenate_datasets(chunks) if chunks else none, left_out, tuple(unusable))
 
 
 def _sft(raw: Any) -> Row:

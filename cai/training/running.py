@@ -26,7 +26,7 @@ from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data, neutral_row
 from cai.training.failing import failures, refusals
-from cai.training.folder import Mode, TrainFolder
+from cai.training.folder import QUARANTINE, Mode, TrainFolder
 from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
 from cai.training.online.held_out import tell_sources
 from cai.training.online.settings import OnlineSettings, PpoSettings, RewardSource
@@ -79,6 +79,8 @@ def train(
             finished = folder.finished
             if finished and not _goes_on(settings, finished):
                 return finished
+            if processes.is_main_process and data.unusable:
+                folder.write(QUARANTINE, "".join(json.dumps(one._asdict()) + "\n" for one in data.unusable))
             processes.wait_for_everyone()
             folder.reopen()
             return _train(stage, settings, data, folder, watch, show)

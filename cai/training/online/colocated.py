@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cai.training.ppo.merging import kept
+from cai.training.online.merging import kept
 
 
 def reload_where_packed(trainer: Any) -> None:

@@ -87,7 +87,7 @@ class Safeguards(TrainerCallback):
             self._note(_UNSEEN)
         elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < _FEW:
             few = len(self.held_out.prompts)
-            self._note(f"gold: {few} held-out prompts are hardly enough to stop the training by; give {_FEW} or more")
+            self._note(f"gold: too few held-out prompts ({few}) to stop the training by; give {_FEW} or more")
         if find_spec("py3langid") is None:
             self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:

@@ -46,9 +46,8 @@ class PPOConfig(GRPOConfig):
         "critic",
         "critic: a network of its own (under LoRA adapters on the policy's base); head: layers on the policy's states.",
     )
-    value_learning_rate: float | None = _field(
-        None, "Of the value function; null: 5e-3 for a head, for a critic 10 times learning_rate and at most 1e-3."
-    )
+    value_learning_rate: float = _field(5e-3, "Of the layers of the value function that begin at 0.")
+    critic_learning_rate: float | None = _field(None, "Of the rest of a critic; null: that of the policy.")
     value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
     cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")
     kl_estimator: str = _field("k1", "k1 (unbiased) or k3 (never negative) for the KL in the reward.")
@@ -83,6 +82,8 @@ class PPOConfig(GRPOConfig):
             if getattr(self, name) not in allowed:
                 known = " or ".join("null" if one is None else str(one).lower() for one in allowed)
                 raise ValueError(f"{name}: expected {known}, found {getattr(self, name)!r}: {why}")
+        if self.critic_learning_rate is not None and self.value_function == "head":
+            raise ValueError("critic_learning_rate: with value_function: head there is no critic; remove one of them")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")

@@ -3,7 +3,7 @@
 A critic is a network of its own: a backbone and a layer with one output. Its gradients are taken by themselves, before those of
 the policy, and it has an optimizer of its own, so that the policy's trainer (and whatever wraps its model) never meets it. With
 LoRA it is a second set of adapters on the policy's base: policy, reference and critic share one set of weights. A head is
-a layer on what passes of the policy leave, and costs next to nothing; its gradients end there.
+the same layer on what the policy's passes leave, and costs next to nothing; its gradients end there.
 """
 
 from __future__ import annotations
@@ -38,33 +38,50 @@ class Adapters(NamedTuple):
 
 
 _REACH = 250.0
-"""How far a new value layer gets: the sum of its features' sizes is about 0.8 of this."""
+"""How far a new layer gets: the sum of its features' sizes is about 0.8 of this."""
 
 
 class ValueLayer(nn.Module):
-    """Values from features, computed in float32: (B, L, width) to (B, L).
+    """Values of what is written before a token: what the state there is worth, and the mean of what all states and words of the
+    completion so far are worth. A state alone says little of a text that is nearly whole, by which most rewards are foreseen.
 
     A new one begins at 0, on features that are normalised and scaled so that a step of Adam moves a value by some 200 times the
     learning rate, whatever the width and the size of the features: rewards of about 1 are in reach within tens of steps.
     """
 
-    def __init__(self, width: int, output: Output | None = None, parts: int = 1) -> None:
-        """`output`: what it begins with. `parts`: how many such layers a value is the sum of."""
+    def __init__(self, width: int, words: int, output: Output | None = None) -> None:
+        """`width` of the states and `words` of the word embeddings; `output`: what the state's layer begins with, which then
+        reads states as they are."""
         super().__init__()
-        self.linear, self._is_new = nn.Linear(width, 1, dtype=torch.float32), output is None
-        self._scale = _REACH / (width * parts)
-        with torch.no_grad():
-            self.linear.weight.copy_(output.weight) if output else nn.init.zeros_(self.linear.weight)
-            self.linear.bias.copy_(output.bias) if output else nn.init.zeros_(self.linear.bias)
+        self._is_new = output is None
+        self.state = nn.Linear(width, 1, dtype=torch.float32)
+        self.states, self.words = (nn.Linear(one, 1, bias=False, dtype=torch.float32) for one in (width, words))
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+        if output is not None:
+            with torch.no_grad():
+                self.state.weight.copy_(output.weight)
+                self.state.bias.copy_(output.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """The values."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            if self._is_new:
-                features = nn.functional.layer_norm(features, features.shape[-1:]) * self._scale
-            values: Tensor = self.linear(features)
+    def new(self) -> list[nn.Parameter]:
+        """What begins at 0."""
+        return [self.states.weight, self.words.weight, *(self.state.parameters() if self._is_new else ())]
+
+    def forward(self, states: Tensor, words: Tensor) -> Tensor:
+        """The values, (B, T), in float32: of `states` (B, T, width) before each token of completions, and the embeddings
+        `words` (B, T, words) of the tokens that these states were read at."""
+        with torch.autocast(states.device.type, enabled=False):
+            states, words = states.float(), words.float()
+            normal = _scaled(states)
+            so_far = self.states(normal) + self.words(_scaled(words))
+            many = torch.arange(1, states.size(1) + 1, device=states.device).unsqueeze(1)
+            values: Tensor = self.state(normal if self._is_new else states) + so_far.cumsum(dim=1) / many
         return values[..., 0]
+
+
+def _scaled(features: Tensor) -> Tensor:
+    """A third of the reach for each of the three."""
+    return nn.functional.layer_norm(features, features.shape[-1:]) * (_REACH / 3 / features.size(-1))
 
 
 class Critic(Protocol):
@@ -91,12 +108,12 @@ class SeparateCritic(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(True)
         disable_dropout_in_model(backbone)
-        self.layer = ValueLayer(backbone.config.get_text_config().hidden_size, output)
-        self.to(backbone.device)
+        self.layer = _layer_on(backbone, output)
 
     def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """See `Critic`."""
-        values: Tensor = self.layer(completion_features(self.backbone, ids, mask, length))
+        states = completion_features(self.backbone, ids, mask, length)
+        values: Tensor = self.layer(states, _words(self.backbone, ids, length))
         return values
 
     @contextmanager
@@ -128,11 +145,13 @@ class AdapterCritic:
             if found.unexpected_keys:
                 raise ValueError(f"adapters that the critic begins with: the base has no layer for {found.unexpected_keys[0]}")
         policy.set_adapter(self._own)
-        self.layer = ValueLayer(base.config.get_text_config().hidden_size, output).to(base.device)
+        self._backbone = base.base_model
+        self.layer = _layer_on(self._backbone, output)
 
     def values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """See `Critic`; only inside of `working`."""
-        values: Tensor = self.layer(completion_features(self._policy.get_base_model().base_model, ids, mask, length))
+        states = completion_features(self._backbone, ids, mask, length)
+        values: Tensor = self.layer(states, _words(self._backbone, ids, length))
         return values
 
     @contextmanager
@@ -158,29 +177,17 @@ def _of_its_own(config: Any) -> Any:
 
 
 class TrunkHead:
-    """Values from what passes of the policy leave anyway: of the state before a token, and of all that is written before it the
-    mean of what its states and its words are worth. Nothing of it reaches the trunk: values do not bend what the policy knows.
-
-    A state alone says little of a text that is nearly whole; the mean does, and is where most rewards can be foreseen.
-    """
+    """A layer on what the policy's own passes leave. None of it reaches the trunk: values do not bend what the policy knows."""
 
     def __init__(self, policy: Any) -> None:
         """`policy`: the model, not wrapped."""
-        self._trunk, self._words = policy.base_model, policy.get_input_embeddings()
-        width, words = policy.config.get_text_config().hidden_size, self._words.embedding_dim
-        self._of_state = ValueLayer(width, parts=3).to(policy.device)
-        self._of_states = ValueLayer(width, parts=3).to(policy.device)
-        self._of_words = ValueLayer(words, parts=3).to(policy.device)
+        self._trunk = policy.base_model
+        self.layer = _layer_on(self._trunk)
 
-    def values(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """(B, length), float32, of `states` (B, length, width), the trunk's last ones before each token, and the `tokens`
-        (B, length) that they were read at."""
-        states = states.detach()
-        with torch.no_grad():
-            words = self._words(tokens)
-        so_far = self._of_states(states) + self._of_words(words)
-        many = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
-        return self._of_state(states) + so_far.cumsum(dim=1) / many
+    def values(self, states: Tensor, ids: Tensor) -> Tensor:
+        """(B, T), float32: of `states` (B, T, width), the trunk's last ones before the last T tokens of `ids` (B, L)."""
+        values: Tensor = self.layer(states.detach(), _words(self._trunk, ids, states.size(1)).detach())
+        return values
 
     @contextmanager
     def watching(self) -> Iterator[list[Tensor]]:
@@ -193,6 +200,17 @@ class TrunkHead:
             handle.remove()
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The layers'."""
-        layers = {"state": self._of_state, "states": self._of_states, "words": self._of_words}
-        return {f"{name}.{one}": weight for name, layer in layers.items() for one, weight in layer.named_parameters()}
+        """The layer's."""
+        return {f"layer.{name}": one for name, one in self.layer.named_parameters()}
+
+
+def _layer_on(backbone: Any, output: Output | None = None) -> ValueLayer:
+    width = backbone.config.get_text_config().hidden_size
+    layer: ValueLayer = ValueLayer(width, backbone.get_input_embeddings().embedding_dim, output).to(backbone.device)
+    return layer
+
+
+def _words(backbone: Any, ids: Tensor, length: int) -> Tensor:
+    """The embeddings of the tokens before each of the last `length` ones."""
+    words: Tensor = backbone.get_input_embeddings()(ids[:, -length - 1 : -1])
+    return words

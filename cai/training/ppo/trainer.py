@@ -10,7 +10,6 @@ value of the state before a token is read at the position before it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from accelerate.utils import is_peft_model
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,6 +26,7 @@ from trl import GRPOTrainer
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
+from cai.training.online.merging import merged
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead
 from cai.training.ppo.drawing import drawing
@@ -43,12 +42,10 @@ from cai.training.ppo.estimation import (
 )
 from cai.training.ppo.features import completion_features
 from cai.training.ppo.logprobs import is_plain, token_logprobs
-from cai.training.ppo.merging import merged
+from cai.training.ppo.saving import check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
 
-_WEIGHTS, _OPTIMIZER, _STATE, _ROLLOUT = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json", "rollout-{}.pt"
-_NEEDED = (_WEIGHTS, _OPTIMIZER, _STATE)
-_CRITIC_RATE, _HEAD_RATE = 1e-3, 5e-3
+_ROLLOUT = "rollout-{}.pt"
 
 
 class Passed(NamedTuple):
@@ -95,20 +92,9 @@ class PPOTrainer(GRPOTrainer):
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
         policy = self.accelerator.unwrap_model(self.model)
         self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
-        rate = args.value_learning_rate
-        if rate is None:
-            rate = _HEAD_RATE if isinstance(self.value, TrunkHead) else min(10 * args.learning_rate, _CRITIC_RATE)
         with self._of_critic():
             self._trained = self.value.weights()
-        self._value_optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=0.0,
-            fused=True,
-        )
-        self._value_rate = rate
+        self._value_optimizer = self._make_value_optimizer(args)
 
     # ------------------------------------------------------------------------------------------------ the value function
     def _check_value_function(self) -> None:
@@ -120,6 +106,16 @@ class PPOTrainer(GRPOTrainer):
                 "train a critic of its own, which each process then holds all of (no adapters, value_function: critic), or "
                 "launch with a number or ddp"
             )
+
+    def _make_value_optimizer(self, args: PPOConfig) -> torch.optim.Optimizer:
+        """Adam, at one rate for what begins at 0 and another for what has learned something."""
+        new = self.value.layer.new()
+        rest = [one for one in self._trained.values() if all(one is not other for other in new)]
+        known = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
+        rates = [(new, args.value_learning_rate), (rest, known)]
+        groups = [{"params": weights, "lr": rate, "initial_lr": rate} for weights, rate in rates if weights]
+        betas = (args.adam_beta1, args.adam_beta2)
+        return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0, fused=True)
 
     @contextmanager
     def _of_critic(self) -> Iterator[None]:
@@ -156,7 +152,7 @@ class PPOTrainer(GRPOTrainer):
             return ask(model, ids, mask, length, *given, **named)
         with self.value.watching() as seen:
             found = ask(model, ids, mask, length, *given, **named)
-        self._watched.append(self.value.values(torch.cat(seen)[:, -length - 1 : -1], ids[:, -length - 1 : -1]))
+        self._watched.append(self.value.values(torch.cat(seen)[:, -length - 1 : -1], ids))
         return found
 
     def _base_of(self, model: Any) -> Any:
@@ -187,7 +183,7 @@ class PPOTrainer(GRPOTrainer):
                 logps.append(logp)
                 entropies.append(entropy)
                 if isinstance(self.value, TrunkHead):
-                    values.append(self.value.values(features, part[:, -length - 1 : -1]))
+                    values.append(self.value.values(features, part))
         if values and model is not self.ref_model:
             self._watched.append(torch.cat(values))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -356,12 +352,13 @@ class PPOTrainer(GRPOTrainer):
         if not math.isfinite(norm):
             raise EngineError(
                 f"a gradient of the value function is not a finite number at step {self.state.global_step + 1}; "
-                "lower trl.value_learning_rate, set dtype: float32, or give rewards of about 1 (a weight)"
+                "lower trl.value_learning_rate or trl.critic_learning_rate, set dtype: float32, or give rewards of about 1 (by "
+                "a weight)"
             )
         self._metrics["train"]["value/grad_norm"].append(norm)
         share = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 1.0
         for group in self._value_optimizer.param_groups:
-            group["lr"] = self._value_rate * share
+            group["lr"] = group["initial_lr"] * share
         self._value_optimizer.step()
         self._value_optimizer.zero_grad(set_to_none=True)
 
@@ -388,29 +385,19 @@ class PPOTrainer(GRPOTrainer):
         rollout = {"step": self._step, "batches": self._buffered_inputs}
         torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
         if self.args.should_save:
-            save_file({name: one.detach().contiguous() for name, one in self._trained.items()}, folder / _WEIGHTS)
-            torch.save(self._value_optimizer.state_dict(), folder / _OPTIMIZER)
-            (folder / _STATE).write_text(json.dumps({"kl_coefficient": self.kl.coefficient}))
+            save_value(folder, self._trained, self._value_optimizer, self.kl.coefficient)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """TRL's, then what `_save_checkpoint` added. Raises `EngineError` where that is not there."""
-        if checkpoint is not None and (missing := [one for one in _NEEDED if not Path(checkpoint, one).is_file()]):
-            raise EngineError(
-                f"{checkpoint} was not written whole ({missing[0]} is not there): delete it, then the same command continues "
-                "from the checkpoint before"
-            )
+        if checkpoint is not None:
+            check_whole(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         folder, device = Path(checkpoint), self.accelerator.device
-        saved = load_file(folder / _WEIGHTS, device=str(device))
-        with torch.no_grad():
-            for name, one in self._trained.items():
-                one.copy_(saved[name])
-        self._value_optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
-        self.kl.coefficient = json.loads((folder / _STATE).read_bytes())["kl_coefficient"]
+        self.kl.coefficient = load_value(folder, self._trained, self._value_optimizer, device)
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
         there = self._total(torch.tensor(int(rollout.is_file()), device=device))
         if int(there) == self.accelerator.num_processes:  # else all of them write a new one
