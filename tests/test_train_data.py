@@ -237,7 +237,8 @@ def test_an_empty_split_of_a_run_says_where_its_drops_are(run, tmp_path):
         data("sft", {"source": str(run), "split": "dev"})
 
 
-def test_sources_that_are_not_there(tmp_path):
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client of the Hub waits half a minute for a network
     for name in ("none.jsonl", "benign"):  # a built-in set has prompts alone
         with pytest.raises(ConfigError, match=rf"^data '{name}': there is no such file; .* - for standard input$"):
             data("sft", name)
