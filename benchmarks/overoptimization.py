@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 
 from benchmarks.effect import answer
-from benchmarks.ppo import THINGS
+from benchmarks.ppo import THINGS, VALUE_RATE
 from cai.intervals import difference
 from cai.pipeline import read_records
 from cai.training import SETTINGS, StageName
@@ -100,6 +100,7 @@ def optimise(folder: Path, seed: int, name: str, reward: Path, more: dict[str, A
             "max_completion_length": TOKENS,
             "learning_rate": 4e-4,
             "value_function": "head",
+            "value_learning_rate": VALUE_RATE,
             "lr_scheduler_type": "constant",
             "beta": 0.02,
         },

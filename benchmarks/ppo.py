@@ -11,7 +11,7 @@ the tokens a second of TRL's PPO.
 
     python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS] [SEED]
 
-(default all, 640, a temporary folder, 24, and the seed that each trainer has by itself)
+(default all, 640, a temporary folder, 24, 0)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cai.weights import pretrained
 
 MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
 TRAINERS = ("ppo", "ppo-head", "ppo-vllm", "rloo", "grpo", "trl-ppo")
-KL, PPO_RATE = 0.05, 3e-4
+KL, PPO_RATE, VALUE_RATE = 0.05, 3e-4, 5e-3
 THINGS = (
     "apples bees bread bridges cats cheese clouds coffee copper dogs dreams elephants fire fish flowers forests glass gold "
     "grass hats history honey horses houses ice islands jazz kings kites lakes lions maps mice milk money moons mountains "
@@ -52,7 +52,7 @@ def reward(completions: Any, **columns: Any) -> list[float]:
     return [worth(one[-1]["content"]) for one in completions]
 
 
-def settings_of(name: str, steps: int, rows: Path, tokens: int, seed: str) -> dict[str, Any]:
+def settings_of(name: str, steps: int, rows: Path, tokens: int, seed: int) -> dict[str, Any]:
     """What `cai train` is told."""
     shared = {
         "max_steps": steps * (EPOCHS * MINIBATCHES if name.startswith("ppo") else 1),
@@ -66,6 +66,7 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int, seed: str) -> di
         "num_iterations": EPOCHS,
         "per_device_train_batch_size": BATCH // MINIBATCHES,
         "steps_per_generation": MINIBATCHES,
+        "value_learning_rate": VALUE_RATE,
     }
     groups = {"per_device_train_batch_size": BATCH, "num_generations": 4}
     vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 512}
@@ -77,12 +78,12 @@ def settings_of(name: str, steps: int, rows: Path, tokens: int, seed: str) -> di
         "lora": {},
         "reward": source,
         "limits": {"kl": None, "collapse": False},
-        **({"seed": int(seed)} if seed else {}),
+        "seed": seed,
         "trl": {**shared, **own[name]},
     }
 
 
-def measure(name: str, completions: int, folder: Path, tokens: int, seed: str) -> dict[str, Any]:
+def measure(name: str, completions: int, folder: Path, tokens: int, seed: int) -> dict[str, Any]:
     """Train in this process, and what came of it."""
     from cai.training import SETTINGS
     from cai.training.running import train
@@ -112,7 +113,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_prompts(folder / "prompts.jsonl")
         for name in names:
-            show(name, run_apart(name, completions, folder, given.get(3, "24"), given.get(4, "")))
+            show(name, run_apart(name, completions, folder, given.get(3, "24"), given.get(4, "0")))
 
 
 def write_prompts(file: Path) -> None:
@@ -145,7 +146,7 @@ def run_apart(name: str, completions: int, folder: Path, tokens: str, seed: str)
 
 def apart(name: str, completions: str, folder: str, result: str, tokens: str, seed: str, model: str) -> None:
     """What the process does."""
-    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder), int(tokens), seed)))
+    Path(result).write_text(json.dumps(measure(name, int(completions), Path(folder), int(tokens), int(seed))))
 
 
 def show(name: str, found: dict[str, Any]) -> None:

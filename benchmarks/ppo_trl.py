@@ -15,10 +15,10 @@ from benchmarks.ppo import BATCH, EPOCHS, KL, MINIBATCHES, PPO_RATE, worth
 
 def apart(name: str, completions: str, folder: str, result: str, tokens: str, seed: str, model: str) -> None:
     """Train and write what came of it."""
-    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), int(tokens), seed, model)))
+    Path(result).write_text(json.dumps(measure(int(completions), Path(folder), int(tokens), int(seed), model)))
 
 
-def measure(completions: int, folder: Path, tokens: int, seed: str, place: str) -> dict[str, Any]:
+def measure(completions: int, folder: Path, tokens: int, seed: int, place: str) -> dict[str, Any]:
     """Its trainer takes reward models alone: the one that it is given is a stand-in, for which the check answers."""
     import torch
     from datasets import load_dataset
@@ -66,7 +66,7 @@ def measure(completions: int, folder: Path, tokens: int, seed: str, place: str) 
             report_to="none",
             save_strategy="no",
             logging_steps=1,
-            **({"seed": int(seed)} if seed else {}),
+            seed=seed,
         ),
         processing_class=tokenizer,
         model=model,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cai.cli.train import read_document
 from cai.training import SETTINGS, StageName, TrainSettings
 
 FAST: dict[str, Any] = {
@@ -27,6 +28,11 @@ def make_settings(
     data = [one if isinstance(one, dict) else {"source": str(one)} for one in sources]
     given = {"model": str(model), "dtype": "float32", "data": data, "trl": FAST | (trl or {}), **keys}
     return SETTINGS[stage].model_validate(given)
+
+
+def resolve_settings(stage: StageName, *given: Any) -> TrainSettings:
+    """What the command line makes of a file, --set and flags."""
+    return read_document(stage, *given).validate(SETTINGS[stage])
 
 
 def pair(number: int, probability: float = 1.0) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cai.cli.train import resolve_settings
 from cai.errors import CapabilityError, ConfigError, EngineError
 from cai.rewards.model import RewardModel
 from cai.training import arguments
@@ -20,7 +19,7 @@ from cai.training.failing import refusals
 from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
-from tests.stages import write_rows
+from tests.stages import resolve_settings, write_rows
 from tests.test_online import CHECKED, HERE, settings
 from tests.test_reward_model import make_reward_model
 from tests.tiny_model import make_tiny_model

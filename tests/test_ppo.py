@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -312,13 +313,16 @@ def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, form):
     assert_close(trained(tiny, tmp_path, form, max_steps=2, gradient_checkpointing=True), plain)
 
 
-@pytest.mark.parametrize("form", ["critic", "adapters"])
-def test_the_critic_does_not_touch_the_policy(tiny, tmp_path, form):
+@each_form
+def test_the_value_function_does_not_touch_the_policy(tiny, tmp_path, form):
     """Within a rollout, whose advantages are known."""
     told = {"num_iterations": 3, "max_steps": 3, "max_grad_norm": 0.05}
-    (one, critic), (other, moved), (third, still) = (
-        trained(tiny, tmp_path, form, **told, value_learning_rate=rate) for rate in (0.5, 5.0, 0.0)
-    )
+
+    def at(rate: float) -> Any:
+        rest = {} if form == "head" else {"critic_learning_rate": rate}
+        return trained(tiny, tmp_path, form, **told, value_learning_rate=rate, **rest)
+
+    (one, critic), (other, moved), (third, still) = at(0.5), at(5.0), at(0.0)
     assert_close((one, one), (other, third), atol=0)
     assert distance(critic, moved) > 1e-2
     assert distance(still, value_weights(make(tiny, tmp_path, form))) == 0
@@ -332,6 +336,21 @@ def test_a_value_function_is_warmed_up_alone(tiny, tmp_path, form):
     assert distance(value, value_weights(begun)) > 1e-2
     policy, _ = trained(tiny, tmp_path, form, value_warmup_steps=2, max_steps=3)
     assert distance(policy, policy_weights(begun)) > 1e-3
+
+
+@pytest.mark.parametrize("value_function", ["critic", "head"])
+def test_adapters_of_the_embeddings(tiny, tmp_path, monkeypatch, value_function):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    monkeypatch.setattr(ppo_runs, "_lora", lambda: config)
+    trainer = make(tiny, tmp_path, "adapters", value_function=value_function, max_steps=2, num_iterations=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert any("lora_embedding_A" in name for name in saved)
+    assert not any("critic" in name for name in saved)
+    assert any("lora_embedding_A" in name for name in trainer._trained) == (value_function == "critic")
 
 
 def test_adapters_leave_the_base_as_it_was(tiny, tmp_path):

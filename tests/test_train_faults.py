@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cai.cli.train import choose_mode, resolve_settings
+from cai.cli.train import check_keys, choose_mode, read_document
 from cai.config import ModelConfig
 from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, StoreError
@@ -26,7 +26,7 @@ from cai.training.folder import TrainFolder
 from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
-from tests.stages import Shown, dialogue, losses, make_settings, pair, write_rows
+from tests.stages import Shown, dialogue, losses, make_settings, pair, resolve_settings, write_rows
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -432,14 +432,20 @@ def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):
     with pytest.raises(ConfigError, match=r"sft.yaml:2: lora.rnak: unknown key \(did you mean 'rank'\?\)"):
         resolve_settings("sft", str(file), [], {"data": ["x"]})
     file.write_text("model: tiny\ntrl:\n  max_steps: 3\n  learning_rat: 1\n")
-    with pytest.raises(
-        ConfigError, match=r"sft.yaml:4: trl.learning_rat: SFTConfig has no such key \(did you mean 'learning_rate'"
-    ):
-        resolve_settings("sft", str(file), [], {"data": ["x"]})
-    with pytest.raises(ConfigError, match=r"^--set trl.max_step=1: trl.max_step: SFTConfig has no such key"):
-        resolve_settings("sft", None, ["trl.max_step=1"], {"data": ["x"]})
     with pytest.raises(ConfigError, match=r"no data: name a run folder, for example: cai train sft runs/harmless"):
         resolve_settings("sft", None, [], {})
+
+
+def test_keys_of_trl_are_checked_with_file_and_line(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("model: tiny\ntrl:\n  max_steps: 3\n  learning_rat: 1\n")
+    for recipe, assigned, message in (
+        (str(file), [], r"sft.yaml:4: trl.learning_rat: SFTConfig has no such key \(did you mean 'learning_rate'"),
+        (None, ["trl.max_step=1"], r"^--set trl.max_step=1: trl.max_step: SFTConfig has no such key"),
+    ):
+        document = read_document("sft", recipe, assigned, {"data": ["x"]})
+        with pytest.raises(ConfigError, match=message):
+            check_keys("sft", resolve_settings("sft", recipe, assigned, {"data": ["x"]}), document)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "cpo"])

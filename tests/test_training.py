@@ -186,6 +186,19 @@ def test_a_finished_training_is_not_done_again(tiny, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != changed
 
 
+def test_rows_of_no_use_are_named_in_the_folder_while_the_source_has_them(tiny, tmp_path):
+    rows, out = [dialogue(n) for n in range(4)], tmp_path / "out"
+    bad = make_settings("sft", tiny, write_rows(tmp_path / "rows.jsonl", [*rows[:1], {"text": 1}, *rows[1:], []]))
+    train("sft", bad, out)
+    named = [json.loads(line) for line in (out / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [one["origin"] for one in named] == ["rows.jsonl:2", "rows.jsonl:6"]
+    assert all(one["reason"] for one in named)
+    (out / "manifest.json").unlink()  # as where it was stopped
+    write_rows(tmp_path / "rows.jsonl", rows)
+    train("sft", bad, out)
+    assert not (out / "run" / "quarantine.jsonl").exists()
+
+
 def test_packing_checkpointing_of_gradients_and_bf16_pass_through(tiny, tmp_path, seen):
     rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(16)])
     trl = {"packing": True, "max_length": 256, "gradient_checkpointing": True, "bf16": True}

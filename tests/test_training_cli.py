@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from cai.cli import training
-from cai.cli.train import resolve_settings
 from cai.cli.training import progress, show_summary
 from cai.errors import ConfigError
+from tests.stages import resolve_settings
 
 
 def test_lines_show_the_first_measures_the_last_and_some_between(capsys, monkeypatch):
@@ -47,7 +47,7 @@ def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys)
     show_summary(manifest, Path("models/[x]"))
     out = capsys.readouterr().out
     assert "data [bold]�[31m.jsonl  1,234  0" in out
-    assert "left out 2 rows that could not be used (run/quarantine.jsonl); the first, a:1: [red]no" in out
+    assert "left out 2 rows that could not be used (models/[x]/run/quarantine.jsonl); the first, a:1: [red]no" in out
     assert "left out 3 of train: longer than trl.max_length" in out
     assert "measures after 1,000 steps, 2 min" in out
     assert "0.5123  train_loss" in out

@@ -14,6 +14,7 @@ from cai.training import ONLINE, SETTINGS, STAGES, StageName, TrainSettings, che
 from cai.training.online.settings import GoldSettings, RewardSource, source_of
 
 if TYPE_CHECKING:
+    from cai.documents import Document
     from cai.training.folder import Mode
 
 app = typer.Typer(no_args_is_help=True, help="Train a model on a dataset of cai generate, or any that TRL takes.")
@@ -89,7 +90,7 @@ def _command(stage: StageName) -> Any:
         launch: Launch = None,
     ) -> None:
         flags = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
-        _start(stage, resolve_settings(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
+        _start(stage, read_document(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
 
     return command
 
@@ -111,14 +112,14 @@ def _online_command(stage: StageName) -> Any:
     ) -> None:
         given = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
         flags = {**given, "reward": reward or None, "gold": gold}
-        _start(stage, resolve_settings(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
+        _start(stage, read_document(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
 
     return command
 
 
-def _start(stage: StageName, settings: TrainSettings, out: str | None, fresh: bool, yes: bool, launch: str | None) -> None:
-    folder = choose_out(stage, out)
-    run(stage, settings, folder, choose_mode(folder, fresh, yes), launch)
+def _start(stage: StageName, document: Document, out: str | None, fresh: bool, yes: bool, launch: str | None) -> None:
+    settings, folder = document.validate(SETTINGS[stage]), choose_out(stage, out)
+    run(stage, settings, folder, choose_mode(folder, fresh, yes), launch, document)
 
 
 _OF_MEASURING = GoldSettings.model_fields.keys() - RewardSource.model_fields.keys()
@@ -135,8 +136,8 @@ for _stage in STAGES:
     app.command(_stage, epilog=(_ONLINE_EXAMPLE if _is_online else _EXAMPLE).format(stage=_stage))(_made)
 
 
-def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str], flags: dict[str, Any]) -> TrainSettings:
-    """The stage's settings from a file with flags on top. Raises `ConfigError` naming file, line, key and fix."""
+def read_document(stage: StageName, recipe: str | None, assignments: list[str], flags: dict[str, Any]) -> Document:
+    """What the stage is told, in a file with flags on top. Raises `ConfigError` naming file, line, key and fix."""
     from cai.config import parse_set
     from cai.documents import Document
 
@@ -151,13 +152,7 @@ def resolve_settings(stage: StageName, recipe: str | None, assignments: list[str
         raise ConfigError(f"no data: name a run folder, for example: cai train {stage} runs/harmless")
     if stage in ONLINE and not document.data.get("reward"):
         raise ConfigError(f"no reward: name one, for example: cai train {stage} benign --reward models/reward")
-    settings = document.validate(SETTINGS[stage])
-    if settings.trl:
-        from cai.training.arguments import check_arguments
-
-        for key, value in settings.trl.items():
-            check_arguments(stage, {key: value}, f"{document.where(('trl', key))}: trl")
-    return settings
+    return document
 
 
 def _gold(before: object, text: str) -> Any:
@@ -182,14 +177,16 @@ def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
     return "fresh" if fresh else "continue"
 
 
-def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch: str | None = None) -> None:
-    """Train with progress, then show what came of it. Raises `ConfigError` where packages are missing."""
+def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch: str | None, document: Document) -> None:
+    """Train with progress, then show what came of it. `document`: what the settings are from, whose lines errors name. Raises
+    `ConfigError` where packages are missing."""
     check_installed()
     from cai.cli.training import progress, show_summary
 
     try:
         with progress() as show:
             show.note("loading PyTorch and TRL")
+            check_keys(stage, settings, document)
             if launch is None:
                 from cai.training.running import train
                 from cai.weights import one_gpu
@@ -203,3 +200,11 @@ def run(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, launch
     except KeyboardInterrupt:
         raise Interrupted("stopped before the first step; nothing is lost") from None
     show_summary(manifest, out)
+
+
+def check_keys(stage: StageName, settings: TrainSettings, document: Document) -> None:
+    """Raises `ConfigError` for a key below `trl` that TRL does not know or of another type, where it stands in `document`."""
+    from cai.training.arguments import check_arguments
+
+    for key, value in settings.trl.items():
+        check_arguments(stage, {key: value}, f"{document.where(('trl', key))}: trl")

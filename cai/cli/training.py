@@ -127,11 +127,13 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
     for one in manifest["data"]:
         if left_out := one.get("left_out"):
             first = escape(printable(one["first_left_out"]))
+            where = escape(str(out / QUARANTINE))
             console.print(
-                f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used ({QUARANTINE}); the first, {first}",
+                f"[yellow]left out[/] {counted(left_out, 'row')} that could not be used ({where}); the first, {first}",
                 soft_wrap=True,
             )
     limit = "the room that completions leave of the context" if manifest["stage"] in ONLINE else "trl.max_length"
+    limit += " or trl.max_length" * (manifest["stage"] == "online-dpo")
     for split, count in manifest["too_long"].items():
         console.print(f"[yellow]left out[/] {count:,} of {split}: longer than {limit}")
     for split, count in manifest["unlabelled"].items():

@@ -16,7 +16,7 @@ from cai.control_tokens import THOUGHTS, neutralizer
 from cai.errors import ConfigError
 from cai.training.base_settings import SourceSettings, TrainSettings
 from cai.training.objectives import check_objectives, tag_pairs
-from cai.training.reading import LISTED, Reading, Row, Unusable, View, is_run, place, read_source
+from cai.training.reading import Reading, Row, Unusable, View, is_run, place, read_source
 from cai.training.settings import DpoSettings, RewardSettings, StageName
 
 VIEWS: dict[StageName, View] = {
@@ -49,7 +49,7 @@ class StageData:
     sources: tuple[Row, ...]
     """Of each source: its name, its rows of each split, how many were left out, and of a run folder its constitution."""
     unusable: tuple[Unusable, ...] = ()
-    """What was left out, up to `LISTED` rows of a split."""
+    """What was left out: up to `LISTED` rows of a split, and a line for all ties of a source."""
 
 
 def load_data(stage: StageName, settings: TrainSettings) -> StageData:
@@ -94,7 +94,7 @@ def _decided(reading: Reading, source: SourceSettings) -> Reading:
     rows = reading.rows.filter(lambda row: row["chosen_probability"] != 0.5, keep_in_memory=True)
     rows = rows.map(_turned, features=rows.features, keep_in_memory=True)
     ties = len(reading.rows) - len(rows)
-    tied = (Unusable(source.source, _TIE),) * min(ties, LISTED)
+    tied = (Unusable(source.source, f"{_TIE} ({ties:,} such)"),) if ties else ()
     return reading._replace(rows=rows, left_out=reading.left_out + ties, unusable=reading.unusable + tied)
 
 

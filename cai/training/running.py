@@ -79,8 +79,8 @@ def train(
             finished = folder.finished
             if finished and not _goes_on(settings, finished):
                 return finished
-            if processes.is_main_process and data.unusable:
-                folder.write(QUARANTINE, "".join(json.dumps(one._asdict()) + "\n" for one in data.unusable))
+            if processes.is_main_process:
+                _quarantine(data, folder)
             processes.wait_for_everyone()
             folder.reopen()
             return _train(stage, settings, data, folder, watch, show)
@@ -107,6 +107,13 @@ def _goes_on(settings: TrainSettings, finished: dict[str, Any]) -> bool:
     """Whether a training that was stopped was so by what does not stop it any more: see `OnlineSettings.stops`."""
     stopped = finished.get("stopped")
     return isinstance(settings, OnlineSettings) and stopped is not None and stopped.get("stops") != settings.stops
+
+
+def _quarantine(data: StageData, folder: TrainFolder) -> None:
+    if data.unusable:
+        folder.write(QUARANTINE, "".join(json.dumps(one._asdict()) + "\n" for one in data.unusable))
+    else:
+        (folder.path / QUARANTINE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -46,8 +46,10 @@ class PPOConfig(GRPOConfig):
         "critic",
         "critic: a network of its own (under LoRA adapters on the policy's base); head: layers on the policy's states.",
     )
-    value_learning_rate: float = _field(5e-3, "Of the layers of the value function that begin at 0.")
-    critic_learning_rate: float | None = _field(None, "Of the rest of a critic; null: that of the policy.")
+    value_learning_rate: float = _field(2e-3, "Of the new weights of the layer that gives values.")
+    critic_learning_rate: float | None = _field(
+        None, "Of a critic's backbone or adapters and of a reward model's output; null: that of the policy."
+    )
     value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
     cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")
     kl_estimator: str = _field("k1", "k1 (unbiased) or k3 (never negative) for the KL in the reward.")

@@ -33,8 +33,10 @@ def check_whole(checkpoint: Path) -> None:
 
 
 def load_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Read it into `weights` and `optimizer`; returns the coefficient."""
+    """Read it into `weights` and `optimizer`; returns the coefficient. Raises `EngineError` where it has other weights."""
     saved = load_file(folder / _WEIGHTS, device=str(device))
+    if saved.keys() != weights.keys():
+        raise EngineError(f"{folder} is of another value function; --fresh starts over")
     with torch.no_grad():
         for name, one in weights.items():
             one.copy_(saved[name])

@@ -28,7 +28,7 @@ from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
 from cai.training.online.merging import merged
 from cai.training.ppo.config import PPOConfig
-from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead
+from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead, is_critics
 from cai.training.ppo.drawing import drawing
 from cai.training.ppo.estimation import (
     KLControl,
@@ -108,7 +108,7 @@ class PPOTrainer(GRPOTrainer):
             )
 
     def _make_value_optimizer(self, args: PPOConfig) -> torch.optim.Optimizer:
-        """Adam, at one rate for what begins at 0 and another for what has learned something."""
+        """Adam, at one rate for the new weights of the value layer and another for all else."""
         new = self.value.layer.new()
         rest = [one for one in self._trained.values() if all(one is not other for other in new)]
         known = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
@@ -150,9 +150,9 @@ class PPOTrainer(GRPOTrainer):
         ask = super()._get_per_token_logps_and_entropies
         if not isinstance(self.value, TrunkHead) or model is self.ref_model:
             return ask(model, ids, mask, length, *given, **named)
-        with self.value.watching() as seen:
+        with self.value.watching(ids, length) as seen:
             found = ask(model, ids, mask, length, *given, **named)
-        self._watched.append(self.value.values(torch.cat(seen)[:, -length - 1 : -1], ids))
+        self._watched.append(torch.cat(seen))
         return found
 
     def _base_of(self, model: Any) -> Any:
@@ -182,9 +182,9 @@ class PPOTrainer(GRPOTrainer):
                 )
                 logps.append(logp)
                 entropies.append(entropy)
-                if isinstance(self.value, TrunkHead):
+                if isinstance(self.value, TrunkHead) and model is not self.ref_model:
                     values.append(self.value.values(features, part))
-        if values and model is not self.ref_model:
+        if values:
             self._watched.append(torch.cat(values))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
@@ -370,7 +370,7 @@ class PPOTrainer(GRPOTrainer):
         hidden = configs.pop(CRITIC, None)
         if hidden is not None:  # PEFT leaves out the weights of those adapters alone that it has a configuration of
             whole = model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: one for name, one in whole.items() if f".{CRITIC}." not in name}
+            state_dict = {name: one for name, one in whole.items() if not is_critics(name)}
         try:
             super()._save(output_dir, state_dict)
         finally:
