@@ -170,7 +170,8 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
         )
         if best["step"] == 0:
             console.print(
-                "[yellow]no measure was better than the one before training[/]: best/ is the model that it began with"
+                "[yellow]no measure was better than the one before training[/]: best/ is the model that it began with",
+                soft_wrap=True,
             )
     elif gold := manifest.get("gold"):
         console.print(

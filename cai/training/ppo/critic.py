@@ -80,14 +80,15 @@ class ValueLayer(nn.Module):
             states, words = states.float(), words.float()
             normal = _scaled(states)
             so_far = self.states(normal) + self.words(_scaled(words))
-            values: Tensor = self.state(normal if self._is_new else states) + _means(states.size(1), states.device) @ so_far
+            values: Tensor = self.state(normal if self._is_new else states) + _mean_so_far(so_far)
         return values[..., 0]
 
 
-def _means(length: int, device: torch.device) -> Tensor:
-    """(length, length): what makes of each row the mean of all up to it. A cumulative sum is not deterministic on a GPU."""
-    lower = torch.ones(length, length, device=device).tril()
-    return lower / lower.sum(dim=1, keepdim=True)
+def _mean_so_far(rows: Tensor) -> Tensor:
+    """Of (B, T, 1), along T. A GPU's cumulative sum is not deterministic; where that is asked for it is taken elsewhere."""
+    is_refused = rows.is_cuda and torch.are_deterministic_algorithms_enabled()
+    total = rows.cpu().cumsum(dim=1).to(rows.device) if is_refused else rows.cumsum(dim=1)
+    return total / torch.arange(1, rows.size(1) + 1, device=rows.device).unsqueeze(1)
 
 
 def _scaled(features: Tensor) -> Tensor:
