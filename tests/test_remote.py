@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from cai.errors import ConfigError, StoreError
 from cai.pipeline import generate, local_folder
@@ -224,6 +225,22 @@ def test_snapshots_go_there_while_the_run_works(tmp_path, log, monkeypatch):
     generate(slow, url)
     assert len(log_lines(log)) - before < PROMPTS * CALLS - CALLS, "most calls came from the snapshot"
     assert len(list(pointer.parent.glob("journal-*"))) == 1
+
+
+def test_a_snapshot_does_not_write_again_what_is_there(tmp_path, log, monkeypatch):
+    """A process that is killed while it writes the run's identity would leave half of it."""
+    put, times = LocalFileSystem.put_file, []
+
+    def count(self: Any, here: str, there: str, *more: Any, **named: Any) -> Any:
+        times.append(there.rpartition("/")[2])
+        return put(self, here, there, *more, **named)
+
+    monkeypatch.setattr(remote, "EVERY", 0.05)
+    monkeypatch.setattr(LocalFileSystem, "put_file", count)
+    monkeypatch.setenv("SLOW", "0.1")
+    generate(recipe("slow", prompts={"limit": 3}), f"file://{tmp_path}/storage/run")
+    assert sum(name.startswith("journal-") for name in times) > 1
+    assert times.count("identity.json") <= 2, "by the first snapshot, and with the whole folder at the end"
 
 
 def saved(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from cai import weights
 from cai.cli import train as command
+from cai.documents import Document
 from cai.errors import ConfigError, EngineError, Interrupted
 from cai.training import ONLINE, launching, running
 from cai.training.data import load_data
@@ -250,5 +251,5 @@ def test_a_training_in_the_process_of_the_command_sees_one_gpu(tiny, tmp_path, m
     monkeypatch.setattr(weights, "device_count", lambda: 2)
     monkeypatch.setattr(running, "train", lambda *given: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
     monkeypatch.setattr("cai.cli.training.show_summary", lambda *given: None)
-    command.run("sft", make_settings("sft", tiny, "rows.jsonl"), tmp_path, "continue")
+    command.run("sft", make_settings("sft", tiny, "rows.jsonl"), tmp_path, "continue", None, Document("{}", "none"))
     assert seen == ["5"]

@@ -234,11 +234,20 @@ class Mirror:
             with contextlib.suppress(OSError):  # that one may have removed it already
                 self._fs.rm_file(self._at(f"run/{name}"))
             raise
-        identity = self.local / "run" / "identity.json"
-        if identity.exists():
-            self._fs.put_file(str(identity), self._at("run/identity.json"))
+        self._push_identity()
         self._point_to(name)
         self._pushed = state
+
+    def _push_identity(self) -> None:
+        """Only where it is another one: a process that is killed may leave half a file where files are not put whole."""
+        identity, there = self.local / "run" / "identity.json", self._at("run/identity.json")
+        if not identity.exists():
+            return
+        self._fs.invalidate_cache()
+        with contextlib.suppress(OSError):
+            if self._fs.cat_file(there) == identity.read_bytes():
+                return
+        self._fs.put_file(str(identity), there)
 
     def _point_to(self, journal: str) -> None:
         pointer = {"journal": journal, "time": time.time(), "machine": self._writer["machine"]}
