@@ -228,11 +228,11 @@ def test_snapshots_go_there_while_the_run_works(tmp_path, log, monkeypatch):
 
 
 def test_a_snapshot_does_not_write_again_what_is_there(tmp_path, log, monkeypatch):
-    """A process that is killed while it writes the run's identity would leave half of it."""
+    """Where each file that is written is a commit, that would be many."""
     put, times = LocalFileSystem.put_file, []
 
     def count(self: Any, here: str, there: str, *more: Any, **named: Any) -> Any:
-        times.append(there.rpartition("/")[2])
+        times.append(there.rpartition("/")[2].removesuffix(".part"))
         return put(self, here, there, *more, **named)
 
     monkeypatch.setattr(remote, "EVERY", 0.05)
@@ -241,6 +241,23 @@ def test_a_snapshot_does_not_write_again_what_is_there(tmp_path, log, monkeypatc
     generate(recipe("slow", prompts={"limit": 3}), f"file://{tmp_path}/storage/run")
     assert sum(name.startswith("journal-") for name in times) > 1
     assert times.count("identity.json") <= 2, "by the first snapshot, and with the whole folder at the end"
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, log, monkeypatch):
+    def cut_short(self: Any, here: str, there: str, *more: Any, **named: Any) -> Any:
+        Path(there).write_bytes(Path(here).read_bytes()[:3])
+        raise OSError(5, "as where the process is killed")
+
+    url = f"file://{tmp_path}/storage/run"
+    generate(RECIPE, url)
+    there = {name: (tmp_path / "storage" / "run" / name).read_bytes() for name in files(url)}
+    monkeypatch.setattr(LocalFileSystem, "put_file", cut_short)
+    with pytest.raises(StoreError, match="cannot be written"):
+        generate(RECIPE, url)
+    assert {name: (tmp_path / "storage" / "run" / name).read_bytes() for name in there} == there
+    monkeypatch.undo()
+    assert generate(RECIPE, url)["status"] == "done"
+    assert not any(name.endswith(".part") for name in files(url))
 
 
 def saved(folder: Path) -> Path:

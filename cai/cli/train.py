@@ -206,5 +206,4 @@ def check_keys(stage: StageName, settings: TrainSettings, document: Document) ->
     """Raises `ConfigError` for a key below `trl` that TRL does not know or of another type, where it stands in `document`."""
     from cai.training.arguments import check_arguments
 
-    for key, value in settings.trl.items():
-        check_arguments(stage, {key: value}, f"{document.where(('trl', key))}: trl")
+    check_arguments(stage, settings.trl, lambda key: f"{document.where(('trl', key))}: trl.{key}")

@@ -59,10 +59,8 @@ def _check_training(pipeline: Pipeline, step: Step, settings: TrainSettings) -> 
     from cai.training.loading import check_reference, context_of, find_model
     from cai.training.reading import called
 
-    for key, value in settings.trl.items():
-        loc = ("stages", step.name, step.kind, "trl")
-        where = pipeline.where((*loc, key)).removesuffix(f".{key}")
-        check_arguments(step.training, {key: value}, where)
+    loc = ("stages", step.name, step.kind, "trl")
+    check_arguments(step.training, settings.trl, lambda key: pipeline.where((*loc, key)))
     make_arguments(step.training, settings, step.folder)
     find_model(settings)
     bases = getattr(settings, "bases", ())

@@ -40,7 +40,7 @@ EVERY = 60.0
 """Seconds between two snapshots; of Hub repositories, where each file that is written is a commit, ten times as many."""
 _STALE = 3
 """Intervals without a sign after which a writer counts as dead."""
-_POINTER, _WRITER, _JOURNAL = "run/mirror.json", "run/writer.json", "run/journal.sqlite"
+_POINTER, _WRITER, _JOURNAL, _IDENTITY = "run/mirror.json", "run/writer.json", "run/journal.sqlite", "run/identity.json"
 _OWN = re.compile(r"run/(mirror\.json|writer\.json|journal-\w+\.sqlite)")
 _LOCAL = re.compile(r"run/(lock|owner|journal\.sqlite.*|data\.part.*)|.*\.part")
 """What of a local folder is not copied: the journal goes as a snapshot."""
@@ -227,7 +227,7 @@ class Mirror:
         with tempfile.TemporaryDirectory(dir=self.local.parent) as folder:
             with closing(sqlite3.connect(journal)) as source, closing(sqlite3.connect(Path(folder, name))) as copy:
                 source.backup(copy)
-            self._fs.put_file(str(Path(folder, name)), self._at(f"run/{name}"))
+            self._put(Path(folder, name), f"run/{name}")
         try:
             self._require_writer()  # who took over while this went up has a newer one
         except _ReplacedError:
@@ -239,15 +239,10 @@ class Mirror:
         self._pushed = state
 
     def _push_identity(self) -> None:
-        """Only where it is another one: a process that is killed may leave half a file where files are not put whole."""
-        identity, there = self.local / "run" / "identity.json", self._at("run/identity.json")
-        if not identity.exists():
-            return
-        self._fs.invalidate_cache()
-        with contextlib.suppress(OSError):
-            if self._fs.cat_file(there) == identity.read_bytes():
-                return
-        self._fs.put_file(str(identity), there)
+        """Only where it is another one: in a repository of the Hub each file that is written is a commit."""
+        identity = self.local / _IDENTITY
+        if identity.exists() and self._read(_IDENTITY) != json.loads(identity.read_bytes()):
+            self._put(identity, _IDENTITY)
 
     def _point_to(self, journal: str) -> None:
         pointer = {"journal": journal, "time": time.time(), "machine": self._writer["machine"]}
@@ -283,12 +278,12 @@ class Mirror:
         gone = [name for name in self._names() if name not in here and not _OWN.fullmatch(name) and name != ".gitattributes"]
         for name in here:
             if name not in _LAST:
-                self._fs.put_file(str(self.local / name), self._at(name))
+                self._put(self.local / name, name)
         for name in gone:
             self._fs.rm_file(self._at(name))
         for name in _LAST:
             if name in here:
-                self._fs.put_file(str(self.local / name), self._at(name))
+                self._put(self.local / name, name)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -314,7 +309,16 @@ class Mirror:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "value.json")
             file.write_text(json.dumps(value))
-            self._fs.put_file(str(file), self._at(name))
+            self._put(file, name)
+
+    def _put(self, file: Path, name: str) -> None:
+        """Write a file there, whole or not at all: stores of objects do so by themselves, a disk where it is moved in place."""
+        there = self._at(name)
+        if not self.url.startswith(("file:", "local:")):
+            self._fs.put_file(str(file), there)
+            return
+        self._fs.put_file(str(file), f"{there}.part")
+        self._fs.mv(f"{there}.part", there)
 
 
 def _tidy(url: str) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,24 +67,28 @@ _ALIKE = {"max_completion_length": "max_new_tokens", "max_new_tokens": "max_comp
 """What TRL calls by one name in one trainer and by another in the next."""
 
 
-def check_arguments(stage: StageName, given: Mapping[str, Any], where: str = "trl") -> None:
+def _below_trl(key: str) -> str:
+    return f"trl.{key}"
+
+
+def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[[str], str] = _below_trl) -> None:
     """Raises `ConfigError` for a key that TRL's config class does not have, one that follows from something else, and a value
-    of another type than the class has there."""
+    of another type than the class has there. `where`: how errors call a key."""
     config = config_class(stage)
     known = {field.name for field in dataclasses.fields(config) if field.init} - _OURS.keys()
     for key in given:
         if key in _OURS:
-            raise ConfigError(f"{where}.{key}: follows from {_OURS[key]}; remove it")
+            raise ConfigError(f"{where(key)}: follows from {_OURS[key]}; remove it")
         if key not in known:
             other = _ALIKE.get(key)
             hint = f" (did you mean '{other}'?)" if other in known else nearest(key, known)
-            raise ConfigError(f"{where}.{key}: {config.__name__} has no such key{hint}")
+            raise ConfigError(f"{where(key)}: {config.__name__} has no such key{hint}")
     types = typing.get_type_hints(config)
     for key, value in _without_truth(given).items():
-        _check_value(f"{where}.{key}", value, types[key])
+        _check_value(where(key), value, types[key])
         if key in _LEAST and value is not None and value < _LEAST[key]:
-            raise ConfigError(f"{where}.{key}: expected a number from {_LEAST[key]} on, found {value!r}")
-    _check_losses(stage, given.get("loss_type"), where)
+            raise ConfigError(f"{where(key)}: expected a number from {_LEAST[key]} on, found {value!r}")
+    _check_losses(stage, given.get("loss_type"), where("loss_type"))
 
 
 def _check_losses(stage: StageName, named: Any, where: str) -> None:
@@ -92,7 +96,7 @@ def _check_losses(stage: StageName, named: Any, where: str) -> None:
     known = LOSSES.get(stage, ())
     for one in [named] if isinstance(named, str) else named or ():
         if known and one not in known:
-            raise ConfigError(f"{where}.loss_type: no loss {one!r}{nearest(one, known)}; expected {', '.join(known)}")
+            raise ConfigError(f"{where}: no loss {one!r}{nearest(one, known)}; expected {', '.join(known)}")
 
 
 LOSSES: dict[str, tuple[str, ...]] = {
