@@ -26,13 +26,17 @@ def measure(completions: int, folder: Path, tokens: int, seed: int, place: str) 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+    from cai.config import ModelConfig
+    from cai.weights import resolve_dtype
+
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
     rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
     rows = rows.map(lambda row: encode(tokenizer, row["prompt"]), remove_columns=["prompt"])
-    classifier = {"num_labels": 1, "dtype": torch.bfloat16}
+    dtype = resolve_dtype(ModelConfig())
+    classifier = {"num_labels": 1, "dtype": dtype}
     value, stand_in = (AutoModelForSequenceClassification.from_pretrained(place, **classifier) for _ in range(2))
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     asked, written, ask = [], [], ppo_trainer.get_reward
 
     def get_reward(network: Any, texts: Any, padding: int, context: int) -> Any:
@@ -48,7 +52,7 @@ def measure(completions: int, folder: Path, tokens: int, seed: int, place: str) 
         args=PPOConfig(
             output_dir=str(folder / "trl-ppo"),
             use_cpu=True,
-            bf16=True,
+            bf16=dtype == torch.bfloat16,
             gradient_checkpointing=False,
             per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=1,
