@@ -280,7 +280,8 @@ class Mirror:
             if name not in _LAST:
                 self._put(self.local / name, name)
         for name in gone:
-            self._fs.rm_file(self._at(name))
+            with contextlib.suppress(FileNotFoundError):  # half of a file that was moved in its place since
+                self._fs.rm_file(self._at(name))
         for name in _LAST:
             if name in here:
                 self._put(self.local / name, name)
