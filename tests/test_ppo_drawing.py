@@ -21,7 +21,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature):
 
     torch.manual_seed(0)
     scores, rows = torch.tensor([0.0, 1.0, -1.0, 2.0]), 20_000
-    left = Draw(temperature)(None, scores.repeat(rows, 1))
+    left = Draw(temperature)(torch.zeros(rows, 3), scores.repeat(rows, 1))
     assert (left.isfinite().sum(dim=1) == 1).all()
     counts = left.argmax(dim=1).bincount(minlength=4)
     assert chisquare(counts, (scores.double() / temperature).softmax(0) * rows).pvalue > 0.001
@@ -32,7 +32,7 @@ def test_what_is_impossible_is_never_drawn():
 
     scores = torch.full((5_000, 3), -float("inf"))
     scores[:, 1] = 0.0
-    assert (Draw(1.0)(None, scores).argmax(dim=1) == 1).all()
+    assert (Draw(1.0)(torch.zeros(5_000, 3), scores).argmax(dim=1) == 1).all()
 
 
 def test_probabilities_that_are_not_numbers_end_it():
@@ -40,7 +40,7 @@ def test_probabilities_that_are_not_numbers_end_it():
     from cai.training.ppo.drawing import Draw
 
     with pytest.raises(EngineError, match="not numbers"):
-        Draw(1.0)(None, torch.tensor([[0.0, float("nan")]]))
+        Draw(1.0)(torch.zeros(1, 3), torch.tensor([[0.0, float("nan")]]))
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,39 @@ def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, of_mod
     assert set(asked) == ({more.get("temperature", 1.0)} if quick else set())
     assert trainer.generation_config is before
     assert "generate" not in vars(model)
+
+
+def test_rows_are_what_was_written_where_they_are_the_same_but_for_padding():
+    from cai.training.ppo.drawing import Written
+
+    ids, mask = torch.tensor([[0, 5, 6, 7, 8], [4, 5, 6, 9, 9]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    written = Written(ids, torch.zeros(2, 3), torch.zeros(2, 3, 4))
+    assert written.is_of(ids, mask, 3)
+    assert written.is_of(ids[:, :4], mask[:, :4], 2), "the rest was cut off"
+    padded = ids * mask + 3 * (1 - mask)
+    assert written.is_of(padded, mask, 3)
+    for row, column in mask.nonzero().tolist():
+        other = ids.clone()
+        other[row, column] += 1
+        assert not written.is_of(other, mask, 3)
+    assert not written.is_of(ids, mask, 2)
+    assert not written.is_of(ids[:1], mask[:1], 3)
+    assert not written.is_of(ids[[0, 1, 1]], mask[[0, 1, 1]], 3)
+
+
+def test_a_model_of_peft_is_the_reference_with_no_adapters_or_those_of_that_name(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from cai.training.online.merging import is_reference
+
+    plain = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
+    assert not is_reference(plain)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(plain, config)
+    model.add_adapter("ref", config)
+    assert not is_reference(model)
+    with model.disable_adapter():
+        assert is_reference(model)
+    model.set_adapter("ref")
+    assert is_reference(model)

@@ -285,6 +285,49 @@ def test_a_pass_on_a_cpu_says_what_trls_says(tiny, tmp_path, monkeypatch, form):
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+def written(tiny: Path, out: Path, form: str, monkeypatch: Any, **told: Any) -> tuple[Any, dict[str, Any], list[Any]]:
+    """A trainer that is not where it began, its first rollout, and the models that read it."""
+    arguments = {"num_iterations": 2, "temperature": 0.8, "max_completion_length": 40, "per_device_train_batch_size": 16}
+    trainer, reading = make(tiny, out, form, **(arguments | told)), list[Any]()
+    disturb(trainer)
+    trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight.data[trainer.eos_token_ids] *= 1.6
+    wrote = trainer._wrote
+
+    def note(model: Any, *given: Any) -> bool:
+        found = wrote(model, *given)
+        reading.extend([] if found else [model])
+        return found
+
+    monkeypatch.setattr(trainer, "_wrote", note)
+    return trainer, rollout(trainer), reading
+
+
+@each_form
+def test_what_the_policy_says_as_it_writes_is_what_it_says_as_it_reads(tiny, tmp_path, monkeypatch, form):
+    trainer, out, reading = written(tiny, tmp_path, form, monkeypatch)
+    mask = out["completion_mask"].bool()
+    assert (out["prompt_mask"][:, 0] == 0).any()
+    assert 0 < (mask[:, -1] == 0).sum() < len(mask), "some end early"
+    assert len(reading) == 1, "the reference"
+    logps, values = out.pop("old_per_token_logps"), out["values"]
+    read = trainer._passed(out)
+    assert len(reading) == 2
+    torch.testing.assert_close(logps[mask], read.logps[mask], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values[mask], read.values[mask], atol=1e-4, rtol=1e-4)
+    assert (logps[~mask] == 0).all()
+    assert (out["ref_per_token_logps"] - logps)[mask].abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("told", [{"top_k": 5}, {"rollout_func": Script()}, {"bf16": True}, {"dtype": torch.bfloat16}])
+def test_the_policy_reads_what_it_did_not_write_by_temperature_alone_in_float32(tiny, tmp_path, monkeypatch, told):
+    assert len(written(tiny, tmp_path, "critic", monkeypatch, **told)[2]) == 2
+
+
+def test_the_policy_reads_with_what_is_dropped_at_random(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("cai.training.ppo.trainer.drops", lambda trunk: True)
+    assert len(written(tiny, tmp_path, "critic", monkeypatch)[2]) == 2
+
+
 def test_a_completion_without_an_end_is_fined(tiny, tmp_path):
     told = {"rollout_func": Script(), "whiten_advantages": False, "beta": 0.0, "lam": 1.0}
     plain, fined = (rollout(make(tiny, tmp_path, reward=low_or_none, missing_eos_penalty=one, **told)) for one in (None, 0.7))

@@ -1,4 +1,4 @@
-"""Adapters merged into their layers for a while, which are exactly what they were after it."""
+"""Adapters merged into their layers for a while, which are exactly what they were after it; and what adapters are in use."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def kept(model: Any) -> Iterator[None]:
     finally:
         for layer, weight in zip(layers, before, strict=True):
             layer.get_base_layer().weight.data.copy_(weight)
+
+
+def is_reference(model: Any) -> bool:
+    """Whether a model of PEFT computes now as the reference of a trainer of TRL: with no adapters, or with those named ref."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (one for one in model.modules() if isinstance(one, BaseTunerLayer))
+    return any(one.disable_adapters or "ref" in one.active_adapters for one in layers)

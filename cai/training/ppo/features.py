@@ -89,10 +89,11 @@ def _may_share(trunk: Any) -> bool:
     """Whether a pass in two parts says what one pass says: all layers keep every position and are not computed again on the way
     back, positions mean the same in short and long passes, and nothing is dropped at random."""
     scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
-    differs = trunk.is_gradient_checkpointing or scales or (trunk.training and _drops(trunk))
+    differs = trunk.is_gradient_checkpointing or scales or drops(trunk)
     return keeps_all(trunk.config) and not differs
 
 
-def _drops(trunk: Any) -> bool:
+def drops(trunk: Any) -> bool:
+    """Whether a pass drops some of what it computes at random."""
     modules = any(isinstance(one, nn.Dropout) and one.p > 0 for one in trunk.modules())
-    return modules or getattr(trunk.config, "attention_dropout", 0.0) > 0
+    return bool(trunk.training and (modules or getattr(trunk.config, "attention_dropout", 0.0) > 0))

@@ -26,10 +26,10 @@ from trl import GRPOTrainer
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
-from cai.training.online.merging import merged
+from cai.training.online.merging import is_reference, merged
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead, is_critics
-from cai.training.ppo.drawing import drawing
+from cai.training.ppo.drawing import Written, drawing
 from cai.training.ppo.estimation import (
     KLControl,
     Moments,
@@ -40,7 +40,7 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
-from cai.training.ppo.features import completion_features
+from cai.training.ppo.features import completion_features, drops
 from cai.training.ppo.logprobs import is_plain, token_logprobs
 from cai.training.ppo.saving import check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
@@ -81,6 +81,7 @@ class PPOTrainer(GRPOTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self._watched: list[Tensor] = []
+        self._written: list[Written] = []
         self._scores = torch.empty(0)
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
@@ -140,7 +141,9 @@ class PPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
     ) -> Any:
-        """TRL's, or on a CPU our own; a head's values of each pass of the trunk are kept in `_watched`."""
+        """TRL's, or on a CPU our own, or what the policy said as it wrote; a head's values of each are kept in `_watched`."""
+        if self._wrote(model, ids, mask, length):
+            return self._said(self._written[0], ids, mask, length), None, None
         if (
             ids.device.type == "cpu"
             and is_plain(self._base_of(model))
@@ -195,15 +198,35 @@ class PPOTrainer(GRPOTrainer):
         begins = is_peft_model(model) and model.active_peft_config.is_prompt_learning
         return not (several or self.is_fsdp_enabled or self.is_deepspeed_enabled or begins)
 
+    def _wrote(self, model: Any, ids: Tensor, mask: Tensor, length: int) -> bool:
+        """Whether these rows are what the policy has just written, in one go, and it is that is asked, to the same numbers.
+
+        In bfloat16 it says other things of the same tokens as it writes them one by one: SmolLM2's log-probabilities are 0.04
+        off on average, which with every fiftieth token is as much as a step may change it.
+        """
+        if torch.is_grad_enabled() or len(self._written) != 1 or not self._is_alone or drops(self._base_of(self.model)):
+            return False
+        if self.accelerator.mixed_precision != "no" or self._written[0].states.dtype != torch.float32:
+            return False
+        return model is not self.ref_model and not is_reference(model) and self._written[0].is_of(ids, mask, length)
+
+    def _said(self, written: Written, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """The log-probabilities, (B, length), 0 for padding; a head's values are kept."""
+        if isinstance(self.value, TrunkHead):
+            self._watched.append(self.value.values(written.states[:, :length], ids))
+        return written.logps[:, :length].masked_fill(mask[:, -length:] == 0, 0.0)
+
     # ------------------------------------------------------------------------------------------------ rollouts
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
         """TRL's. Where it is transformers on a CPU that writes: with adapters merged, which take as long as their layers there,
-        and with quicker draws."""
+        with quicker draws, and what the policy says of them is kept."""
         model = self.accelerator.unwrap_model(self.model)
         if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
             return super()._generate_single_turn(*given, **named)
-        with drawing(self, model), merged(model) if is_peft_model(model) else nullcontext():
-            return super()._generate_single_turn(*given, **named)
+        with drawing(self, model) as written, merged(model) if is_peft_model(model) else nullcontext():
+            found = super()._generate_single_turn(*given, **named)
+        self._written.extend(written)
+        return found
 
     def _calculate_rewards(self, *given: Any, **named: Any) -> Tensor:
         """TRL's; kept, since PPO needs the scores and not what GRPO makes of them."""
@@ -212,9 +235,10 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout, with (B, T) `advantages`, `returns`, `values` and `value_mask`."""
-        self._watched = []
+        self._watched, self._written = [], []
         out = super()._generate_and_score_completions(inputs)
         logps, values = self._passed(out)
+        self._written = []
         score, scored = self._local_scores(out, len(inputs))
         mask = _loss_mask(out) * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
