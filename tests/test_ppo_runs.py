@@ -277,7 +277,7 @@ def test_a_pass_on_a_cpu_says_what_trls_says(tiny, tmp_path, monkeypatch, form):
     assert (mask[:, -1] == 0).any()
     length, counts, found = out["completion_ids"].size(1), out["completion_mask"].bool(), []
     for plain in (True, False):
-        monkeypatch.setattr("cai.training.ppo.trainer.is_plain", lambda base, plain=plain: plain)
+        monkeypatch.setattr("cai.training.ppo.passes.is_plain", lambda base, plain=plain: plain)
         trainer._watched = []
         told = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, 3, compute_entropy=True)
         found.append([one[counts].detach() for one in (*told[:2], *trainer._watched)])
@@ -324,7 +324,7 @@ def test_the_policy_reads_what_it_did_not_write_by_temperature_alone_in_float32(
 
 
 def test_the_policy_reads_with_what_is_dropped_at_random(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.trainer.drops", lambda trunk: True)
+    monkeypatch.setattr("cai.training.ppo.passes.drops", lambda trunk: True)
     assert len(written(tiny, tmp_path, "critic", monkeypatch)[2]) == 2
 
 

@@ -11,25 +11,19 @@ value of the state before a token is read at the position before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
-from cai.training.online.merging import is_reference, merged
 from cai.training.ppo.config import PPOConfig
-from cai.training.ppo.critic import CRITIC, AdapterCritic, Critic, TrunkHead, is_critics
-from cai.training.ppo.drawing import Written, drawing
+from cai.training.ppo.critic import CRITIC, AdapterCritic, TrunkHead, is_critics
 from cai.training.ppo.estimation import (
     KLControl,
     Moments,
@@ -40,22 +34,14 @@ from cai.training.ppo.estimation import (
     value_errors,
     whiten,
 )
-from cai.training.ppo.features import completion_features, drops
-from cai.training.ppo.logprobs import is_plain, token_logprobs
+from cai.training.ppo.passes import PassingTrainer, whole
 from cai.training.ppo.saving import check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
 
 _ROLLOUT = "rollout-{}.pt"
 
 
-class Passed(NamedTuple):
-    """What the policy and the value function said of a rollout: (B, T) each."""
-
-    logps: Tensor
-    values: Tensor
-
-
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(PassingTrainer):
     """Takes what TRL's `GRPOTrainer` takes, and a `value_model`."""
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -80,8 +66,6 @@ class PPOTrainer(GRPOTrainer):
         assert args is not None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        self._watched: list[Tensor] = []
-        self._written: list[Written] = []
         self._scores = torch.empty(0)
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
@@ -118,116 +102,7 @@ class PPOTrainer(GRPOTrainer):
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0, fused=True)
 
-    @contextmanager
-    def _of_critic(self) -> Iterator[None]:
-        """In here the critic's weights are those in use, where it shares them with the policy."""
-        with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
-            yield
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """That of products of matrices. Adapters need not cast what they read where autocast does; but where layers are
-        computed again on the way back, which is outside of here, they have to do as there."""
-        model = self.accelerator.unwrap_model(self.model)
-        casts_twice = is_peft_model(model) and self.accelerator.mixed_precision != "no" and not model.is_gradient_checkpointing
-        with self.accelerator.autocast(), disable_input_dtype_casting(model, active=casts_twice):
-            yield
-
-    def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """The critic's values of the state before each of the last `length` tokens."""
-        with self._precision():
-            return cast(Critic, self.value).values(ids, mask, length)
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
-    ) -> Any:
-        """TRL's, or on a CPU our own, or what the policy said as it wrote; a head's values of each are kept in `_watched`."""
-        if self._wrote(model, ids, mask, length):
-            return self._said(self._written[0], ids, mask, length), None, None
-        if (
-            ids.device.type == "cpu"
-            and is_plain(self._base_of(model))
-            and not (self._entropy_bonus_enabled or self.aux_loss_enabled)
-        ):
-            return self._plain_logps(model, ids, mask, length, *given, **named)
-        ask = super()._get_per_token_logps_and_entropies
-        if not isinstance(self.value, TrunkHead) or model is self.ref_model:
-            return ask(model, ids, mask, length, *given, **named)
-        with self.value.watching(ids, length) as seen:
-            found = ask(model, ids, mask, length, *given, **named)
-        self._watched.append(torch.cat(seen))
-        return found
-
-    def _base_of(self, model: Any) -> Any:
-        """The language model in what TRL passes around."""
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if is_peft_model(model) else model
-
-    def _plain_logps(
-        self,
-        model: Any,
-        ids: Tensor,
-        mask: Tensor,
-        length: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
-        base, through, size = self._base_of(model), None if self._is_alone else model, batch_size or len(ids)
-        logps, entropies, values = [], [], []
-        with self._precision():
-            for part, attention in zip(ids.split(size), mask.split(size), strict=True):
-                features = completion_features(base.base_model, part, attention, length, through)
-                tokens = part[:, -length:]
-                logp, entropy = token_logprobs(
-                    features, base.get_output_embeddings(), tokens, self.temperature, compute_entropy
-                )
-                logps.append(logp)
-                entropies.append(entropy)
-                if isinstance(self.value, TrunkHead) and model is not self.ref_model:
-                    values.append(self.value.values(features, part))
-        if values:
-            self._watched.append(torch.cat(values))
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether a pass of the trunk by itself is one of the model: nothing around it adds up gradients or begins prompts."""
-        model, several = self.accelerator.unwrap_model(self.model), self.accelerator.num_processes > 1
-        begins = is_peft_model(model) and model.active_peft_config.is_prompt_learning
-        return not (several or self.is_fsdp_enabled or self.is_deepspeed_enabled or begins)
-
-    def _wrote(self, model: Any, ids: Tensor, mask: Tensor, length: int) -> bool:
-        """Whether these rows are what the policy has just written, in one go, and it is that is asked, to the same numbers.
-
-        In bfloat16 it says other things of the same tokens as it writes them one by one: SmolLM2's log-probabilities are 0.04
-        off on average, which with every fiftieth token is as much as a step may change it.
-        """
-        if torch.is_grad_enabled() or len(self._written) != 1 or not self._is_alone or drops(self._base_of(self.model)):
-            return False
-        if self.accelerator.mixed_precision != "no" or self._written[0].states.dtype != torch.float32:
-            return False
-        return model is not self.ref_model and not is_reference(model) and self._written[0].is_of(ids, mask, length)
-
-    def _said(self, written: Written, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """The log-probabilities, (B, length), 0 for padding; a head's values are kept."""
-        if isinstance(self.value, TrunkHead):
-            self._watched.append(self.value.values(written.states[:, :length], ids))
-        return written.logps[:, :length].masked_fill(mask[:, -length:] == 0, 0.0)
-
     # ------------------------------------------------------------------------------------------------ rollouts
-    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
-        """TRL's. Where it is transformers on a CPU that writes: with adapters merged, which take as long as their layers there,
-        with quicker draws, and what the policy says of them is kept."""
-        model = self.accelerator.unwrap_model(self.model)
-        if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
-            return super()._generate_single_turn(*given, **named)
-        with drawing(self, model) as written, merged(model) if is_peft_model(model) else nullcontext():
-            found = super()._generate_single_turn(*given, **named)
-        self._written.extend(written)
-        return found
-
     def _calculate_rewards(self, *given: Any, **named: Any) -> Tensor:
         """TRL's; kept, since PPO needs the scores and not what GRPO makes of them."""
         self._scores = super()._calculate_rewards(*given, **named)
@@ -255,24 +130,6 @@ class PPOTrainer(GRPOTrainer):
             advantages = whiten(advantages, mask, self._total)
         more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
         return {**out, **more, "advantages": advantages, "num_items_in_batch": self._total(mask.sum())}
-
-    def _passed(self, out: dict[str, Any]) -> Passed:
-        """The policy's log-probabilities of a rollout, and the values, before anything is trained on it."""
-        ids, attention = _whole(out)
-        length, logps = out["completion_ids"].size(1), out.get("old_per_token_logps")
-        mode = "train" if self.model.training else "eval"
-        size = getattr(self.args, f"per_device_{mode}_batch_size")
-        watched = self._watched[0] if self._watched and logps is not None else None
-        with torch.no_grad():
-            if logps is None:
-                logps = self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size=size)[0]
-                watched = self._watched[-1] if self._watched else None
-            if watched is None:
-                with self._of_critic():
-                    parts = zip(ids.split(size), attention.split(size), strict=True)
-                    watched = torch.cat([self._critic_values(*part, length) for part in parts])
-        self._watched = []
-        return Passed(logps, watched)
 
     def _local_scores(self, out: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
         """This process's completions: the weighted sum of what reward functions said, and whether any of them said anything."""
@@ -328,7 +185,7 @@ class PPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The clipped surrogate by TRL, without its KL, which is in the reward. The value function takes its gradients here."""
         if not isinstance(self.value, TrunkHead):
-            ids, attention = _whole(inputs)
+            ids, attention = whole(inputs)
             with self._of_critic():
                 self._learn_values(self._critic_values(ids, attention, inputs["completion_ids"].size(1)), inputs)
         beta, self.beta, self._watched = self.args.beta, 0.0, []
@@ -427,12 +284,6 @@ class PPOTrainer(GRPOTrainer):
         if int(there) == self.accelerator.num_processes:  # else all of them write a new one
             kept = torch.load(rollout, map_location=device, weights_only=True)
             self._step, self._buffered_inputs = kept["step"], kept["batches"]
-
-
-def _whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Prompts with their completions: tokens, and what is no padding."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
