@@ -152,6 +152,12 @@ def test_a_column_that_trl_names_too_does_not_take_its_place(tiny):
     assert seen == {"prompts": [[]], "completions": turns, "topic": ["mine"], "log_metric": print}
 
 
+def test_online_dpo_logs_how_far_members_of_a_reward_model_disagree(run, tiny, reward_model, tmp_path):
+    train("online-dpo", settings("online-dpo", tiny, run, reward=str(reward_model)), tmp_path)
+    assert logged(tmp_path, "reward_disagreement")[-1] > 0
+    assert logged(tmp_path, "rewards/model/none")[-1] == 0
+
+
 def test_a_judge_checks_and_a_reward_model_together(run, tiny, reward_model, tmp_path):
     constitution = tmp_path / "checked.yaml"
     constitution.write_text(CHECKED)

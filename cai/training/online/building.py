@@ -57,9 +57,9 @@ def _without_warnings() -> Iterator[None]:
 
 def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
     if isinstance(settings, OnlineDpoSettings):
-        from trl.experimental.online_dpo import OnlineDPOTrainer
+        from cai.training.online.dpo import OnlineDpo
 
-        return OnlineDPOTrainer(**given)
+        return OnlineDpo(**given)
     if isinstance(settings, RlooSettings):
         from trl import RLOOTrainer as Trainer
     else:
