@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cai.errors import ConfigError, StoreError
-from cai.store import Call, Quarantined, RunFolder, would_lose
+from cai.store import Call, Quarantined, RunFolder, would_lose, write_whole
 from tests.runs import environment
 from tests.test_database import uncommittable
 
@@ -283,3 +283,17 @@ def test_it_can_be_told_while_a_run_is_live(out):
         folder.database.add_calls([CALL])
         with folder.database.transaction():
             assert would_lose(out) == "1 finished calls"
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    def fill(self: Path, text: str, **_: object) -> int:
+        self.write_bytes(text.encode()[:2])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "page.html").write_text("before")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fill)
+        with pytest.raises(StoreError, match=r"page.html: cannot be written: No space left"):
+            write_whole(tmp_path / "page.html", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "before"

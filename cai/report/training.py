@@ -11,6 +11,7 @@ from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
 from cai.report.page import render
 from cai.report.written import Line, Written, best_of, read_training, unscored
+from cai.store import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,10 +39,8 @@ _ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
 
 
 def write_page(out: Path) -> None:
-    """Write OUT/training.html, whole or not at all."""
-    part = out / f"{PAGE}.part"
-    part.write_text(render_training(read_training(out), out.name), encoding="utf-8", errors="backslashreplace")
-    part.replace(out / PAGE)
+    """Write OUT/training.html, whole or not at all. Raises `StoreError`."""
+    write_whole(out / PAGE, render_training(read_training(out), out.name))
 
 
 def render_training(written: Written, title: str) -> str:

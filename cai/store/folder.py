@@ -230,9 +230,14 @@ def _refuse_foreign(path: Path) -> None:
 def write_whole(target: Path, text: str) -> None:
     """Write a file whole or not at all. Raises `StoreError`."""
     part = target.with_name(target.name + ".part")
-    with _disk_errors(target):
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(target)
+    try:
+        with _disk_errors(target):
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+            part.replace(target)
+    except StoreError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _remove(path: Path) -> None:
