@@ -13,8 +13,8 @@ VLLM_NEEDS := aiohttp apache-tvm-ffi cachetools cbor2 compressed-tensors einops 
 demo: .venv/installed ## a preference dataset from a real 135M model, in runs/demo
 	$(BIN)/cai generate --recipe pipelines/demo-dataset.yaml -o runs/demo
 
-test: .venv/installed ## all tests
-	$(BIN)/python -m pytest
+test: .venv/installed ## all tests, a file at a time in up to four processes
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/installed ## lint, format, types
 	$(BIN)/ruff check .
