@@ -1,39 +1,30 @@
-"""What keeps online training honest: monitors against naive code, the decision to stop, and runs that it stops."""
+"""Online training that safeguards stop: what is kept, what goes on after a kill, and what is told."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.cli.training import show_summary
-from cai.errors import ConfigError, EngineError, Interrupted
-from cai.report.written import best_of, read_lines, unscored
+from cai.errors import EngineError, Interrupted
+from cai.report.written import read_lines
 from cai.training.arguments import make_arguments
 from cai.training.card import render_card
-from cai.training.data import StageData, load_data
+from cai.training.data import load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
-from cai.training.online import gold, lines, monitors
 from cai.training.online.distance import log_ratios
-from cai.training.online.drift import Drift
-from cai.training.online.held_out import Answer, hold_out, tell_sources
-from cai.training.online.limits import collapsed, over_kl
-from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
+from cai.training.online.rollouts import Rollout, Rollouts
 from cai.training.online.safeguards import Safeguards
 from cai.training.running import train
 from cai.training.stage import Parts, build_trainer
@@ -41,7 +32,6 @@ from tests.stages import WORDS, Shown, make_settings, write_rows
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TEXTS = st.lists(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12).map(" ".join), min_size=1, max_size=5)
 FUNCTIONS = """
 def rising(prompts, completions, trainer_state, **columns):
     return [trainer_state.global_step + len(one[-1]["content"]) / 100 for one in completions]
@@ -72,283 +62,6 @@ def length(completions, **columns):
 """
 
 
-# ---------------------------------------------------------------------------------------------------- monitors
-@given(TEXTS, st.integers(1, 3))
-def test_distinct_n_and_repetition_are_those_of_naive_code(texts, n):
-    grams = [[tuple(one.split()[at : at + n]) for at in range(len(one.split()) - n + 1)] for one in texts]
-    everything = [gram for one in grams for gram in one]
-    wanted = len(set(everything)) / len(everything) if everything else None
-    assert monitors.distinct(texts, n) == wanted
-    again = [sum(count - 1 for count in Counter(one).values()) / len(one) for one in grams if one]
-    assert monitors.repetition(texts, n) == (pytest.approx(sum(again) / len(again)) if again else None)
-
-
-def test_words_of_several_scripts():
-    assert monitors.words("Don't STOP, 3 times!") == ["don't", "stop", "3", "times"]
-    assert monitors.words("你好 world") == ["你", "好", "world"]
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("As an AI language model, I have no opinions.", True),
-        ("I cannot do this.", True),
-        ("I apologize, that is nothing I can assist with", True),
-        ("Sure! Knead the dough for ten minutes.", False),
-        ("The door would not open. " * 20 + "I can't say why.", False),
-        ("You can't boil an egg in a microwave.", False),
-    ],
-)
-def test_refusals(text, refuses):
-    assert monitors.refusals([text]) == float(refuses)
-
-
-def test_language_changes_are_told_where_both_texts_are_long_enough():
-    pytest.importorskip("py3langid")
-    english, german = "How do I bake a loaf of bread at home?", "Zuerst wird der Teig lange geknetet und dann gebacken."
-    assert monitors.language_changes([english, english, english], [german, english, "Ja."]) == 0.5
-    assert monitors.language_changes([english], ["Ja."]) is None
-
-
-def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_it():
-    found = monitors.describe(["p", "p", "q", "q"], ["one two", "one two three four", "", "one"], [1.0, 3.0, None, 0.0])
-    assert (found["completions"], found["empty"], found["words"]) == (4, 0.25, 1.75)
-    assert found["reward"] == pytest.approx(4 / 3)
-    assert found["length_correlation_overall"] == pytest.approx(np.corrcoef([1, 3, 0], [2, 4, 1])[0, 1])
-
-
-def test_what_the_trainer_measured_is_taken_once_and_kl_is_in_nats_a_completion():
-    metrics = {
-        "completions/clipped_ratio": [0.25],
-        "completions/mean_length": [10.0],
-        "entropy": [1.0, 3.0],
-        "kl": [0.5, math.nan],
-    }
-    logged = Logged(SimpleNamespace(_metrics={"train": metrics}))
-    assert logged.take() == {"unfinished": 0.25, "tokens": 10.0, "entropy": 2.0, "kl": 5.0}
-    assert logged.take() == {}
-    metrics["entropy"].append(4.0)
-    metrics["objective/kl"] = [7.0]
-    assert logged.take() == {"entropy": 4.0, "kl": 7.0}, "PPO tells it itself"
-    for values in metrics.values():
-        values[:] = [1.0]
-    logged.forget()
-    assert logged.take() == {"unfinished": 1.0, "tokens": 1.0, "entropy": 1.0, "kl": 1.0}
-    stats = {
-        "val/contain_eos_token": [0.75],
-        "rewards/chosen": [0.3],
-        "rewards/rejected": [0.1],
-        "beta": [0.1],
-        "objective/kl": [99.0],
-    }
-    assert Logged(SimpleNamespace(stats=stats)).take() == pytest.approx({"unfinished": 0.25, "kl": 2.0})
-
-
-def test_rewards_are_summed_by_weight_and_none_has_no_part():
-    assert weighted([[1.0, None, None], [2.0, 3.0, None]], [2.0, 0.5]) == [3.0, 1.5, None]
-
-
-# ---------------------------------------------------------------------------------------------------- limits
-def test_the_kl_has_to_be_over_its_limit_in_three_rollouts():
-    def of(*values: float) -> list[dict[str, float]]:
-        return [{"kl": one} for one in values]
-
-    assert over_kl(of(1, 60, 1, 60, 60), 50) == ""
-    assert over_kl([*of(60, 60), {}, {}], 50) == ""
-    assert "is 70 nats a completion, over limits.kl (50)" in over_kl([*of(60, 60), {}, *of(70)], 50)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "says"),
-    [
-        ({"distinct_2": 0.6}, {"distinct_2": 0.14}, "alike"),
-        ({"distinct_2": 0.6}, {"distinct_2": 0.2}, ""),
-        ({"repetition": 0.1}, {"repetition": 0.6}, "said before"),
-        ({"repetition": 0.45}, {"repetition": 0.6}, ""),
-        ({"empty": 0.0}, {"empty": 0.8}, "empty"),
-        ({"unfinished": 0.3}, {"unfinished": 1.0}, "no end"),
-        ({"unfinished": 0.9}, {"unfinished": 1.0}, ""),
-        ({}, {"empty": 1.0}, ""),
-    ],
-)
-def test_a_collapse_is_told_in_comparison_with_the_beginning(before, after, says):
-    assert collapsed([before] * 3 + [after] * 2) == ""
-    told = collapsed([before] * 3 + [after] * 3)
-    assert says in told if says else told == ""
-    assert collapsed([before] * 3 + [after, after, before]) == ""
-
-
-def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
-    rollouts = Rollouts(["x", "y"], [1.0, 1.0])
-    told = [rollouts.constant(1, Rollout(["p"] * 16, ["t"] * 16, [[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
-    assert [len(one) for one in told] == [0, 1, 0, 0]
-    assert told[1][0].startswith("reward 'x' is the same (0.5) for all 32 completions so far: nothing can be learned from it")
-    nothing = Rollouts(["z"], [1.0]).constant(1, Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
-    assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
-
-
-# ---------------------------------------------------------------------------------------------------- notes
-@pytest.mark.parametrize(
-    ("before", "after", "says"),
-    [
-        ({"refusals": 0.1}, {"refusals": 0.4}, "40 % of completions refuse; it was 10 % at the beginning"),
-        ({"refusals": 0.5}, {"refusals": 0.7}, ""),
-        ({"language_changes": 0.0}, {"language_changes": 0.5}, "50 % of completions are in another language than their prompt"),
-        ({"words": 40.0}, {"words": 81.0}, "81 words a completion; it was 40 at the beginning"),
-        ({"words": 40.0}, {"words": 19.0}, "19 words a completion"),
-        ({"words": 40.0}, {"words": 70.0}, ""),
-        ({"entropy": 2.0}, {"entropy": 0.4}, "0.4 nats a token are the policy's entropy; it was 2 at the beginning"),
-        ({"entropy": 2.0}, {"entropy": 9.0}, "9 nats a token"),
-        ({"length_correlation_overall": 0.1}, {"length_correlation_overall": 0.6}, "the reward goes with length"),
-        ({"length_correlation_within_prompts": 0.1}, {"length_correlation_within_prompts": -0.6}, "goes against length"),
-        ({"length_correlation_overall": 0.5}, {"length_correlation_overall": 0.7}, ""),
-        ({}, {"refusals": 1.0}, ""),
-    ],
-)
-def test_what_moves_far_from_the_beginning_is_told_once(before, after, says):
-    drift = Drift()
-    assert drift.new([before] * 3 + [after] * 2) == []
-    assert drift.new([before] * 3 + [after, after, before]) == []
-    told = drift.new([before] * 3 + [after] * 3)
-    assert [says in one for one in told] == [True] * bool(says)
-    assert drift.new([before] * 3 + [after] * 4) == []
-
-
-def test_completions_without_a_reward_are_counted_and_told_from_a_tenth_on():
-    rollouts, drift = Rollouts(["x", "y"], [1.0, 1.0]), Drift()
-    line = rollouts.line(1, Rollout(["p"] * 20, ["t"] * 20, [[None] * 3 + [1.0] * 17, [2.0] * 20]), {})
-    assert line["unscored"] == {"x": 3, "y": 0}
-    assert drift.new([line]) == [], "of too few"
-    assert drift.new([line, line]) == ["reward 'x' had no number for 6 of 40 completions so far"]
-    assert Drift().new([{"completions": 40, "unscored": {"x": 4}}]) == []
-    assert unscored([line, {"completions": 9}, line]) == {"x": (6, 40)}
-
-
-# ---------------------------------------------------------------------------------------------------- gold
-def series(*measures: tuple[float, list[float]]) -> list[dict[str, Any]]:
-    """Lines of gold measures: the proxy's mean, and gold of each prompt."""
-    return [
-        gold.measured(step, [Answer(n, "a b", [proxy], one) for n, one in enumerate(golds)], [1.0], 0)
-        for step, (proxy, golds) in enumerate(measures)
-    ]
-
-
-def noisy(mean: float, seed: int = 0) -> list[float]:
-    return list(np.random.default_rng(seed).normal(mean, 0.3, 32))
-
-
-def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises():
-    rising = series((0, noisy(0)), (1, noisy(1)), (2, noisy(2)))
-    fallen = series((2.5, noisy(1, seed=2)), (3, noisy(1, seed=3)))
-    within_noise, less_proxy = series((2.5, noisy(1.9, seed=1)), (1.5, noisy(1)))
-    assert gold.over_optimised(rising) == ""
-    assert gold.over_optimised([*rising, fallen[0]]) == "", "once is not enough"
-    assert gold.over_optimised([*rising, within_noise, within_noise]) == ""
-    assert gold.over_optimised([*rising, fallen[0], less_proxy]) == "", "the proxy has fallen too"
-    assert gold.over_optimised([*rising, fallen[0], *series((4, noisy(2.1)))]) == "", "it is better again"
-    told = gold.over_optimised([*rising, *fallen])
-    assert "its best, 1.95 at step 2, in 2 measures in a row (p " in told
-    assert "while the reward has risen from 2 to 3" in told
-
-
-@pytest.mark.parametrize("measures", [11, 21])
-def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(measures):
-    def told(falls_at: int, draw: np.random.Generator) -> int | None:
-        """At which measure it stops."""
-        given: list[dict[str, Any]] = []
-        for place in range(measures):
-            golds = draw.normal(-0.5 if place >= falls_at else 0.0, 1.0, 64).tolist()
-            mean = math.fsum(golds) / len(golds)
-            given.append({"step": place, "gold": mean, "proxy": float(place), "golds": golds})
-            if gold.over_optimised(given):
-                return place
-        return None
-
-    draw = np.random.default_rng(0)
-    false = [told(measures, draw) for _ in range(300)]
-    assert sum(one is not None for one in false) / 300 <= 0.07
-    falls_at = measures - 3
-    caught = [told(falls_at, draw) for _ in range(60)]
-    assert sum(one is not None and one >= falls_at for one in caught) / 60 >= 0.75
-
-
-def test_the_difference_is_that_of_the_same_prompts():
-    easy = [0.0] * 16 + [10.0] * 16
-    shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
-    before, after, again = series((0, easy), (1, shifted), (2, shifted))
-    assert before["low"] < after["gold"] < before["high"], "not to be seen in the means"
-    assert gold.over_optimised([before, after, again])
-    assert gold.fall(before, [after, again])[0] == pytest.approx(after["gold"] - before["gold"])
-
-
-def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_eight_on():
-    before, after = series((0, [2.0, None, 1.0, 5.0]), (1, [0.0, 0.5, None, 4.5]))
-    assert gold.fall(before, [after])[0] == pytest.approx(-1.25)
-    assert gold.fall(before, [after, {"golds": [None, 1.0, 1.0, 1.0]}]) == (0.0, 1.0), "one prompt has no spread"
-    for count, stops in ((7, False), (8, True)):
-        alike = series((0, [1.1] * count), (1, [0.5] * count), (2, [0.5] * count))
-        assert bool(gold.over_optimised(alike)) == stops
-    nothing = series((0, [None, None]))
-    assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing)) == (None, None, "")
-
-
-def test_the_first_of_several_best_ones_is_the_best():
-    found = best_of(series((0, [1.0]), (1, [2.0]), (2, [2.0])))
-    assert found is not None
-    assert found["step"] == 1
-
-
-# ---------------------------------------------------------------------------------------------------- held-out prompts
-def prompts(*texts: str) -> Dataset:
-    return Dataset.from_list([{"prompt": [{"role": "user", "content": one}], "columns": "{}"} for one in texts])
-
-
-def of(rows: Dataset) -> list[str]:
-    return [one[-1]["content"] for one in rows["prompt"]]
-
-
-def test_held_out_prompts_are_not_trained_on():
-    train_rows = prompts(*"abcdefghij", "a", "b")
-    found = hold_out(StageData(train_rows, None, ()), 64, 0)
-    assert len(of(found.prompts)) == 2
-    assert set(of(found.train)) == set("abcdefghij") - set(of(found.prompts))
-    assert of(hold_out(StageData(train_rows, None, ()), 64, 0).prompts) == of(found.prompts)
-    assert any(of(hold_out(StageData(train_rows, None, ()), 64, seed).prompts) != of(found.prompts) for seed in range(1, 5))
-    assert len(of(hold_out(StageData(train_rows, None, ()), 1, 0).prompts)) == 1
-    with pytest.raises(ConfigError, match="one prompt alone; add more"):
-        hold_out(StageData(prompts("a", "a"), None, ()), 1, 0)
-
-
-def test_test_rows_are_held_out_where_they_are_others():
-    apart = hold_out(StageData(prompts(*"abcde"), prompts(*"xyza"), ()), 64, 0)
-    assert (of(apart.train), of(apart.prompts)) == (list("abcde"), list("xyz"))
-    same = hold_out(StageData(prompts(*"abcde"), prompts(*"abcde"), ()), 64, 0)
-    assert set(of(same.train)) | set(of(same.prompts)) == set("abcde")
-    assert not set(of(same.train)) & set(of(same.prompts))
-
-
-def test_prompts_that_are_taken_from_training_are_told_of_their_sources():
-    sources = ({"source": "x", "train": 6, "test": 2}, {"source": "y", "train": 6, "test": 0})
-    data = StageData(prompts(*"abcdee", *"efghij"), None, sources)
-    held = hold_out(data, 2, 0)
-    told = tell_sources(data, held._replace(train=prompts(*"abcdfghi"), prompts=prompts(*"ej")))
-    assert told == ({"source": "x", "train": 4, "test": 3}, {"source": "y", "train": 4, "test": 1})
-    told = tell_sources(data, held)
-    assert sum(one["train"] for one in told) == len(held.train)
-    assert sum(one["test"] for one in told) == len(held.prompts) + 2
-
-
-def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
-    file = tmp_path / "lines.jsonl"
-    assert lines.keep_until(file, 3) == []
-    lines.append(file, {"step": 1}, {"step": 2, "text": "\ud800"}, {"step": 3})
-    file.write_text(file.read_text() + '{"step": 2, "te')
-    assert [one["step"] for one in lines.keep_until(file, 2)] == [1, 2]
-    assert [one["step"] for one in read_lines(file)] == [1, 2]
-
-
-# ---------------------------------------------------------------------------------------------------- runs
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than such trainings."""
@@ -707,18 +420,6 @@ def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, f
     with pytest.raises(EngineError, match=r"^rewards 'x', 'y': no number for any of 2 completions"):
         rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2] * 2))
     rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2, [None, 0.0]]))
-
-
-def test_a_rollout_whose_completions_are_worth_the_same_is_told_once():
-    def told(*totals: list[float | None]) -> list[str]:
-        rollouts = Rollouts(["x"], [2.0])
-        return [text for one in totals for text in rollouts.constant(3, Rollout(["p"] * len(one), ["t"] * len(one), [one]))]
-
-    assert told([1.0, 2.0], [1.0], [1.0, None]) == []
-    (text,) = told([1.0, 2.0], *[[0.5, 0.5, None]] * 20)
-    assert text.startswith("all 2 completions of the rollout at step 3 have the same reward (1): nothing can be learned")
-    opposed = Rollouts(["x", "y"], [1.0, 1.0]).constant(1, Rollout(["p"] * 2, ["t"] * 2, [[1.0, 2.0], [2.0, 1.0]]))
-    assert opposed[0].startswith("all 2 completions of the rollout at step 1 have the same reward (3)")
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
