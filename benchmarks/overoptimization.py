@@ -118,7 +118,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, list[Point]]:
         "trl": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
     }
     single = run("reward", {**fitting, "lora": {"merge": False}}, folder / f"reward-{seed}")
-    several = {**fitting, "members": 5, "combine": "mean-variance"}  # less 0.1 x variance, as Coste et al. with PPO
+    several = {**fitting, "members": 5, "combine": "mean-variance", "variance_weight": 0.1}  # as Coste et al. 2023 with PPO
     ensemble = run("reward", several, folder / f"ensemble-{seed}")
     off, stop = {"kl": None, "collapse": False}, {"gold": {"stop": True}}
     return {

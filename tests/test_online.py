@@ -158,6 +158,22 @@ def test_online_dpo_logs_how_far_members_of_a_reward_model_disagree(run, tiny, r
     assert logged(tmp_path, "rewards/model/none")[-1] == 0
 
 
+def test_online_dpo_logs_the_means_of_what_came_since_the_last_line(monkeypatch):
+    from trl.experimental.online_dpo import OnlineDPOTrainer
+
+    from cai.training.online.dpo import OnlineDpo
+
+    lines = []
+    monkeypatch.setattr(OnlineDPOTrainer, "log", lambda self, logs, *given: lines.append(logs))
+    trainer = OnlineDpo.__new__(OnlineDpo)
+    trainer._said = {}
+    for values in ([1.0, 3.0], [5.0], []):
+        for one in values:
+            trainer._note("a", one)
+        trainer.log({"loss": 0.5})
+    assert lines == [{"loss": 0.5, "a": 2.0}, {"loss": 0.5, "a": 5.0}, {"loss": 0.5}]
+
+
 def test_a_judge_checks_and_a_reward_model_together(run, tiny, reward_model, tmp_path):
     constitution = tmp_path / "checked.yaml"
     constitution.write_text(CHECKED)

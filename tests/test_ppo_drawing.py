@@ -65,11 +65,11 @@ def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, of_mod
 
     asked = []
     usual = drawing.Draw.__call__
-    monkeypatch.setattr(drawing.Draw, "__call__", lambda *given: asked.append(given[0]._temperature) or usual(*given))
+    monkeypatch.setattr(drawing.Draw, "__call__", lambda *given: asked.append(given[0].temperature) or usual(*given))
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path))
     model.generation_config.update(**of_model)
     told = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 3, "pad_token_id": 0}
-    trainer = SimpleNamespace(generation_config=GenerationConfig(**{**told, **more}))
+    trainer = SimpleNamespace(generation_config=GenerationConfig(**{**told, **more}), temperature=1.0)
     before, ids = trainer.generation_config, torch.randint(5, 200, (4, 6))
     with suppress(KeyError), drawing.drawing(trainer, model):
         written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=trainer.generation_config)
@@ -80,22 +80,22 @@ def test_draws_that_are_told_more_than_a_temperature_are_left_alone(more, of_mod
     assert "generate" not in vars(model)
 
 
-def test_rows_are_what_was_written_where_they_are_the_same_but_for_padding():
-    from cai.training.ppo.drawing import Written
+def test_rows_are_what_was_drawn_where_they_are_the_same_but_for_padding():
+    from cai.training.ppo.drawing import Drawn
 
     ids, mask = torch.tensor([[0, 5, 6, 7, 8], [4, 5, 6, 9, 9]]), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    written = Written(ids, torch.zeros(2, 3), torch.zeros(2, 3, 4))
-    assert written.is_of(ids, mask, 3)
-    assert written.is_of(ids[:, :4], mask[:, :4], 2), "the rest was cut off"
+    drawn = Drawn(ids, torch.zeros(2, 3), None)
+    assert drawn.holds(ids, mask, 3)
+    assert drawn.holds(ids[:, :4], mask[:, :4], 2), "the rest was cut off"
     padded = ids * mask + 3 * (1 - mask)
-    assert written.is_of(padded, mask, 3)
+    assert drawn.holds(padded, mask, 3)
     for row, column in mask.nonzero().tolist():
         other = ids.clone()
         other[row, column] += 1
-        assert not written.is_of(other, mask, 3)
-    assert not written.is_of(ids, mask, 2)
-    assert not written.is_of(ids[:1], mask[:1], 3)
-    assert not written.is_of(ids[[0, 1, 1]], mask[[0, 1, 1]], 3)
+        assert not drawn.holds(other, mask, 3)
+    assert not drawn.holds(ids, mask, 2)
+    assert not drawn.holds(ids[:1], mask[:1], 3)
+    assert not drawn.holds(ids[[0, 1, 1]], mask[[0, 1, 1]], 3)
 
 
 def test_a_model_of_peft_is_the_reference_with_no_adapters_or_those_of_that_name(tmp_path):

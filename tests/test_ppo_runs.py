@@ -285,31 +285,35 @@ def test_a_pass_on_a_cpu_says_what_trls_says(tiny, tmp_path, monkeypatch, form):
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-def written(tiny: Path, out: Path, form: str, monkeypatch: Any, **told: Any) -> tuple[Any, dict[str, Any], list[Any]]:
+def drawn(tiny: Path, out: Path, form: str, monkeypatch: Any, **told: Any) -> tuple[Any, dict[str, Any], list[Any]]:
     """A trainer that is not where it began, its first rollout, and the models that read it."""
     arguments = {"num_iterations": 2, "temperature": 0.8, "max_completion_length": 40, "per_device_train_batch_size": 16}
+    more = told.pop("of_model", {})
     trainer, reading = make(tiny, out, form, **(arguments | told)), list[Any]()
     disturb(trainer)
-    trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight.data[trainer.eos_token_ids] *= 1.6
-    wrote = trainer._wrote
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.get_output_embeddings().weight.data[trainer.eos_token_ids] *= 1.6  # so that some end early
+    policy.generation_config.update(**more)
+    ask = trainer._has_drawn
 
     def note(model: Any, *given: Any) -> bool:
-        found = wrote(model, *given)
+        found = ask(model, *given)
         reading.extend([] if found else [model])
         return found
 
-    monkeypatch.setattr(trainer, "_wrote", note)
+    monkeypatch.setattr(trainer, "_has_drawn", note)
     return trainer, rollout(trainer), reading
 
 
 @each_form
-def test_what_the_policy_says_as_it_writes_is_what_it_says_as_it_reads(tiny, tmp_path, monkeypatch, form):
-    trainer, out, reading = written(tiny, tmp_path, form, monkeypatch)
+def test_what_the_policy_says_as_it_draws_is_what_it_says_as_it_reads(tiny, tmp_path, monkeypatch, form):
+    trainer, out, reading = drawn(tiny, tmp_path, form, monkeypatch)
     mask = out["completion_mask"].bool()
     assert (out["prompt_mask"][:, 0] == 0).any()
     assert 0 < (mask[:, -1] == 0).sum() < len(mask), "some end early"
     assert len(reading) == 1, "the reference"
     logps, values = out.pop("old_per_token_logps"), out["values"]
+    assert trainer._drawn is None
     read = trainer._passed(out)
     assert len(reading) == 2
     torch.testing.assert_close(logps[mask], read.logps[mask], atol=1e-4, rtol=1e-4)
@@ -318,14 +322,37 @@ def test_what_the_policy_says_as_it_writes_is_what_it_says_as_it_reads(tiny, tmp
     assert (out["ref_per_token_logps"] - logps)[mask].abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("told", [{"top_k": 5}, {"rollout_func": Script()}, {"bf16": True}, {"dtype": torch.bfloat16}])
-def test_the_policy_reads_what_it_did_not_write_by_temperature_alone_in_float32(tiny, tmp_path, monkeypatch, told):
-    assert len(written(tiny, tmp_path, "critic", monkeypatch, **told)[2]) == 2
+BENT: list[dict[str, Any]] = [
+    {"top_k": 5},
+    {"repetition_penalty": 1.5},
+    {"generation_kwargs": {"temperature": 0.5}},
+    {"generation_kwargs": {"min_new_tokens": 10}},
+    {"generation_kwargs": {"no_repeat_ngram_size": 1}},
+    {"generation_kwargs": {"suppress_tokens": list(range(40, 90))}},
+    {"of_model": {"suppress_tokens": list(range(40, 90))}},
+    {"rollout_func": Script()},
+    {"bf16": True},
+    {"dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("told", BENT, ids=lambda told: next(iter(told)))
+def test_the_policy_reads_what_it_did_not_draw_by_its_own_probabilities(tiny, tmp_path, monkeypatch, told):
+    _, out, reading = drawn(tiny, tmp_path, "head", monkeypatch, **told)
+    assert len(reading) == 2
+    assert out["values"].shape == out["old_per_token_logps"].shape == out["completion_ids"].shape
 
 
 def test_the_policy_reads_with_what_is_dropped_at_random(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("cai.training.ppo.passes.drops", lambda trunk: True)
-    assert len(written(tiny, tmp_path, "critic", monkeypatch)[2]) == 2
+    assert len(drawn(tiny, tmp_path, "critic", monkeypatch)[2]) == 2
+
+
+def test_nothing_is_kept_of_what_is_drawn_outside_of_a_rollout(tiny, tmp_path, monkeypatch):
+    trainer, _, _ = drawn(tiny, tmp_path, "head", monkeypatch)
+    for prompt in ("a", "b"):
+        trainer._generate([prompt])
+    assert trainer._drawn is None
 
 
 def test_a_completion_without_an_end_is_fined(tiny, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sqlite3
 import threading
@@ -232,7 +233,7 @@ def test_a_snapshot_does_not_write_again_what_is_there(tmp_path, log, monkeypatc
     put, times = LocalFileSystem.put_file, []
 
     def count(self: Any, here: str, there: str, *more: Any, **named: Any) -> Any:
-        times.append(there.rpartition("/")[2].removesuffix(".part"))
+        times.append(re.sub(r"\.\w+\.part$", "", there.rpartition("/")[2]))
         return put(self, here, there, *more, **named)
 
     monkeypatch.setattr(remote, "EVERY", 0.05)
@@ -248,7 +249,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, log, monkeypa
     put, storage = LocalFileSystem.put_file, tmp_path / "storage" / "run"
 
     def cut_short(self: Any, here: str, there: str, *more: Any, **named: Any) -> Any:
-        if there.removesuffix(".part").endswith(name):
+        if re.sub(r"\.\w+\.part$", "", there).endswith(name):
             Path(there).write_bytes(Path(here).read_bytes()[:3])
             raise OSError(5, "as where the process is killed")
         return put(self, here, there, *more, **named)

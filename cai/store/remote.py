@@ -190,7 +190,7 @@ class Mirror:
             self._fs.get_file(self._at(f"run/{pointer['journal']}"), str(part))
             _adopt(part, journal)
             for name in self._names():
-                if not _OWN.fullmatch(name):
+                if not (_OWN.fullmatch(name) or name.endswith(".part")):
                     (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                     self._fs.get_file(self._at(name), str(self.local / name))
             for old in (journal, journal.with_name("journal.sqlite-wal"), journal.with_name("journal.sqlite-shm")):
@@ -313,13 +313,15 @@ class Mirror:
             self._put(file, name)
 
     def _put(self, file: Path, name: str) -> None:
-        """Write a file there, whole or not at all: stores of objects do so by themselves, a disk where it is moved in place."""
+        """Write a file there, on a disk and in a store of objects whole or not at all; servers of files (sftp, smb) may be left
+        with half of one."""
         there = self._at(name)
         if not self.url.startswith(("file:", "local:")):
             self._fs.put_file(str(file), there)
             return
-        self._fs.put_file(str(file), f"{there}.part")
-        self._fs.mv(f"{there}.part", there)
+        part = f"{there}.{self._writer['id']}.part"  # of one writer, where two machines share the disk
+        self._fs.put_file(str(file), part)
+        self._fs.mv(part, there)
 
 
 def _tidy(url: str) -> str:

@@ -264,7 +264,8 @@ class Safeguards(TrainerCallback):
 
             write_page(self._out)
         except Exception as exc:  # a picture is no reason to end a training
-            self._note(f"training.html could not be drawn: {type(exc).__name__}: {exc}")
+            cause = exc.__cause__ or exc
+            self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
 
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Rollouts whose tokens are drawn by one random number a row: the usual draws take a third of the time that a CPU writes with a
-small model. What the policy says as it writes is kept, so that it need not read what it wrote to say it again."""
+small model. What the policy says of them as it writes can be kept, so that it need not read them to say it again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -16,16 +16,19 @@ from cai.engines.drawing import draw, only
 from cai.errors import EngineError
 
 
-class Written(NamedTuple):
-    """Of B rows what a policy said of the T tokens that it wrote: `ids` (B, L), prompts that are padded on the left and these
-    tokens; `logps` (B, T); and `states` (B, T, width), the last ones of the trunk before each of them."""
+class Drawn(NamedTuple):
+    """T tokens that a policy drew for each of B rows, by its own probabilities at a temperature.
+
+    `ids` (B, L) are prompts, padded on the left, and these tokens; `logps` (B, T) their log-probabilities; `states`
+    (B, T, width), where kept, the trunk's last ones before each.
+    """
 
     ids: Tensor
     logps: Tensor
-    states: Tensor
+    states: Tensor | None
 
-    def is_of(self, ids: Tensor, mask: Tensor, length: int) -> bool:
-        """Whether `ids` (B, P + `length`) are these rows, where `mask` says that they are no padding, short of what ended."""
+    def holds(self, ids: Tensor, mask: Tensor, length: int) -> bool:
+        """Whether `ids` (B, P + `length`) are these rows, but for padding, by `mask`, and cut after at most T tokens."""
         alike = len(ids) == len(self.ids) and ids.size(1) - length == self.ids.size(1) - self.logps.size(1)
         if not alike or length > self.logps.size(1):
             return False
@@ -33,29 +36,56 @@ class Written(NamedTuple):
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token possible in each row, drawn at a temperature, and keeps how likely it was."""
+    """Leaves one token possible in each row, drawn at a temperature."""
 
     def __init__(self, temperature: float) -> None:
         """`temperature`: above 0."""
-        self._temperature = temperature
+        self.temperature = temperature
+        self._logits: Tensor | None = None
+        self._ids: tuple[Tensor, ...] = ()
+        self._are_its_own = True
         self._logps: list[Tensor] = []
-        self._ids = torch.empty(0)
+        self._states: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`input_ids` (B, L) so far, `scores` (B, vocabulary); the likeliest token is the one that was drawn."""
-        probabilities = (scores / self._temperature).softmax(dim=-1)
+        probabilities = (scores / self.temperature).softmax(dim=-1)
         if not probabilities[:, 0].isfinite().all():  # where one is not, none of its row is
             raise EngineError("the policy's probabilities are not numbers; lower trl.learning_rate, or set dtype: float32")
         tokens = draw(probabilities, torch.rand(len(scores), 1, device=scores.device))
-        self._logps.append(probabilities.gather(1, tokens).log())
-        self._ids = torch.cat([input_ids, tokens], dim=1)
+        if self._logits is not None:
+            self._are_its_own &= torch.equal(scores, self._logits)
+            self._logps.append(probabilities.gather(1, tokens).log())
+            self._ids = (input_ids, tokens)
         return only(tokens, scores)
 
-    def written(self, states: list[Tensor]) -> Written | None:
-        """What was drawn; None where the policy was not asked once for each token. `states` (B, width) each."""
-        if not self._logps or len(states) != len(self._logps):
+    @contextmanager
+    def keeping(self, model: Any, with_states: bool) -> Iterator[None]:
+        """Inside, what `model`, which may have adapters, says of what is drawn is kept."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+        def keep_logits(_module: Any, _given: Any, answer: Any) -> None:
+            self._logits = answer.logits[:, -1]
+
+        def keep_states(_module: Any, _given: Any, answer: Any) -> None:
+            self._states.append(answer.last_hidden_state[:, -1].clone())  # else a prompt's others would stay in memory
+
+        handles = [base.register_forward_hook(keep_logits)]
+        if with_states:
+            handles.append(base.base_model.register_forward_hook(keep_states))
+        try:
+            yield
+        finally:
+            for one in handles:
+                one.remove()
+
+    def drawn(self) -> Drawn | None:
+        """What was kept; None where a penalty, a minimal length or the like bent the scores on their way here, so that draws
+        were not by the probabilities that the model says, or where a pass was not for one token."""
+        if not self._ids or not self._are_its_own or (self._states and len(self._states) != len(self._logps)):
             return None
-        return Written(self._ids, torch.cat(self._logps, dim=1), torch.stack(states, dim=1))
+        states = torch.stack(self._states, dim=1) if self._states else None
+        return Drawn(torch.cat(self._ids, dim=1), torch.cat(self._logps, dim=1), states)
 
 
 _NEUTRAL = {
@@ -77,39 +107,28 @@ def is_plain(config: Any, of_model: Any) -> bool:
 
 
 @contextmanager
-def drawing(trainer: Any, model: Any) -> Iterator[list[Written]]:
-    """Inside, `model.generate` of a trainer of TRL draws by `Draw`, where a temperature is all that its draws are told; to the
-    list comes what each call wrote."""
-    config, all_written = trainer.generation_config, list[Written]()
+def drawing(trainer: Any, model: Any, keep: bool = False, with_states: bool = False) -> Iterator[list[Drawn]]:
+    """Inside, `model.generate` of a trainer of TRL draws by `Draw`, where a temperature is all that its draws are told. `keep`:
+    to the list comes what each call drew, if by the probabilities that the trainer's passes say; `with_states` as well."""
+    config, kept = trainer.generation_config, list[Drawn]()
     if not is_plain(config, model.generation_config):
-        yield all_written
+        yield kept
         return
     greedy, generate = deepcopy(config), model.generate
     greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    temperature = 1.0 if config.temperature is None else config.temperature
 
-    def drawn(*given: Any, **named: Any) -> Any:
-        draw = Draw(1.0 if config.temperature is None else config.temperature)
-        with _states_of(model) as states:
+    def draw_all(*given: Any, **named: Any) -> Any:
+        draw = Draw(temperature)
+        with draw.keeping(model, with_states) if keep and temperature == trainer.temperature else nullcontext():
             found = generate(*given, logits_processor=LogitsProcessorList([draw]), **named)
-        written = draw.written(states)
-        all_written.extend([] if written is None else [written])
+        drawn = draw.drawn()
+        kept.extend([] if drawn is None else [drawn])
         return found
 
-    trainer.generation_config, model.generate = greedy, drawn
+    trainer.generation_config, model.generate = greedy, draw_all
     try:
-        yield all_written
+        yield kept
     finally:
         del model.generate
         trainer.generation_config = config
-
-
-@contextmanager
-def _states_of(model: Any) -> Iterator[list[Tensor]]:
-    """A list to which each pass of the trunk adds its states of the last column."""
-    states: list[Tensor] = []
-    trunk = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-    handle = trunk.register_forward_hook(lambda *passed: states.append(passed[-1].last_hidden_state[:, -1]))
-    try:
-        yield states
-    finally:
-        handle.remove()

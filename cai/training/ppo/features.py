@@ -94,6 +94,6 @@ def _may_share(trunk: Any) -> bool:
 
 
 def drops(trunk: Any) -> bool:
-    """Whether a pass drops some of what it computes at random."""
+    """Whether a pass drops some of what it computes at random, by modules of torch or in its attention."""
     modules = any(isinstance(one, nn.Dropout) and one.p > 0 for one in trunk.modules())
     return bool(trunk.training and (modules or getattr(trunk.config, "attention_dropout", 0.0) > 0))

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from cai.training.online.merging import is_reference, merged
 from cai.training.ppo.critic import Critic, TrunkHead
-from cai.training.ppo.drawing import Written, drawing
+from cai.training.ppo.drawing import Drawn, drawing
 from cai.training.ppo.features import completion_features, drops
 from cai.training.ppo.logprobs import is_plain, token_logprobs
 
@@ -28,13 +28,13 @@ class Passed(NamedTuple):
 
 
 class PassingTrainer(GRPOTrainer):
-    """TRL's trainer with a value function, `value`: its rollouts come with values, and its passes of a head leave them."""
+    """TRL's trainer with a value function, `value`. Of a head, each pass of the policy adds the values to `_watched`."""
 
     value: Critic | TrunkHead
 
     def __init__(self, *given: Any, **named: Any) -> None:
         self._watched: list[Tensor] = []
-        self._written: list[Written] = []
+        self._drawn: list[Drawn] | None = None  # of the rollout that is being written
         super().__init__(*given, **named)
 
     @contextmanager
@@ -60,9 +60,9 @@ class PassingTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, ids: Tensor, mask: Tensor, length: int, *given: Any, **named: Any
     ) -> Any:
-        """TRL's, or on a CPU our own, or what the policy said as it wrote; a head's values of each are kept in `_watched`."""
-        if self._wrote(model, ids, mask, length):
-            return self._said(self._written[0], ids, mask, length), None, None
+        """TRL's; on a CPU our own, or of a rollout what the policy said as it drew it."""
+        if not named.get("compute_entropy") and self._has_drawn(model, ids, mask, length):
+            return self._logps_drawn(ids, mask, length), None, None
         if (
             ids.device.type == "cpu"
             and is_plain(self._base_of(model))
@@ -117,34 +117,52 @@ class PassingTrainer(GRPOTrainer):
         begins = is_peft_model(model) and model.active_peft_config.is_prompt_learning
         return not (several or self.is_fsdp_enabled or self.is_deepspeed_enabled or begins)
 
-    def _wrote(self, model: Any, ids: Tensor, mask: Tensor, length: int) -> bool:
-        """Whether these rows are what the policy has just written, in one go, and it is that is asked, to the same numbers.
+    @property
+    def _says_as_it_draws(self) -> bool:
+        """Whether the policy says of tokens as it draws them what it says as it reads them, but for rounding. In bfloat16 it
+        does not: SmolLM2's log-probabilities are off by 0.04 on average, and one in fifty by as much as is clipped."""
+        base = self._base_of(self.model)
+        is_precise = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32
+        return is_precise and self._is_alone and not drops(base)
 
-        In bfloat16 it says other things of the same tokens as it writes them one by one: SmolLM2's log-probabilities are 0.04
-        off on average, which with every fiftieth token is as much as a step may change it.
-        """
-        if torch.is_grad_enabled() or len(self._written) != 1 or not self._is_alone or drops(self._base_of(self.model)):
+    def _has_drawn(self, model: Any, ids: Tensor, mask: Tensor, length: int) -> bool:
+        """Whether the rows of `ids` are what `model`, as it is now, has drawn for this rollout."""
+        if torch.is_grad_enabled() or not self._drawn or self._drawn[1:] or model is self.ref_model or is_reference(model):
             return False
-        if self.accelerator.mixed_precision != "no" or self._written[0].states.dtype != torch.float32:
-            return False
-        return model is not self.ref_model and not is_reference(model) and self._written[0].is_of(ids, mask, length)
+        return self._drawn[0].holds(ids, mask, length)
 
-    def _said(self, written: Written, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        """The log-probabilities, (B, length), 0 for padding; a head's values are kept."""
+    def _logps_drawn(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """(B, `length`), 0 for padding."""
+        assert self._drawn is not None
+        (drawn,) = self._drawn
         if isinstance(self.value, TrunkHead):
-            self._watched.append(self.value.values(written.states[:, :length], ids))
-        return written.logps[:, :length].masked_fill(mask[:, -length:] == 0, 0.0)
+            assert drawn.states is not None
+            self._watched.append(self.value.values(drawn.states[:, :length], ids))
+        return drawn.logps[:, :length].masked_fill(mask[:, -length:] == 0, 0.0)
 
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
         """TRL's. Where it is transformers on a CPU that writes: with adapters merged, which take as long as their layers there,
-        with quicker draws, and what the policy says of them is kept."""
+        with quicker draws, and what the policy says of those of a rollout is kept."""
         model = self.accelerator.unwrap_model(self.model)
         if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
             return super()._generate_single_turn(*given, **named)
-        with drawing(self, model) as written, merged(model) if is_peft_model(model) else nullcontext():
+        keep = self._drawn is not None and self._says_as_it_draws
+        with_states = isinstance(self.value, TrunkHead)
+        with drawing(self, model, keep, with_states) as drawn, merged(model) if is_peft_model(model) else nullcontext():
             found = super()._generate_single_turn(*given, **named)
-        self._written.extend(written)
+        if self._drawn is not None:
+            self._drawn += drawn
         return found
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with the policy's `old_per_token_logps` and `values` of it, (B, T) each."""
+        self._watched, self._drawn = [], []
+        try:
+            out = super()._generate_and_score_completions(inputs)
+            logps, values = self._passed(out)
+        finally:
+            self._watched, self._drawn = [], None
+        return {**out, "old_per_token_logps": logps, "values": values}
 
     def _passed(self, out: dict[str, Any]) -> Passed:
         """The policy's log-probabilities of a rollout, and the values, before anything is trained on it."""
@@ -161,7 +179,6 @@ class PassingTrainer(GRPOTrainer):
                 with self._of_critic():
                     parts = zip(ids.split(size), attention.split(size), strict=True)
                     watched = torch.cat([self._critic_values(*part, length) for part in parts])
-        self._watched = []
         return Passed(logps, watched)
 
 

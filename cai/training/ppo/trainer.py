@@ -110,10 +110,8 @@ class PPOTrainer(PassingTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout, with (B, T) `advantages`, `returns`, `values` and `value_mask`."""
-        self._watched, self._written = [], []
         out = super()._generate_and_score_completions(inputs)
-        logps, values = self._passed(out)
-        self._written = []
+        logps, values = out["old_per_token_logps"], out["values"]
         score, scored = self._local_scores(out, len(inputs))
         mask = _loss_mask(out) * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
@@ -128,8 +126,8 @@ class PPOTrainer(PassingTrainer):
             self._tell_kl(kl, score, scored, mask)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
-        more = {"old_per_token_logps": logps, "values": values, "returns": returns, "value_mask": mask}
-        return {**out, **more, "advantages": advantages, "num_items_in_batch": self._total(mask.sum())}
+        more = {"values": values, "returns": returns, "value_mask": mask, "advantages": advantages}
+        return {**out, **more, "num_items_in_batch": self._total(mask.sum())}
 
     def _local_scores(self, out: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
         """This process's completions: the weighted sum of what reward functions said, and whether any of them said anything."""
