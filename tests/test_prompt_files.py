@@ -61,7 +61,7 @@ FILES = {
     "b.csv": b"\xef\xbb\xbf" + as_csv(","),
     "a.tsv": as_csv("\t"),
     "a.parquet": as_parquet(),
-    "a.v2.jsonl.gz": gzip.compress(JSONL),
+    "a.v2.jsonl.gz": gzip.compress(JSONL, mtime=0),
     "a.jsonl.bz2": bz2.compress(JSONL),
     "a.jsonl.xz": lzma.compress(JSONL),
     "a.jsonl.zst": bytes(pyarrow.compress(JSONL, "zstd", asbytes=True)),
@@ -208,8 +208,8 @@ def test_utf_16_is_told(tmp_path: Path, name: str, encoding: str) -> None:
     ("content", "told"),
     [
         (as_parquet(), "this is Parquet; let its name end in .parquet"),
-        (gzip.compress(JSONL), "this is compressed by gzip; let its name end in .gz"),
-        (gzip.compress(gzip.compress(JSONL)), "this is compressed by gzip; let its name end in .gz"),
+        (gzip.compress(JSONL, mtime=0), "this is compressed by gzip; let its name end in .gz"),
+        (gzip.compress(gzip.compress(JSONL, mtime=0), mtime=0), "this is compressed by gzip; let its name end in .gz"),
     ],
 )
 @pytest.mark.parametrize("name", ["noextension", "a.jsonl", "a.csv"])
