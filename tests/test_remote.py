@@ -99,10 +99,13 @@ def test_everything_is_at_the_url_and_as_in_a_local_folder(url, tmp_path, log):
 def test_another_machine_continues_and_pays_for_nothing_again(url, tmp_path, log, monkeypatch):
     generate(RECIPE, url)
     paid = len(log_lines(log))
+    edit(url, "README.md.0a1b.part", "half of what a machine that died wrote")
     another_machine(monkeypatch, tmp_path)
     more = recipe("logged", prompts={"limit": PROMPTS + 1})
     generate(more, url)
     assert len(log_lines(log)) == paid + CALLS
+    assert not list((tmp_path / "another machine").rglob("*.part"))
+    assert not any(name.endswith(".part") for name in files(url))
     monkeypatch.undo()
     monkeypatch.setenv("CALLS_LOG", str(log))
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
