@@ -20,6 +20,7 @@ The prior for an order needs no labels (Zheng et al. 2024, arXiv 2309.03882): it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -236,6 +237,7 @@ def _fit(rows: Numbers, common: Numbers, prompts: Numbers, kind: Kind, seed: int
 def _regress(rows: Numbers, common: Numbers, kind: Kind, strength: float) -> Numbers:
     """The principles' weights (K) at one strength: a common direction and, for `weights`, one of each principle."""
     import numpy as np
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     directions = np.column_stack([common, np.eye(len(common))] if kind == "weights" else [common])
@@ -245,7 +247,9 @@ def _regress(rows: Numbers, common: Numbers, kind: Kind, strength: float) -> Num
     scale[0] *= _COMMON
     both_ways = np.concatenate([columns, -columns]) * scale
     regression = LogisticRegression(C=strength, fit_intercept=False, solver="newton-cholesky")
-    regression.fit(both_ways, np.repeat([1, 0], len(rows)))
+    with warnings.catch_warnings():  # where it begins at its optimum no step is better; it asks another solver, which ends there
+        warnings.filterwarnings("ignore", "Line search of Newton solver", ConvergenceWarning)
+        regression.fit(both_ways, np.repeat([1, 0], len(rows)))
     weights: Numbers = directions @ (regression.coef_[0] * scale)
     return weights
 
