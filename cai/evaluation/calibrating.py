@@ -247,7 +247,7 @@ def _regress(rows: Numbers, common: Numbers, kind: Kind, strength: float) -> Num
     scale[0] *= _COMMON
     both_ways = np.concatenate([columns, -columns]) * scale
     regression = LogisticRegression(C=strength, fit_intercept=False, solver="newton-cholesky")
-    with warnings.catch_warnings():  # where it begins at its optimum no step is better; it asks another solver, which ends there
+    with warnings.catch_warnings():  # where it begins at its optimum, it asks another solver, which ends there
         warnings.filterwarnings("ignore", "Line search of Newton solver", ConvergenceWarning)
         regression.fit(both_ways, np.repeat([1, 0], len(rows)))
     weights: Numbers = directions @ (regression.coef_[0] * scale)
