@@ -22,7 +22,6 @@ from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
 from cai.training.folder import is_whole
 from cai.training.launching import find_config
-from cai.training.ppo.drawing import Draw
 from tests import ppo_runs
 from tests.ppo_runs import (
     FORMS,
@@ -350,6 +349,8 @@ def test_the_policy_reads_with_what_is_dropped_at_random(tiny, tmp_path, monkeyp
 
 
 def test_nothing_is_kept_of_what_is_drawn_outside_of_a_rollout(tiny, tmp_path, monkeypatch):
+    from cai.training.ppo.drawing import Draw
+
     trainer, _, _ = drawn(tiny, tmp_path, "head", monkeypatch)
     kept, keeping = [], Draw.keeping
     monkeypatch.setattr(Draw, "keeping", lambda *given: kept.append(given) or keeping(*given))
