@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from cai.documents import dump
 from cai.errors import Interrupted
 from cai.models import locate
+from cai.training.adapters import quicken
 from cai.training.arguments import effective, keeps_own_pace, make_arguments, room_for_prompts
 from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
@@ -221,6 +222,7 @@ def _train_one(
         show.note(_loading(settings, arguments))
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
+        quicken(trainer.model)
         try:
             fit(trainer, watch, folder.last_checkpoint(), show)
         except BaseException:  # a Ctrl-C too

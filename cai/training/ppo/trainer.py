@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
+from cai.training.adapters import quicken
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, TrunkHead, is_critics
 from cai.training.ppo.estimation import (
@@ -70,12 +71,13 @@ class PPOTrainer(PassingTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
-        if self.accelerator.device.type == "cpu":
-            tune_for_cpu(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        if policy.device.type == "cpu":
+            tune_for_cpu(policy)
+            quicken(policy)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
-        policy = self.accelerator.unwrap_model(self.model)
         self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
         with self._of_critic():
             self._trained = self.value.weights()
