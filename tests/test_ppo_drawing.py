@@ -114,3 +114,68 @@ def test_a_model_of_peft_is_the_reference_with_no_adapters_or_those_of_that_name
         assert is_reference(model)
     model.set_adapter("ref")
     assert is_reference(model)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Lets a tiny model write answers to prompts of 9, 7 and 8 tokens that begin with the same six, or with others: what
+    `generate` gives, what is kept of it, and what the trunk's passes were told."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from cai.training.ppo.drawing import drawing
+
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path), dtype=torch.float32)
+    torch.manual_seed(0)
+    begun, own = torch.randint(5, 200, (6,)), torch.randint(5, 200, (3, 9))
+    told = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 4, "pad_token_id": 0}
+    trainer = SimpleNamespace(generation_config=GenerationConfig(**told, cache_implementation="static"), temperature=1.0)
+
+    def answer(alike: bool = True):
+        ids, mask = own.clone(), torch.ones(3, 9, dtype=torch.long)
+        for row, padding in enumerate([0, 2, 1]):
+            mask[row, :padding] = 0
+            ids[row, :padding] = 0
+            ids[row, padding : padding + 6] = begun + (0 if alike else row)
+            ids[row, padding + 6] = row + 5  # there they part
+        widths = []
+        handle = model.base_model.register_forward_pre_hook(
+            lambda _, __, named: widths.append(tuple(named["input_ids"].shape)), with_kwargs=True
+        )
+        torch.manual_seed(1)
+        with drawing(trainer, model, keep=True, with_states=True) as drawn:
+            found = model.generate(input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config)
+        handle.remove()
+        return SimpleNamespace(found=found, kept=drawn, widths=widths, ids=ids, mask=mask, model=model)
+
+    return answer
+
+
+def test_what_prompts_begin_with_is_computed_once_to_the_same_answers(write, monkeypatch):
+    whole = write()
+    assert whole.widths == [(3, 9), (3, 1), (3, 1), (3, 1)]
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    shared = write()
+    assert shared.widths == [(1, 6), (3, 3), (3, 1), (3, 1), (3, 1)]
+    assert torch.equal(shared.found, whole.found)
+    assert torch.equal(shared.found[:, :9], shared.ids)
+    torch.testing.assert_close(shared.kept, whole.kept, atol=1e-4, rtol=1e-4)
+    (drawn,) = shared.kept
+    counted = torch.cat([shared.mask, torch.ones(3, 4, dtype=torch.long)], dim=1)
+    assert drawn.holds(shared.found, counted, 4)
+
+
+def test_prompts_that_begin_otherwise_or_have_more_to_each_token_are_computed_whole(write, monkeypatch):
+    from cai.training.ppo import drawing
+
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    assert write(alike=False).widths[0] == (3, 9)
+    one = write()
+    told = {"generation_config": SimpleNamespace(max_new_tokens=4, cache_implementation="static")}
+    assert "past_key_values" in drawing._sharing(one.model, one.ids, one.mask, told)
+    for more in ({"token_type_ids": one.mask}, {"generation_config": SimpleNamespace(max_new_tokens=None)}):
+        given = {**told, **more}
+        assert drawing._sharing(one.model, one.ids, one.mask, given) == {
+            **given,
+            "input_ids": one.ids,
+            "attention_mask": one.mask,
+        }

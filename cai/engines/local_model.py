@@ -133,18 +133,11 @@ class LocalModel:
         return ids.to(self.device), mask.to(self.device)
 
     def _static_cache(self, prompts: Sequence[list[int]], shared: int, length: int) -> StaticCache | None:
-        """A preallocated cache that begins with the shared tokens: nothing is copied as the sequences grow."""
+        """One that begins with the shared tokens."""
         if not self._cache_is_plain:
             return None
-        cache = StaticCache(config=self.model.config, max_cache_len=length)
-        if shared:
-            for layer, (keys, values) in zip(cache.layers, self._generated.get(prompts[0][:shared]).layers, strict=True):
-                size = (len(prompts), -1, -1, -1)
-                layer.lazy_initialization(keys.expand(*size), values.expand(*size))
-                layer.keys[:, :, :shared] = keys
-                layer.values[:, :, :shared] = values
-                layer.cumulative_length.fill_(shared)
-        return cache
+        prefix = self._generated.get(prompts[0][:shared]) if shared else Prefix([], 0)
+        return prefix.preallocated(self.model.config, len(prompts), length)
 
 
 def _stems(targets: Sequence[list[int]]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 _KEPT = 8
@@ -26,6 +26,17 @@ class Prefix(NamedTuple):
         return _cache(
             config, [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in self.layers]
         )
+
+    def preallocated(self, config: Any, rows: int, length: int) -> StaticCache:
+        """The same with room for `length` tokens a row: nothing is copied as rows grow."""
+        cache = StaticCache(config=config, max_cache_len=length)
+        for layer, (keys, values) in zip(cache.layers, self.layers, strict=bool(self.layers)):
+            layer.lazy_initialization(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+            tokens = keys.size(2)
+            layer.keys[:, :, :tokens] = keys
+            layer.values[:, :, :tokens] = values
+            layer.cumulative_length.fill_(tokens)
+        return cache
 
 
 class PrefixCache:

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from cai.engines.drawing import draw, only
 from cai.errors import EngineError
+from cai.training.ppo.features import beginning, beginning_first, worth_sharing
 
 
 class Drawn(NamedTuple):
@@ -79,13 +80,16 @@ class Draw(LogitsProcessor):
             for one in handles:
                 one.remove()
 
-    def drawn(self) -> Drawn | None:
-        """What was kept; None where a penalty, a minimal length or the like bent the scores on their way here, so that draws
-        were not by the probabilities that the model says, or where a pass was not for one token."""
+    def drawn(self, prompts: Tensor) -> Drawn | None:
+        """What was kept, after `prompts` (B, P), which may have been read in another order. None where a penalty, a minimal
+        length or the like bent the scores on their way here, so that draws were not by the probabilities that the model says,
+        or where a pass was not for one token."""
         if not self._ids or not self._are_its_own or (self._states and len(self._states) != len(self._logps)):
             return None
         states = torch.stack(self._states, dim=1) if self._states else None
-        return Drawn(torch.cat(self._ids, dim=1), torch.cat(self._logps, dim=1), states)
+        so_far, last = self._ids
+        ids = torch.cat([prompts, so_far[:, prompts.size(1) :], last], dim=1)
+        return Drawn(ids, torch.cat(self._logps, dim=1), states)
 
 
 _NEUTRAL = {
@@ -106,6 +110,23 @@ def is_plain(config: Any, of_model: Any) -> bool:
     return bool(config.do_sample) and config.top_k == 0 and config.top_p == 1 and not any(bent)
 
 
+def _sharing(model: Any, ids: Tensor, mask: Tensor, named: dict[str, Any]) -> dict[str, Any]:
+    """What `generate` is told of prompts (B, L), padded on the left. What all of them begin with, if that is worth it, comes
+    first, and is computed already."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trunk, config = base.base_model, deepcopy(named["generation_config"])
+    more = config.max_new_tokens is None or any(isinstance(one, Tensor) for one in named.values())
+    shared = 0 if more else worth_sharing(trunk, ids, mask, 0)
+    if not shared:
+        return {**named, "input_ids": ids, "attention_mask": mask}
+    ids, mask = beginning_first(ids, mask, shared)
+    with torch.no_grad():
+        prefix = beginning(trunk, ids, shared)
+    config.cache_implementation = None
+    cache = prefix.preallocated(trunk.config, len(ids), ids.size(1) + config.max_new_tokens)
+    return {**named, "input_ids": ids, "attention_mask": mask, "past_key_values": cache, "generation_config": config}
+
+
 @contextmanager
 def drawing(trainer: Any, model: Any, keep: bool = False, with_states: bool = False) -> Iterator[list[Drawn]]:
     """Inside, `model.generate` of a trainer of TRL draws by `Draw`, where a temperature is all that its draws are told. `keep`:
@@ -118,11 +139,13 @@ def drawing(trainer: Any, model: Any, keep: bool = False, with_states: bool = Fa
     greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     temperature = 1.0 if config.temperature is None else config.temperature
 
-    def draw_all(*given: Any, **named: Any) -> Any:
+    def draw_all(input_ids: Tensor, attention_mask: Tensor, **named: Any) -> Any:
         draw = Draw(temperature)
+        told = _sharing(model, input_ids, attention_mask, named)
         with draw.keeping(model, with_states) if keep and temperature == trainer.temperature else nullcontext():
-            found = generate(*given, logits_processor=LogitsProcessorList([draw]), **named)
-        drawn = draw.drawn()
+            found = generate(logits_processor=LogitsProcessorList([draw]), **told)
+        found[:, : input_ids.size(1)] = input_ids
+        drawn = draw.drawn(input_ids)
         kept.extend([] if drawn is None else [drawn])
         return found
 

@@ -24,10 +24,8 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is shared then.
     """
     takes_places = "position_ids" in inspect.signature(trunk.forward).parameters
-    if through is None and ids.device.type == "cpu" and takes_places and _may_share(trunk):
-        shared = shared_length(ids, mask, length)
-        if shared * (len(ids) - 1) >= _WORTH:
-            return _states(_pass_sharing(trunk, ids, mask, shared), length)
+    if through is None and (shared := worth_sharing(trunk, ids, mask, length)):
+        return _states(_pass_sharing(trunk, ids, mask, shared), length)
     told = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if takes_places:
         told["position_ids"] = _places(mask)
@@ -35,25 +33,36 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
 
 
 def _pass_sharing(trunk: Any, ids: Tensor, mask: Tensor, shared: int) -> Any:
-    """What the trunk says of all columns but the first `shared` ones, which a cache stands for.
-
-    Padding shifts the beginning of a row to the right: as many columns as it has of it are cut from a row, and what is left of
-    the beginning is masked.
-    """
-    rows, padding = len(ids), mask.argmax(dim=1, keepdim=True)
-    first = int(padding[0])
-    one_row = DynamicCache(config=trunk.config)
-    trunk(input_ids=ids[:1, first : first + shared], past_key_values=one_row, use_cache=True)
-    beginning = Prefix([(layer.keys, layer.values) for layer in one_row.layers], shared)
-    after = torch.arange(ids.size(1) - shared, device=ids.device) >= padding
-    attended = torch.cat([mask.new_ones(rows, shared), mask[:, shared:] * after], dim=1)
+    """What the trunk says of all columns but the first `shared` ones, which a cache stands for."""
+    ids, attended = beginning_first(ids, mask, shared)
     return trunk(
         input_ids=ids[:, shared:],
         attention_mask=attended,
         position_ids=_places(attended)[:, shared:],
-        past_key_values=beginning.expanded(trunk.config, rows),
+        past_key_values=beginning(trunk, ids, shared).expanded(trunk.config, len(ids)),
         use_cache=True,
     )
+
+
+def beginning(trunk: Any, ids: Tensor, shared: int) -> Prefix:
+    """What the trunk keeps of the first `shared` tokens of rows (B, L) that all begin with them."""
+    one_row = DynamicCache(config=trunk.config)
+    trunk(input_ids=ids[:1, :shared], past_key_values=one_row, use_cache=True)
+    return Prefix([(layer.keys, layer.values) for layer in one_row.layers], shared)
+
+
+def beginning_first(ids: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, L), padded on the left, that share their beginning, and their mask: the beginning first, and padding after it.
+
+    Padding shifts the beginning of a row to the right: as many columns as it has of it are cut from a row, and what is left of
+    the beginning is masked.
+    """
+    padding = mask.argmax(dim=1, keepdim=True)
+    first = int(padding[0])
+    after = torch.arange(ids.size(1) - shared, device=ids.device) >= padding
+    attended = torch.cat([mask.new_ones(len(ids), shared), mask[:, shared:] * after], dim=1)
+    begun = ids[:1, first : first + shared].expand(len(ids), -1)
+    return torch.cat([begun, ids[:, shared:]], dim=1), attended
 
 
 def _places(mask: Tensor) -> Tensor:
@@ -74,6 +83,15 @@ def _seen(trunk: Any, through: Any, told: dict[str, Any]) -> Any:
 def _states(answer: Any, length: int) -> Tensor:
     states: Tensor = answer.last_hidden_state
     return states[:, -length - 1 : -1]
+
+
+def worth_sharing(trunk: Any, ids: Tensor, mask: Tensor, length: int) -> int:
+    """How many tokens of the prompts' beginning are to be computed once, if any: see `shared_length`."""
+    takes_places = "position_ids" in inspect.signature(trunk.forward).parameters
+    if ids.device.type != "cpu" or not takes_places or not _may_share(trunk):
+        return 0
+    shared = shared_length(ids, mask, length)
+    return shared if shared * (len(ids) - 1) >= _WORTH else 0
 
 
 def shared_length(ids: Tensor, mask: Tensor, length: int) -> int:
