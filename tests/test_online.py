@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from cai import generate
-from cai.training import ONLINE, StageName, TrainSettings
+from cai.training import ONLINE, SETTINGS, StageName, TrainSettings
 from cai.training.data import load_data
 from cai.training.launching import launch
 from cai.training.online.rewards import Reward, find_function
@@ -193,6 +194,8 @@ def test_a_judge_checks_and_a_reward_model_together(run, tiny, reward_model, tmp
     assert logged(out, "reward_disagreement")[-1] > 0
     told = json.loads((out / "run" / "identity.json").read_text())
     assert [set(one) - {"weight"} for one in told["reward"]] == [{"constitution"}, {"constitution", "judge"}, {"model"}]
+    again = SETTINGS["ppo"].model_validate(yaml.safe_load((out / "recipe.yaml").read_text())["ppo"])
+    assert train("ppo", again, out) == json.loads((out / "manifest.json").read_text()), "its recipe is that of this training"
     card = " ".join((out / "README.md").read_text().split())
     assert "Its completions were rewarded by the weighted sum of" in card
     assert "- the checks of the constitution `checked.yaml`, weight 0.5" in card

@@ -751,6 +751,7 @@ def test_shipped_pipelines_are_found_and_their_arguments_are_trls(name: str):
     for stage in loaded.stages.values():
         if isinstance(stage.section, TrainSettings):
             check_arguments(stage.kind, stage.section.trl)
+            assert type(stage.section).model_validate(stage.section.model_dump(mode="json")) == stage.section
     assert load_recipe(name, []).constitution, "its first stage, for cai generate"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, FieldSerializationInfo, PositiveInt, field_serializer, field_validator, model_validator
 
 from cai.config import JudgeConfig
 from cai.constitution import built_in_names
@@ -50,6 +50,16 @@ class RewardSource(Part):
         if self.judge is not None and (problem := _judge_problem(self.judge)):
             raise ValueError(problem)
         return self
+
+    @field_serializer("judge", when_used="unless-none")
+    def _what_is_read(self, judge: JudgeConfig, info: FieldSerializationInfo) -> dict[str, Any]:
+        """The keys of a judge that are left out would be refused where they are read again."""
+        return judge.model_dump(
+            mode=info.mode,
+            include=_OF_JUDGES,
+            exclude_unset=info.exclude_unset,
+            exclude_defaults=info.exclude_defaults,
+        )
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ def _model(name: str, revision: str | None = None, rewards: bool = False) -> str
 
 
 def _judge(judge: JudgeConfig) -> dict[str, Any]:
-    told: dict[str, Any] = judge.model_dump(mode="json", exclude_unset=True, exclude={"server", "vllm"})
+    told: dict[str, Any] = judge.model_dump(mode="json", exclude_defaults=True, exclude={"server", "vllm"})
     is_elsewhere = judge.model is None or ":" in judge.model
     return told if is_elsewhere else {**told, "model": _model(judge.model or "", judge.revision)}
 
