@@ -755,6 +755,32 @@ def test_shipped_pipelines_are_found_and_their_arguments_are_trls(name: str):
     assert load_recipe(name, []).constitution, "its first stage, for cai generate"
 
 
+@pytest.mark.slow
+def test_harmless_rm_ppo_runs_as_it_is_shipped_but_for_its_size(tmp_path: Path):
+    tiny, program = str(make_tiny_model(tmp_path / "tiny", context=1024)), f"scripted:{SCRIPTED}:hashed"
+    smaller = {
+        "revisions.generate": {"policy.model": program, "prompts.limit": 12},
+        "sft.sft": {"model": tiny, "trl.max_steps": 2},
+        "pairs.generate": {"judge.model": program, "prompts.limit": 40, "generation.max_tokens": 8},
+        "reward.reward": {"trl.max_steps": 2},
+        "ppo.ppo": {
+            "gold.judge.model": program,
+            "gold.prompts": 4,
+            "gold.every": 8,
+            "trl.per_device_train_batch_size": 2,
+            "trl.max_steps": 16,
+            "trl.max_completion_length": 8,
+        },
+    }
+    told = [(f"stages.{stage}.{key}", value, "--set") for stage, keys in smaller.items() for key, value in keys.items()]
+    made = run_pipeline(load_pipeline("harmless-rm-ppo", told), tmp_path / "out")
+    assert [entry["state"] for entry in made["stages"]] == ["done"] * 5
+    gold = [json.loads(line) for line in (tmp_path / "out" / "5-ppo" / "run" / "gold.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in gold] == [0, 8, 16]
+    assert all(-1 <= line["gold"] <= 1 for line in gold), "of a rating from 1 to 10"
+    assert (tmp_path / "out" / "5-ppo" / "best" / "model.safetensors").is_file()
+
+
 def test_the_modules_example_is_a_pipeline():
     import cai.pipeline.recipe
 
