@@ -110,7 +110,38 @@ def watched():
     return model, torch.float64
 
 
+def computed_otherwise():
+    model = adapted()
+    for layer in (model.base_model.model[0].base_layer, model.base_model.model[2].lora_A.default):
+        layer.forward = lambda x, layer=layer: nn.functional.linear(x, 2 * layer.weight)
+    return model, torch.float64
+
+
+def watched_back():
+    model = adapted()
+    for layer in (model.base_model.model[0].lora_B.default, model.base_model.model[2].lora_B.default):
+        layer.register_full_backward_hook(lambda *_: None)
+    return model, torch.float64
+
+
+class Noise(nn.Module):
+    """A dropout of its own kind."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def other_dropout():
+    model = adapted()
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        layer.lora_dropout["default"] = Noise()
+    return model, torch.float64
+
+
 LEFT = {
+    "layers that are computed otherwise": computed_otherwise,
+    "layers that are watched on the way back": watched_back,
+    "a dropout of another kind": other_dropout,
     "layers that are watched": watched,
     "adapters in another dtype": other_dtype,
     "two adapters": two_at_once,
@@ -128,6 +159,30 @@ def test_what_is_more_than_two_matrices_is_left_to_peft(make, asked):
     usual, quick = both(model, dtype)
     assert asked == []
     torch.testing.assert_close(quick, usual)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (3, 2, 6)])
+def test_rows_may_be_none_or_of_any_shape(shape, asked):
+    from cai.training.adapters import quicken
+
+    model = adapted()
+    x = torch.randn(*shape, dtype=torch.float64)
+    x = x.transpose(0, 1) if len(shape) == 3 else x
+    usual = model(x)
+    quicken(model)
+    torch.testing.assert_close(model(x), usual)
+    assert asked
+
+
+def test_adapters_that_are_not_trained_take_no_gradients():
+    from cai.training.adapters import quicken
+
+    model = adapted().requires_grad_(False)
+    quicken(model)
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(one.grad is None for one in model.parameters())
 
 
 def test_disabled_adapters_are_the_model_under_them(asked):

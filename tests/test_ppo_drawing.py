@@ -164,18 +164,28 @@ def test_what_prompts_begin_with_is_computed_once_to_the_same_answers(write, mon
     assert drawn.holds(shared.found, counted, 4)
 
 
-def test_prompts_that_begin_otherwise_or_have_more_to_each_token_are_computed_whole(write, monkeypatch):
+def test_prompts_are_computed_whole_where_the_beginning_differs_or_its_cache_would(write, monkeypatch):
+    from transformers import GenerationConfig
+
     from cai.training.ppo import drawing
 
     monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
     assert write(alike=False).widths[0] == (3, 9)
     one = write()
-    told = {"generation_config": SimpleNamespace(max_new_tokens=4, cache_implementation="static")}
-    assert "past_key_values" in drawing._sharing(one.model, one.ids, one.mask, told)
-    for more in ({"token_type_ids": one.mask}, {"generation_config": SimpleNamespace(max_new_tokens=None)}):
-        given = {**told, **more}
-        assert drawing._sharing(one.model, one.ids, one.mask, given) == {
-            **given,
-            "input_ids": one.ids,
-            "attention_mask": one.mask,
-        }
+    told = {"max_new_tokens": 4, "cache_implementation": "static"}
+
+    def arranged(**more: object) -> dict[str, object]:
+        return drawing._arranged(one.model, one.ids, one.mask, {"generation_config": GenerationConfig(**told), **more})
+
+    assert "past_key_values" in arranged()
+    assert "past_key_values" not in arranged(token_type_ids=one.mask)
+    for key, value in {"max_new_tokens": None, "cache_implementation": None, "use_cache": False}.items():
+        found = arranged(generation_config=GenerationConfig(**{**told, key: value}))
+        assert "past_key_values" not in found, key
+        assert found["input_ids"] is one.ids
+        assert found["attention_mask"] is one.mask
+    for key, value in {"cache_implementation": "static", "use_cache": False}.items():
+        monkeypatch.setattr(one.model.generation_config, key, value)
+        assert "past_key_values" not in arranged(), key
+        monkeypatch.undo()
+        monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)

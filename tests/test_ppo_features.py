@@ -121,7 +121,23 @@ def test_nothing_is_shared_where_something_is_dropped(model, widths, monkeypatch
     passed(model, *batch())
     model.eval()
     passed(model, *batch())
-    assert [rows for rows, _ in widths] == [1, 3, 3, 1, 3]
+    model.config.attention_dropout = 0.0
+    model.train().config.update({"resid_pdrop": 0.1})  # some models have no module for it
+    passed(model, *batch())
+    assert [rows for rows, _ in widths] == [1, 3, 3, 1, 3, 3]
+
+
+def test_nothing_is_shared_where_attention_goes_by_columns(monkeypatch):
+    from transformers import GPTNeoConfig, GPTNeoModel
+
+    from cai.training.ppo.features import completion_features
+
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    config = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    model, seen = GPTNeoModel(GPTNeoConfig(vocab_size=200, window_size=4, **config)), []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    completion_features(model, *batch(), LENGTH)
+    assert len(seen) == 1
 
 
 def test_nothing_is_shared_where_layers_are_computed_again_or_forget(model, widths, monkeypatch):

@@ -343,6 +343,48 @@ def test_the_policy_reads_what_it_did_not_draw_by_its_own_probabilities(tiny, tm
     assert out["values"].shape == out["old_per_token_logps"].shape == out["completion_ids"].shape
 
 
+@each_form
+@pytest.mark.parametrize(
+    ("told", "rows"),
+    [
+        ({"cache_implementation": "static"}, 1),
+        ({"cache_implementation": "static", "dtype": torch.bfloat16}, 1),
+        ({"bf16": True}, 8),
+        ({}, 8),
+    ],
+    ids=["static", "static-bfloat16", "autocast", "growing"],
+)
+def test_what_prompts_begin_with_is_written_from_once_where_there_is_a_cache_for_it(
+    tiny, tmp_path, monkeypatch, form, told, rows
+):
+    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    data = Dataset.from_dict({"prompt": [f"Which of these is {'really ' * (place % 3)}{place}?" for place in range(16)]})
+    trainer, passes = make(tiny, tmp_path, form, data=data, **told), []
+    trunk = trainer._base_of(trainer.model).base_model
+    trunk.register_forward_pre_hook(lambda _, __, named: passes.append(tuple(named["input_ids"].shape)), with_kwargs=True)
+    out = rollout(trainer)
+    assert (out["prompt_mask"][:, 0] == 0).any()
+    assert passes[0][0] == rows
+    assert passes[1][0] == 8
+    assert out["prompt_ids"].size(1) == passes[0][1] + (passes[1][1] if rows == 1 else 0)
+    if told == {"cache_implementation": "static"}:
+        mask, logps = out["completion_mask"].bool(), out.pop("old_per_token_logps")
+        torch.testing.assert_close(logps[mask], trainer._passed(out).logps[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_all_adapters_are_quick_on_a_cpu(tiny, tmp_path):
+    from peft.tuners.lora import LoraLayer
+
+    from cai.training.adapters import QuickLora
+
+    trainer = make(tiny, tmp_path, "adapters")
+    layers = [one for one in trainer.model.modules() if isinstance(one, LoraLayer)]
+    assert {type(one) for one in layers} == {QuickLora}
+    assert len(layers) == 2 * 7
+    trainer.train()
+    assert all(math.isfinite(one) for name in ("loss", "value/loss", "grad_norm") for one in logged(trainer, name))
+
+
 def test_the_policy_reads_with_what_is_dropped_at_random(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("cai.training.ppo.passes.drops", lambda trunk: True)
     assert len(drawn(tiny, tmp_path, "critic", monkeypatch)[2]) == 2

@@ -30,7 +30,7 @@ class Prefix(NamedTuple):
     def preallocated(self, config: Any, rows: int, length: int) -> StaticCache:
         """The same with room for `length` tokens a row: nothing is copied as rows grow."""
         cache = StaticCache(config=config, max_cache_len=length)
-        for layer, (keys, values) in zip(cache.layers, self.layers, strict=bool(self.layers)):
+        for layer, (keys, values) in zip(cache.layers, self.layers, strict=False):
             layer.lazy_initialization(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
             tokens = keys.size(2)
             layer.keys[:, :, :tokens] = keys

@@ -33,11 +33,14 @@ class LoraProduct(torch.autograd.Function):
         x, weight, a, b, low = ctx.saved_tensors
         low_slope = (slope @ b).mul_(ctx.scaling)
         x_slope = (slope @ weight).addmm_(low_slope, a) if ctx.needs_input_grad[0] else None
-        return x_slope, None, None, low_slope.T @ x, slope.T @ (low * ctx.scaling), None
+        a_slope = low_slope.T @ x if ctx.needs_input_grad[3] else None
+        b_slope = slope.T @ (low * ctx.scaling) if ctx.needs_input_grad[4] else None
+        return x_slope, None, None, a_slope, b_slope, None
 
 
 class QuickLora(Linear):
-    """PEFT's layer, which computes by `LoraProduct` wherever that says the same but for rounding."""
+    """PEFT's layer, which computes by `LoraProduct` wherever that says the same but for rounding. It has no second derivatives
+    there, and hooks on all modules of a process do not see its parts."""
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
         """`x` (..., inputs) to (..., outputs)."""
@@ -52,7 +55,7 @@ class QuickLora(Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         parts = (base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), self.scaling[name])
         found: Tensor = LoraProduct.apply(x.reshape(-1, x.size(-1)).to(dtype), *parts)
-        return found.view(*x.shape[:-1], -1)
+        return found.view(*x.shape[:-1], found.size(-1))
 
     @property
     def _plain_adapter(self) -> str | None:
@@ -64,19 +67,20 @@ class QuickLora(Linear):
             return None
         name, base = names[0], self.base_layer
         dropout, parts = self.lora_dropout[name], (base, self.lora_A[name], self.lora_B[name])
-        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        drops = not (isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not dropout.training))
         trained = any(one.requires_grad for one in base.parameters())
         is_plain = all(map(_is_plain, parts)) and parts[-1].bias is None
         return name if is_plain and not (drops or trained) else None
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether it is its matrix alone: nobody spreads it over processes, or watches its passes."""
-    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)
+    """Whether it is its matrix alone: nobody spreads it over processes, computes it otherwise, or watches its passes."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def quicken(model: Any) -> None:
-    """Let all layers of `model` that have adapters of LoRA and are on a CPU compute so."""
+    """Let all layers of `model` that have adapters of LoRA and are on a CPU now compute so; others' stay PEFT's."""
     for one in model.modules():
         if type(one) is Linear and one.weight.device.type == "cpu":
             one.__class__ = QuickLora

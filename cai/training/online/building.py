@@ -24,7 +24,10 @@ def build(parts: Parts) -> Any:
     parts.tokenizer.padding_side = parts.tokenizer.truncation_side = "left"
     guards = Safeguards(parts)
     more = {"reward_funcs": guards.rewards, "train_dataset": guards.held_out.train, "peft_config": adapters(settings)}
-    given = {**parts.shared, "model": load_policy(settings), **more}
+    policy = load_policy(settings)
+    if not policy._can_compile_fullgraph:  # by transformers' word: attention by columns writes otherwise with a static cache
+        parts.arguments.cache_implementation = None
+    given = {**parts.shared, "model": policy, **more}
     if not isinstance(settings, OnlineDpoSettings):  # which copies the policy; the others load their reference anew
         parts.arguments.model_init_kwargs = reference_arguments(settings)
     for name in ("grpo_trainer", "rloo_trainer"):

@@ -59,6 +59,7 @@ class RewardSource(Part):
             include=_OF_JUDGES,
             exclude_unset=info.exclude_unset,
             exclude_defaults=info.exclude_defaults,
+            exclude_none=info.exclude_none,
         )
 
     @property

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from cai.engines.drawing import draw, only
 from cai.errors import EngineError
-from cai.training.ppo.features import beginning, beginning_first, worth_sharing
+from cai.training.ppo.features import compute_prefix, prefix_first, sharable_length
 
 
 class Drawn(NamedTuple):
@@ -110,18 +110,23 @@ def is_plain(config: Any, of_model: Any) -> bool:
     return bool(config.do_sample) and config.top_k == 0 and config.top_p == 1 and not any(bent)
 
 
-def _sharing(model: Any, ids: Tensor, mask: Tensor, named: dict[str, Any]) -> dict[str, Any]:
-    """What `generate` is told of prompts (B, L), padded on the left. What all of them begin with, if that is worth it, comes
-    first, and is computed already."""
+def _arranged(model: Any, ids: Tensor, mask: Tensor, named: dict[str, Any]) -> dict[str, Any]:
+    """What `generate` is told of prompts (B, L), padded on the left, besides `named`, which has a `generation_config`.
+
+    What all prompts begin with, if that is worth it, comes first, and is computed already. That takes a static cache, so it is
+    done where `generate` would have made one: who asked for it knows that the model's keys have the dtype of its weights.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trunk, config = base.base_model, deepcopy(named["generation_config"])
-    more = config.max_new_tokens is None or any(isinstance(one, Tensor) for one in named.values())
-    shared = 0 if more else worth_sharing(trunk, ids, mask, 0)
+    trunk, config, of_model = base.base_model, deepcopy(named["generation_config"]), base.generation_config
+    asked = config.cache_implementation == "static" and config.max_new_tokens is not None
+    bent = of_model.cache_implementation or False in (config.use_cache, of_model.use_cache)
+    has_more = any(isinstance(one, Tensor) for one in named.values())
+    shared = sharable_length(trunk, ids, mask, 0) if asked and not (bent or has_more) else 0
     if not shared:
         return {**named, "input_ids": ids, "attention_mask": mask}
-    ids, mask = beginning_first(ids, mask, shared)
+    ids, mask = prefix_first(ids, mask, shared)
     with torch.no_grad():
-        prefix = beginning(trunk, ids, shared)
+        prefix = compute_prefix(trunk, ids, shared)
     config.cache_implementation = None
     cache = prefix.preallocated(trunk.config, len(ids), ids.size(1) + config.max_new_tokens)
     return {**named, "input_ids": ids, "attention_mask": mask, "past_key_values": cache, "generation_config": config}
@@ -141,7 +146,7 @@ def drawing(trainer: Any, model: Any, keep: bool = False, with_states: bool = Fa
 
     def draw_all(input_ids: Tensor, attention_mask: Tensor, **named: Any) -> Any:
         draw = Draw(temperature)
-        told = _sharing(model, input_ids, attention_mask, named)
+        told = _arranged(model, input_ids, attention_mask, named)
         with draw.keeping(model, with_states) if keep and temperature == trainer.temperature else nullcontext():
             found = generate(logits_processor=LogitsProcessorList([draw]), **told)
         found[:, : input_ids.size(1)] = input_ids

@@ -23,35 +23,35 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     completions, padded on the right. Where it takes positions, they count from the first token of a prompt. `through`: a model
     around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is shared then.
     """
-    takes_places = "position_ids" in inspect.signature(trunk.forward).parameters
-    if through is None and (shared := worth_sharing(trunk, ids, mask, length)):
+    if through is None and (shared := sharable_length(trunk, ids, mask, length)):
         return _states(_pass_sharing(trunk, ids, mask, shared), length)
     told = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if takes_places:
+    if _takes_places(trunk):
         told["position_ids"] = _places(mask)
     return _states(trunk(**told) if through is None else _seen(trunk, through, told), length)
 
 
 def _pass_sharing(trunk: Any, ids: Tensor, mask: Tensor, shared: int) -> Any:
     """What the trunk says of all columns but the first `shared` ones, which a cache stands for."""
-    ids, attended = beginning_first(ids, mask, shared)
+    ids, attended = prefix_first(ids, mask, shared)
     return trunk(
         input_ids=ids[:, shared:],
         attention_mask=attended,
         position_ids=_places(attended)[:, shared:],
-        past_key_values=beginning(trunk, ids, shared).expanded(trunk.config, len(ids)),
+        past_key_values=compute_prefix(trunk, ids, shared).expanded(trunk.config, len(ids)),
         use_cache=True,
     )
 
 
-def beginning(trunk: Any, ids: Tensor, shared: int) -> Prefix:
+def compute_prefix(trunk: Any, ids: Tensor, shared: int) -> Prefix:
     """What the trunk keeps of the first `shared` tokens of rows (B, L) that all begin with them."""
     one_row = DynamicCache(config=trunk.config)
-    trunk(input_ids=ids[:1, :shared], past_key_values=one_row, use_cache=True)
+    places = torch.arange(shared, device=ids.device)[None]
+    trunk(input_ids=ids[:1, :shared], position_ids=places, past_key_values=one_row, use_cache=True)
     return Prefix([(layer.keys, layer.values) for layer in one_row.layers], shared)
 
 
-def beginning_first(ids: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+def prefix_first(ids: Tensor, mask: Tensor, shared: int) -> tuple[Tensor, Tensor]:
     """Rows (B, L), padded on the left, that share their beginning, and their mask: the beginning first, and padding after it.
 
     Padding shifts the beginning of a row to the right: as many columns as it has of it are cut from a row, and what is left of
@@ -85,10 +85,9 @@ def _states(answer: Any, length: int) -> Tensor:
     return states[:, -length - 1 : -1]
 
 
-def worth_sharing(trunk: Any, ids: Tensor, mask: Tensor, length: int) -> int:
+def sharable_length(trunk: Any, ids: Tensor, mask: Tensor, length: int) -> int:
     """How many tokens of the prompts' beginning are to be computed once, if any: see `shared_length`."""
-    takes_places = "position_ids" in inspect.signature(trunk.forward).parameters
-    if ids.device.type != "cpu" or not takes_places or not _may_share(trunk):
+    if ids.device.type != "cpu" or not _may_share(trunk):
         return 0
     shared = shared_length(ids, mask, length)
     return shared if shared * (len(ids) - 1) >= _WORTH else 0
@@ -104,14 +103,20 @@ def shared_length(ids: Tensor, mask: Tensor, length: int) -> int:
 
 
 def _may_share(trunk: Any) -> bool:
-    """Whether a pass in two parts says what one pass says: all layers keep every position and are not computed again on the way
-    back, positions mean the same in short and long passes, and nothing is dropped at random."""
+    """Whether a pass in two parts says what one pass says: all layers keep every position, by its number and not its column,
+    and are not computed again on the way back, positions mean the same in short and long passes, and nothing is dropped at
+    random."""
     scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
     differs = trunk.is_gradient_checkpointing or scales or drops(trunk)
-    return keeps_all(trunk.config) and not differs
+    return _takes_places(trunk) and trunk._can_compile_fullgraph and keeps_all(trunk.config) and not differs
+
+
+def _takes_places(trunk: Any) -> bool:
+    return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
 def drops(trunk: Any) -> bool:
-    """Whether a pass drops some of what it computes at random, by modules of torch or in its attention."""
+    """Whether a pass drops some of what it computes at random, by modules of torch or as its configuration says."""
     modules = any(isinstance(one, nn.Dropout) and one.p > 0 for one in trunk.modules())
-    return bool(trunk.training and (modules or getattr(trunk.config, "attention_dropout", 0.0) > 0))
+    told = (value for name, value in trunk.config.to_dict().items() if "drop" in name)
+    return bool(trunk.training and (modules or any(isinstance(one, float) and one > 0 for one in told)))

@@ -74,11 +74,11 @@ class PPOTrainer(PassingTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if policy.device.type == "cpu":
             tune_for_cpu(policy)
-            quicken(policy)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
         self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
+        quicken(policy)  # and the critic's adapters
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = self._make_value_optimizer(args)
