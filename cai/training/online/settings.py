@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, FieldSerializationInfo, PositiveInt, field_serializer, field_validator, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from cai.config import JudgeConfig
 from cai.constitution import built_in_names
@@ -51,16 +51,13 @@ class RewardSource(Part):
             raise ValueError(problem)
         return self
 
-    @field_serializer("judge", when_used="unless-none")
-    def _what_is_read(self, judge: JudgeConfig, info: FieldSerializationInfo) -> dict[str, Any]:
-        """The keys of a judge that are left out would be refused where they are read again."""
-        return judge.model_dump(
-            mode=info.mode,
-            include=_OF_JUDGES,
-            exclude_unset=info.exclude_unset,
-            exclude_defaults=info.exclude_defaults,
-            exclude_none=info.exclude_none,
-        )
+    @model_serializer(mode="wrap")
+    def _without_what_is_refused(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys of a judge that say nothing of one completion are left out: where they are read again they would be refused."""
+        told: dict[str, Any] = usual(self)
+        if judge := told.get("judge"):
+            told["judge"] = {name: value for name, value in judge.items() if name in _OF_JUDGES}
+        return told
 
     @property
     def name(self) -> str:
