@@ -175,7 +175,7 @@ def tell(name: str, golds: Golds, more: str = "") -> None:
 
 
 def draw(folder: Path, seeds: list[int], file: Path) -> None:
-    """Gold and reward over the square root of the KL, a line for each seed; a point at the best."""
+    """Gold and reward over the square root of the KL to the reference, a line for each seed; a point at the best."""
     from matplotlib.figure import Figure
 
     from cai.report.figures import BLUE, GREY, ORANGE
@@ -191,7 +191,7 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
             best = max(range(len(found)), key=lambda place: found[place]["gold"])
             axes.plot(root[best], found[best]["gold"], "o", color=BLUE)
         axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set(title=title, xlabel="square root of the KL to the reference")
+        axes.set(title=title, xlabel="square root of the KL")
     axes.legend(*(one[:2] for one in axes.get_legend_handles_labels()), frameon=False)
     figure.savefig(file)
 
