@@ -39,6 +39,8 @@ PAIRS, FLIPPED = 64, 0.25
 HELD_OUT, FRESH = 32, 32
 ROLLOUTS, BATCH = 16, 32
 Point = dict[str, float]
+Golds = numpy.ndarray[Any, Any]
+"""Prompts x 4: of each answer."""
 
 
 def gold(text: str) -> float:
@@ -143,10 +145,6 @@ def one_seed(folder: Path, seed: int) -> None:
 def points(training: Path) -> list[Point]:
     """The measures on held-out prompts."""
     return [json.loads(line) for line in (training / "run" / "gold.jsonl").read_text().splitlines()]
-
-
-Golds = numpy.ndarray[Any, Any]
-"""Prompts x 4: of each answer."""
 
 
 def show(folder: Path, seed: int) -> None:

@@ -209,3 +209,15 @@ def test_layers_that_are_no_plain_ones_stay_what_they_were():
     quicken(model)
     assert [type(one) for one in model.base_model.model] == [Embedding, QuickLora]
     assert isinstance(model.base_model.model[1], Linear)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_stages_train_by_them_on_a_cpu(stage, tmp_path, asked):
+    from cai.training.running import train
+    from tests.stages import dialogue, make_settings, pair, write_rows
+    from tests.tiny_model import make_tiny_model
+
+    tiny, row = make_tiny_model(tmp_path / "tiny"), dialogue if stage == "sft" else pair
+    rows = write_rows(tmp_path / "rows.jsonl", [row(number) for number in range(8)])
+    train(stage, make_settings(stage, tiny, rows, lora={"rank": 2}), tmp_path / "out")
+    assert len(asked) >= 2 * 7 * 2, "each layer in each of two steps"

@@ -175,6 +175,29 @@ def test_online_dpo_logs_the_means_of_what_came_since_the_last_line(monkeypatch)
     assert lines == [{"loss": 0.5, "a": 2.0}, {"loss": 0.5, "a": 5.0}, {"loss": 0.5}]
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("llama", "static"), ("neo", None)])
+def test_a_model_whose_attention_goes_by_columns_writes_with_a_growing_cache(kind, expected, tiny, run, tmp_path, monkeypatch):
+    from transformers import GenerationMixin, GPTNeoConfig, GPTNeoForCausalLM
+
+    model = tiny
+    if kind == "neo":
+        tokenizer, model = AutoTokenizer.from_pretrained(tiny), tmp_path / "neo"
+        size = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+        ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+        config = GPTNeoConfig(vocab_size=len(tokenizer), max_position_embeddings=512, window_size=8, **size, **ends)
+        GPTNeoForCausalLM(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    caches, usual = [], GenerationMixin.generate
+
+    def generate(self, *given, **named):
+        caches.append(named["generation_config"].cache_implementation)
+        return usual(self, *given, **named)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    train("rloo", settings("rloo", model, run), tmp_path / "out")
+    assert set(caches) == {expected}
+
+
 def test_a_judge_checks_and_a_reward_model_together(run, tiny, reward_model, tmp_path):
     constitution = tmp_path / "checked.yaml"
     constitution.write_text(CHECKED)

@@ -80,7 +80,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def quicken(model: Any) -> None:
-    """Let all layers of `model` that have adapters of LoRA and are on a CPU now compute so; others' stay PEFT's."""
+    """Let all plain layers of `model` that have adapters of LoRA compute so; what is computed is the same on any device."""
     for one in model.modules():
-        if type(one) is Linear and one.weight.device.type == "cpu":
+        if type(one) is Linear:
             one.__class__ = QuickLora

@@ -222,7 +222,6 @@ def _train_one(
         show.note(_loading(settings, arguments))
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
-        quicken(trainer.model)
         try:
             fit(trainer, watch, folder.last_checkpoint(), show)
         except BaseException:  # a Ctrl-C too
@@ -264,6 +263,8 @@ def _precomputes(arguments: Any) -> bool:
 def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None:
     """Train to the end, from a checkpoint where there is one. Raises as `train` does."""
     check_losses(trainer)
+    if trainer.accelerator.device.type == "cpu":
+        quicken(trainer.model)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")

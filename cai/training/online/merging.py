@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import is_peft_model
+
 
 @contextmanager
 def merged(model: Any) -> Iterator[None]:
@@ -31,6 +33,11 @@ def kept(model: Any) -> Iterator[None]:
     finally:
         for layer, weight in zip(layers, before, strict=True):
             layer.get_base_layer().weight.data.copy_(weight)
+
+
+def base_of(model: Any) -> Any:
+    """The language model, which may have adapters of PEFT around it."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def is_reference(model: Any) -> bool:

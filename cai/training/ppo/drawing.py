@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from cai.engines.drawing import draw, only
 from cai.errors import EngineError
+from cai.training.online.merging import base_of
 from cai.training.ppo.features import compute_prefix, prefix_first, sharable_length
 
 
@@ -63,7 +64,7 @@ class Draw(LogitsProcessor):
     @contextmanager
     def keeping(self, model: Any, with_states: bool) -> Iterator[None]:
         """Inside, what `model`, which may have adapters, says of what is drawn is kept."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
 
         def keep_logits(_module: Any, _given: Any, answer: Any) -> None:
             self._logits = answer.logits[:, -1]
@@ -116,7 +117,7 @@ def _arranged(model: Any, ids: Tensor, mask: Tensor, named: dict[str, Any]) -> d
     What all prompts begin with, if that is worth it, comes first, and is computed already. That takes a static cache, so it is
     done where `generate` would have made one: who asked for it knows that the model's keys have the dtype of its weights.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     trunk, config, of_model = base.base_model, deepcopy(named["generation_config"]), base.generation_config
     asked = config.cache_implementation == "static" and config.max_new_tokens is not None
     bent = of_model.cache_implementation or False in (config.use_cache, of_model.use_cache)

@@ -13,7 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from trl import GRPOTrainer
 
-from cai.training.online.merging import is_reference, merged
+from cai.training.online.merging import base_of, is_reference, merged
 from cai.training.ppo.critic import Critic, TrunkHead
 from cai.training.ppo.drawing import Drawn, drawing
 from cai.training.ppo.features import completion_features, drops
@@ -79,8 +79,7 @@ class PassingTrainer(GRPOTrainer):
 
     def _base_of(self, model: Any) -> Any:
         """The language model in what TRL passes around."""
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if is_peft_model(model) else model
+        return base_of(self.accelerator.unwrap_model(model))
 
     def _plain_logps(
         self,

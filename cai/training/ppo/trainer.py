@@ -71,14 +71,15 @@ class PPOTrainer(PassingTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
-        policy = self.accelerator.unwrap_model(self.model)
-        if policy.device.type == "cpu":
+        policy, on_cpu = self.accelerator.unwrap_model(self.model), self.accelerator.device.type == "cpu"
+        if on_cpu:
             tune_for_cpu(policy)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
         self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
-        quicken(policy)  # and the critic's adapters
+        if on_cpu:
+            quicken(policy)  # with the critic's adapters
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = self._make_value_optimizer(args)
