@@ -117,13 +117,9 @@ def main() -> None:
 
 
 def write_prompts(file: Path) -> None:
-    """Short questions, so that most of what is computed is answers."""
-    lines = ({"prompt": [{"role": "system", "content": "Answer."}, _user(f"Tell me about {one}.")]} for one in THINGS.split())
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+    """Short questions; the model's chat template adds its own system prompt."""
+    prompts = ([{"role": "user", "content": f"Tell me about {one}."}] for one in THINGS.split())
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def run_apart(name: str, completions: int, folder: Path, tokens: str, seed: str) -> dict[str, Any]:

@@ -72,6 +72,10 @@ def _attend(
     if mask is None and causal and not is_writing and query.size(2) == length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     more = dropout or any(named.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    packing = named.pop("packing", None)
+    if packing is not None and not more:  # else the mask says it
+        by_row: Tensor = packing.attend(lambda q, k, v, m: _attend(module, q, k, v, m, 0.0, scaling)[0], query, key, value)
+        return by_row, None
     quicker = len(query) >= _ROWS if is_writing else mask is not None and length <= _SHORT
     if more or query.device.type != "cpu" or not quicker:
         told = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}

@@ -153,7 +153,7 @@ def write(tmp_path):
 def test_what_prompts_begin_with_is_computed_once_to_the_same_answers(write, monkeypatch):
     whole = write()
     assert whole.widths == [(3, 9), (3, 1), (3, 1), (3, 1)]
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    monkeypatch.setattr("cai.training.ppo.sharing._WORTH", 1)
     shared = write()
     assert shared.widths == [(1, 6), (3, 3), (3, 1), (3, 1), (3, 1)]
     assert torch.equal(shared.found, whole.found)
@@ -169,7 +169,7 @@ def test_prompts_are_computed_whole_where_the_beginning_differs_or_its_cache_wou
 
     from cai.training.ppo import drawing
 
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    monkeypatch.setattr("cai.training.ppo.sharing._WORTH", 1)
     assert write(alike=False).widths[0] == (3, 9)
     one = write()
     told = {"max_new_tokens": 4, "cache_implementation": "static"}
@@ -188,4 +188,4 @@ def test_prompts_are_computed_whole_where_the_beginning_differs_or_its_cache_wou
         monkeypatch.setattr(one.model.generation_config, key, value)
         assert "past_key_values" not in arranged(), key
         monkeypatch.undo()
-        monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+        monkeypatch.setattr("cai.training.ppo.sharing._WORTH", 1)

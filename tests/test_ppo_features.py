@@ -1,4 +1,4 @@
-"""Hidden states before completions: what prompts begin with is computed once, and nothing else changes."""
+"""Hidden states before completions: padding is not computed, what prompts begin with is once, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def model(tmp_path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path), dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def attention(monkeypatch):
+    """That which PPO uses on a CPU."""
+    from transformers import AttentionInterface
+
+    from cai.cpu import _attend
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", _attend)
 
 
 @pytest.fixture
@@ -49,21 +59,48 @@ def passed(model, ids, mask, through=None) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     counted = mask[:, -LENGTH:].bool()
     features = completion_features(model.base_model, ids, mask, LENGTH, through)[counted]
-    (features * torch.arange(features.size(-1))).sum().backward()
+    (features * torch.linspace(0, 1, features.size(-1))).sum().backward()
     return features.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
 
 
-@pytest.mark.parametrize("shared", [1, 6])
-def test_what_prompts_begin_with_is_computed_once_to_the_same_features_and_gradients(shared, model, widths, monkeypatch):
+@pytest.fixture
+def whole(monkeypatch):
+    """What a pass of whole rows says."""
+    from cai.training.ppo import features
+
+    def ask(*given):
+        with monkeypatch.context() as patched:
+            patched.setattr(features, "_may_pack", lambda trunk: False)
+            return passed(*given)
+
+    return ask
+
+
+@pytest.mark.parametrize("attends", ["row by row", "by the mask", "by the mask, dropping next to nothing"])
+@pytest.mark.parametrize("shared", [0, 1, 6])
+def test_packed_rows_say_what_whole_ones_say_and_have_the_same_gradients(shared, attends, model, widths, whole, monkeypatch):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     ids, mask = batch(shared)
-    whole = passed(model, ids, mask)
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
-    torch.testing.assert_close(passed(model, ids, mask), whole, atol=2e-4, rtol=1e-4)
-    assert widths == [(3, 13), (1, shared), (3, 13 - shared)]
+    wanted = whole(model, ids, mask)
+    if attends == "by the mask":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
+    for layer in model.train(attends.endswith("nothing")).model.layers:
+        layer.self_attn.attention_dropout = 1e-12
+    torch.testing.assert_close(passed(model, ids, mask), wanted, atol=2e-4, rtol=1e-4)
+    own = int(mask.sum()) - 3 * (shared + 1)
+    assert widths == [(3, 13), (1, shared + own)]
 
 
-def test_features_are_those_of_each_row_by_itself(model, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+def test_packed_rows_drop_attention_as_others_do(model):
+    for layer in model.train().model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    dropped, _ = passed(model, *batch())
+    assert (dropped - passed(model.eval(), *batch())[0]).abs().max() > 0.1
+
+
+def test_features_are_those_of_each_row_by_itself(model):
     ids, mask = batch()
     found, _ = passed(model, ids, mask)
     alone = [model.base_model(row[counts.bool()][None]).last_hidden_state[0] for row, counts in zip(ids, mask, strict=True)]
@@ -73,9 +110,34 @@ def test_features_are_those_of_each_row_by_itself(model, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("counts", [[[1, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 1]], [[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]])
+def test_rows_may_be_alone_and_completions_empty(counts, model, whole):
+    """Prompts of three columns and completions of none to three tokens."""
+    from cai.training.ppo.features import completion_features
+
+    mask = torch.tensor(counts)
+    ids = torch.randint(5, 200, mask.shape) * mask
+    found = completion_features(model.base_model, ids, mask, 3)
+    assert found.shape == (len(ids), 3, 32)
+    assert found.isfinite().all()
+    counted = mask[:, -3:].bool()
+    for states, row, is_token, real in zip(found, ids, mask.bool(), counted, strict=True):
+        alone = model.base_model(row[is_token][None]).last_hidden_state[0]
+        end = int(real.sum())
+        torch.testing.assert_close(states[:end], alone[len(alone) - end - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+def test_many_tokens_go_in_several_passes(model, widths, whole, monkeypatch):
+    monkeypatch.setattr("cai.training.ppo.features._AT_ONCE", 26)
+    ids, mask = batch()
+    wanted = whole(model, ids, mask)
+    torch.testing.assert_close(passed(model, ids, mask), wanted, atol=2e-4, rtol=1e-4)
+    assert [rows for rows, _ in widths] == [3, 1, 1]
+
+
 @pytest.mark.parametrize(("prompts", "shared"), [([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1], [1, 2]], 0)])
 def test_the_last_token_of_a_prompt_is_never_shared(prompts, shared):
-    from cai.training.ppo.features import shared_length
+    from cai.training.ppo.packing import shared_length
 
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(one)) + one + [7, 7] for one in prompts])
@@ -83,8 +145,7 @@ def test_the_last_token_of_a_prompt_is_never_shared(prompts, shared):
     assert shared_length(ids, mask, 2) == shared
 
 
-def test_a_model_around_the_trunk_sees_one_whole_pass(model, widths, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+def test_a_model_around_the_trunk_sees_one_whole_pass(model, widths):
     ids, mask = batch()
     through = passed(model, ids, mask, model)
     assert widths == [(3, 13)]
@@ -92,66 +153,50 @@ def test_a_model_around_the_trunk_sees_one_whole_pass(model, widths, monkeypatch
     assert not model.base_model._forward_hooks
 
 
+def test_layers_that_are_computed_again_on_the_way_back_see_the_packing(model, widths, whole):
+    ids, mask = batch()
+    wanted = whole(model, ids, mask)
+    model.train().gradient_checkpointing_enable()
+    torch.testing.assert_close(passed(model, ids, mask), wanted, atol=2e-4, rtol=1e-4)
+    assert widths[1][0] == 1
+
+
 def test_positions_count_from_the_first_token_of_each_prompt(monkeypatch):
     from transformers import GPT2Config, GPT2Model
 
-    from cai.training.ppo.features import completion_features
+    from cai.training.ppo import features
 
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
     torch.manual_seed(0)
     model = GPT2Model(GPT2Config(vocab_size=200, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)).eval()
-    (ids, mask), passes = batch(), []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    shared = completion_features(model, ids, mask, LENGTH)
-    assert len(passes) == 2
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 10_000)
-    whole = completion_features(model, ids, mask, LENGTH)
+    (ids, mask), rows = batch(), []
+    model.register_forward_pre_hook(lambda _, __, named: rows.append(len(named["input_ids"])), with_kwargs=True)
+    packed = features.completion_features(model, ids, mask, LENGTH)
+    monkeypatch.setattr(features, "_may_pack", lambda trunk: False)
+    padded = features.completion_features(model, ids, mask, LENGTH)
+    assert rows == [1, 3]
     for row, counts in enumerate(mask):
         end = int(counts[-LENGTH:].sum())
-        alone = model(ids[row][counts.bool()][None]).last_hidden_state[0, -end - 1 : -1]
-        torch.testing.assert_close(shared[row, :end], alone, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(whole[row, :end], alone, atol=1e-4, rtol=1e-4)
+        alone = model(input_ids=ids[row][counts.bool()][None]).last_hidden_state[0, -end - 1 : -1]
+        torch.testing.assert_close(packed[row, :end], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(padded[row, :end], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_nothing_is_shared_where_something_is_dropped(model, widths, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
-    model.train()
-    passed(model, *batch())
-    model.config.attention_dropout = 0.1
-    passed(model, *batch())
-    model.eval()
-    passed(model, *batch())
-    model.config.attention_dropout = 0.0
-    model.train().config.update({"resid_pdrop": 0.1})  # some models have no module for it
-    passed(model, *batch())
-    assert [rows for rows, _ in widths] == [1, 3, 3, 1, 3, 3]
-
-
-def test_nothing_is_shared_where_attention_goes_by_columns(monkeypatch):
-    from transformers import GPTNeoConfig, GPTNeoModel
+@pytest.mark.parametrize("kind", ["by columns", "forgets", "eager"])
+def test_what_goes_otherwise_than_by_positions_and_a_mask_sees_whole_rows(kind, model):
+    from transformers import GPTNeoConfig, GPTNeoModel, MistralConfig, MistralModel
 
     from cai.training.ppo.features import completion_features
 
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
-    config = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
-    model, seen = GPTNeoModel(GPTNeoConfig(vocab_size=200, window_size=4, **config)), []
-    model.register_forward_pre_hook(lambda *_: seen.append(1))
-    completion_features(model, *batch(), LENGTH)
-    assert len(seen) == 1
-
-
-def test_nothing_is_shared_where_layers_are_computed_again_or_forget(model, widths, monkeypatch):
-    from transformers import MistralConfig, MistralModel
-
-    from cai.training.ppo.features import completion_features
-
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
-    ids, mask = batch()
-    model.train().gradient_checkpointing_enable()
-    passed(model, ids, mask)
-    assert widths == [(3, 13)]
-    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sliding, seen = MistralModel(MistralConfig(vocab_size=200, num_key_value_heads=2, sliding_window=4, **config)), []
-    sliding.register_forward_pre_hook(lambda *_: seen.append(1))
-    completion_features(sliding, ids, mask, LENGTH)
-    assert len(seen) == 1
+    trunk, seen = model.base_model, []
+    size = {"vocab_size": 200, "hidden_size": 16}
+    if kind == "by columns":
+        layers = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+        trunk = GPTNeoModel(GPTNeoConfig(**size, **layers, window_size=4))
+    elif kind == "forgets":
+        layers = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        trunk = MistralModel(MistralConfig(**size, **layers, sliding_window=4))
+    else:
+        trunk.set_attn_implementation("eager")
+    trunk.register_forward_pre_hook(lambda _, __, named: seen.append(len(named["input_ids"])), with_kwargs=True)
+    completion_features(trunk, *batch(), LENGTH)
+    assert seen == [3]

@@ -21,16 +21,20 @@ def logprobs():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_are_those_of_plain_code(bias, temperature, logprobs, monkeypatch):
+    """Of what counts; with no gradients asked for too."""
     monkeypatch.setattr(logprobs, "_AT_ONCE", 4)  # several parts, the last one smaller
     torch.manual_seed(0)
     head = nn.Linear(8, 30, bias=bias).requires_grad_(False)
     tokens, weights = torch.randint(0, 30, (3, 5)), torch.randn(3, 5)
     hidden, plain = (torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
-    found, entropy = logprobs.token_logprobs(hidden, head, tokens, temperature)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    found, entropy = logprobs.token_logprobs(hidden, head, tokens, mask, temperature)
     logs = (head(plain) / temperature).log_softmax(-1)
-    wanted = logs.gather(-1, tokens.unsqueeze(-1))[..., 0]
+    wanted = logs.gather(-1, tokens.unsqueeze(-1))[..., 0] * mask
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1))
+    torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1) * mask)
+    with torch.no_grad():
+        torch.testing.assert_close(logprobs.token_logprobs(hidden, head, tokens, mask, temperature), (found, entropy))
     (found * weights).sum().backward()
     (wanted * weights).sum().backward()
     torch.testing.assert_close(hidden.grad, plain.grad)
@@ -41,7 +45,7 @@ def test_in_bfloat16_they_are_close(logprobs):
     head = nn.Linear(32, 300, bias=False).requires_grad_(False)
     tokens, hidden = torch.randint(0, 300, (3, 5)), torch.randn(3, 5, 32)
     half, plain = hidden.bfloat16().requires_grad_(), hidden.clone().requires_grad_()
-    found, entropy = logprobs.token_logprobs(half, head.bfloat16(), tokens, 0.7)
+    found, entropy = logprobs.token_logprobs(half, head.bfloat16(), tokens, torch.ones_like(tokens), 0.7)
     logs = nn.functional.linear(plain / 0.7, head.weight.float()).log_softmax(-1)
     torch.testing.assert_close(found, logs.gather(-1, tokens.unsqueeze(-1))[..., 0], atol=0.05, rtol=0)
     torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1), atol=0.05, rtol=0)

@@ -357,7 +357,7 @@ def test_the_policy_reads_what_it_did_not_draw_by_its_own_probabilities(tiny, tm
 def test_what_prompts_begin_with_is_written_from_once_where_there_is_a_cache_for_it(
     tiny, tmp_path, monkeypatch, form, told, rows
 ):
-    monkeypatch.setattr("cai.training.ppo.features._WORTH", 1)
+    monkeypatch.setattr("cai.training.ppo.sharing._WORTH", 1)
     data = Dataset.from_dict({"prompt": [f"Which of these is {'really ' * (place % 3)}{place}?" for place in range(16)]})
     trainer, passes = make(tiny, tmp_path, form, data=data, **told), []
     trunk = trainer._base_of(trainer.model).base_model

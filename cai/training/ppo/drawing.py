@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from cai.engines.drawing import draw, only
 from cai.errors import EngineError
 from cai.training.online.merging import base_of
-from cai.training.ppo.features import compute_prefix, prefix_first, sharable_length
+from cai.training.ppo.sharing import compute_prefix, prefix_first, sharable_length
 
 
 class Drawn(NamedTuple):
@@ -122,7 +122,7 @@ def _arranged(model: Any, ids: Tensor, mask: Tensor, named: dict[str, Any]) -> d
     asked = config.cache_implementation == "static" and config.max_new_tokens is not None
     bent = of_model.cache_implementation or False in (config.use_cache, of_model.use_cache)
     has_more = any(isinstance(one, Tensor) for one in named.values())
-    shared = sharable_length(trunk, ids, mask, 0) if asked and not (bent or has_more) else 0
+    shared = sharable_length(trunk, ids, mask) if asked and not (bent or has_more) else 0
     if not shared:
         return {**named, "input_ids": ids, "attention_mask": mask}
     ids, mask = prefix_first(ids, mask, shared)

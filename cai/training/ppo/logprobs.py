@@ -29,19 +29,22 @@ class TokenLogProbs(torch.autograd.Function):
         """
         found, entropy = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        follows = slope is not None and bias is None and weight.dtype == torch.float32
         for part in _parts(len(hidden)):
             logits = _logits(hidden[part], weight, bias, temperature)
             logits -= logits.amax(dim=1, keepdim=True)
             chosen = logits.gather(1, tokens[part].unsqueeze(1))[:, 0]
-            weights = logits.exp() if entropies else logits.exp_()
+            weights = logits.exp() if entropies and not follows else logits.exp_()
             total = weights.sum(dim=1)
             found[part] = chosen - total.log()
-            if entropies:
+            if entropies and not follows:
                 entropy[part] = total.log() - torch.bmm(weights.unsqueeze(1), logits.unsqueeze(2)).flatten() / total
             if slope is not None:
                 weights *= -1 / (total * temperature).unsqueeze(1)
                 weights.scatter_add_(1, tokens[part].unsqueeze(1), torch.full_like(weights[:, :1], 1 / temperature))
                 slope[part] = weights.to(weight.dtype) @ weight
+        if entropies and follows:  # hidden x slope is a logit less the mean of all, by their probabilities
+            entropy = torch.linalg.vecdot(hidden, slope) - found
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return found, entropy
@@ -64,14 +67,16 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 
 
 def token_logprobs(
-    hidden: Tensor, head: Any, tokens: Tensor, temperature: float, entropies: bool = True
+    hidden: Tensor, head: Any, tokens: Tensor, mask: Tensor, temperature: float, entropies: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `tokens` (B, T) and entropies, from the features (B, T, width) before each and the output layer."""
-    weight = head.weight
+    """Log-probabilities of `tokens` (B, T) and entropies, from the features (B, T, width) before each and the output layer; 0
+    where `mask` (B, T) is."""
+    weight, counted = head.weight, mask.flatten().nonzero()[:, 0]
     with torch.autocast(hidden.device.type, enabled=False):
-        flat = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        found = TokenLogProbs.apply(flat, weight, head.bias, tokens.reshape(-1), temperature, entropies)
-    return found[0].view_as(tokens), found[1].view_as(tokens)
+        flat = hidden.reshape(-1, hidden.size(-1)).index_select(0, counted).to(weight.dtype)
+        found = TokenLogProbs.apply(flat, weight, head.bias, tokens.flatten()[counted], temperature, entropies)
+    logps, entropy = (torch.zeros(mask.numel(), device=hidden.device).index_copy(0, counted, one) for one in found)
+    return logps.view_as(tokens), entropy.view_as(tokens)
 
 
 _SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")

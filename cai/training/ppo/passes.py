@@ -97,10 +97,9 @@ class PassingTrainer(GRPOTrainer):
         with self._precision():
             for part, attention in zip(ids.split(size), mask.split(size), strict=True):
                 features = completion_features(base.base_model, part, attention, length, through)
-                tokens = part[:, -length:]
-                logp, entropy = token_logprobs(
-                    features, base.get_output_embeddings(), tokens, self.temperature, compute_entropy
-                )
+                tokens, counted = part[:, -length:], attention[:, -length:]
+                head = base.get_output_embeddings()
+                logp, entropy = token_logprobs(features, head, tokens, counted, self.temperature, compute_entropy)
                 logps.append(logp)
                 entropies.append(entropy)
                 if isinstance(self.value, TrunkHead) and model is not self.ref_model:
