@@ -69,11 +69,11 @@ def _attend(
     """(B, heads, Q, width) and (B, key heads, K, width) to (B, Q, heads, width), by the interface of transformers."""
     length, mask, is_writing = key.size(2), attention_mask, query.size(2) == 1
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and causal and not is_writing and query.size(2) == length:
+    if mask is None and causal and not is_writing and query.size(2) == length <= _SHORT:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     more = dropout or any(named.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    packing = named.pop("packing", None)
-    if packing is not None and not more:  # else the mask says it
+    packing = getattr(attention_mask, "packing", None)
+    if packing is not None and not more:
         by_row: Tensor = packing.attend(lambda q, k, v, m: _attend(module, q, k, v, m, 0.0, scaling)[0], query, key, value)
         return by_row, None
     quicker = len(query) >= _ROWS if is_writing else mask is not None and length <= _SHORT

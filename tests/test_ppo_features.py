@@ -100,6 +100,23 @@ def test_packed_rows_drop_attention_as_others_do(model):
     assert (dropped - passed(model.eval(), *batch())[0]).abs().max() > 0.1
 
 
+def test_a_layer_that_narrows_its_mask_is_heard(model, whole):
+    def see_itself_alone(_module, given, named):
+        mask = named["attention_mask"]
+        return given, named | {"attention_mask": mask & torch.eye(mask.size(-1), dtype=torch.bool)}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(see_itself_alone, with_kwargs=True)
+    ids, mask = batch()
+    torch.testing.assert_close(passed(model, ids, mask), whole(model, ids, mask), atol=2e-4, rtol=1e-4)
+
+
+def test_a_mask_of_a_very_long_row_is_not_made(model, widths, whole, monkeypatch):
+    monkeypatch.setattr("cai.training.ppo.features._AT_ONCE", 12)
+    passed(model, *batch())
+    assert widths == [(3, 13)]
+
+
 def test_features_are_those_of_each_row_by_itself(model):
     ids, mask = batch()
     found, _ = passed(model, ids, mask)
@@ -181,8 +198,8 @@ def test_positions_count_from_the_first_token_of_each_prompt(monkeypatch):
         torch.testing.assert_close(padded[row, :end], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["by columns", "forgets", "eager"])
-def test_what_goes_otherwise_than_by_positions_and_a_mask_sees_whole_rows(kind, model):
+@pytest.mark.parametrize("kind", ["by columns", "forgets", "eager", "both ways"])
+def test_what_goes_otherwise_than_by_positions_and_a_causal_mask_sees_whole_rows(kind, model):
     from transformers import GPTNeoConfig, GPTNeoModel, MistralConfig, MistralModel
 
     from cai.training.ppo.features import completion_features
@@ -195,6 +212,8 @@ def test_what_goes_otherwise_than_by_positions_and_a_mask_sees_whole_rows(kind, 
     elif kind == "forgets":
         layers = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
         trunk = MistralModel(MistralConfig(**size, **layers, sliding_window=4))
+    elif kind == "both ways":
+        trunk.config.is_causal = False
     else:
         trunk.set_attn_implementation("eager")
     trunk.register_forward_pre_hook(lambda _, __, named: seen.append(len(named["input_ids"])), with_kwargs=True)

@@ -40,6 +40,17 @@ def test_values_and_gradients_are_those_of_plain_code(bias, temperature, logprob
     torch.testing.assert_close(hidden.grad, plain.grad)
 
 
+def test_no_entropy_is_negative(logprobs):
+    torch.manual_seed(0)
+    head, tokens = nn.Linear(64, 300, bias=False).requires_grad_(False), torch.randint(0, 300, (1, 200))
+    nn.init.normal_(head.weight, std=0.3)
+    words = head.weight[tokens]
+    sure = (30 * words / words.square().sum(dim=-1, keepdim=True)).requires_grad_()
+    _, entropy = logprobs.token_logprobs(sure, head, tokens, torch.ones_like(tokens), 1.0)
+    assert entropy.min() >= 0
+    assert entropy.max() < 0.01
+
+
 def test_in_bfloat16_they_are_close(logprobs):
     torch.manual_seed(0)
     head = nn.Linear(32, 300, bias=False).requires_grad_(False)
@@ -49,6 +60,9 @@ def test_in_bfloat16_they_are_close(logprobs):
     logs = nn.functional.linear(plain / 0.7, head.weight.float()).log_softmax(-1)
     torch.testing.assert_close(found, logs.gather(-1, tokens.unsqueeze(-1))[..., 0], atol=0.05, rtol=0)
     torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1), atol=0.05, rtol=0)
+    with torch.no_grad():  # gradients of so few bits say too little of an entropy
+        again = logprobs.token_logprobs(half, head, tokens, torch.ones_like(tokens), 0.7)
+    torch.testing.assert_close(entropy, again[1])
     found.sum().backward()
     logs.gather(-1, tokens.unsqueeze(-1)).sum().backward()
     torch.testing.assert_close(half.grad.float(), plain.grad, atol=0.02, rtol=0.05)

@@ -36,7 +36,7 @@ def kept(model: Any) -> Iterator[None]:
 
 
 def base_of(model: Any) -> Any:
-    """The language model, which may have adapters of PEFT around it."""
+    """The language model in `model`, which may be adapters of PEFT around it, and nothing around these."""
     return model.get_base_model() if is_peft_model(model) else model
 
 

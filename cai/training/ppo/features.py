@@ -13,7 +13,7 @@ from cai.engines.prefixes import keeps_all
 from cai.training.ppo.packing import pack, shared_length
 
 _AT_ONCE = 4096
-"""Tokens in one pass, but for a longer row: a mask has the square of it."""
+"""Tokens in one pass, with padding: a mask has the square of it. Longer rows are not packed."""
 
 
 def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, through: Any = None) -> Tensor:
@@ -21,11 +21,12 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     any of its row.
 
     `trunk` is a model of transformers without its output layer; `ids` and `mask` (B, L) are prompts, padded on the left, and
-    completions, padded on the right. Where it takes positions, they count from the first token of a prompt. `through`: a model
-    around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is packed then.
+    completions, padded on the right, without gaps. Where it takes positions, they count from the first token of a prompt.
+    `through`: a model around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is
+    packed then.
     """
-    if through is None and ids.device.type == "cpu" and _may_pack(trunk):
-        rows = max(1, _AT_ONCE // ids.size(1))
+    rows = _AT_ONCE // ids.size(1)
+    if through is None and rows and ids.device.type == "cpu" and _may_pack(trunk):
         parts = zip(ids.split(rows), mask.split(rows), strict=True)
         return torch.cat([_packed_states(trunk, *part, length) for part in parts])
     told = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -36,21 +37,25 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
 
 
 def _packed_states(trunk: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    packing = pack(ids, mask, shared_length(ids, mask, length))
-    told = {"input_ids": packing.ids, "position_ids": packing.places, "attention_mask": packing.may_see(), "use_cache": False}
-    states = trunk(**told, packing=packing).last_hidden_state[0]
+    packing = pack(ids, mask, shared_length(ids, mask, length) if len(ids) > 1 else 0)
+    told = {"position_ids": packing.places, "attention_mask": packing.may_see(), "use_cache": False}
+    states = trunk(input_ids=packing.ids, **told).last_hidden_state[0]
     return packing.before(states, mask[:, :-length].sum(dim=1, keepdim=True), length)
 
 
 def _may_pack(trunk: Any) -> bool:
-    """Whether a token says the same wherever its row stands, by positions and a mask of which token sees which."""
-    by_places = keeps_positions(trunk) and trunk._supports_attention_backend
-    return by_places and trunk.config._attn_implementation == "sdpa"
+    """Whether a token says the same wherever its row stands, by positions and a mask of which earlier token it sees."""
+    config = trunk.config
+    both_ways = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
+    takes_masks = trunk._supports_attention_backend and config._attn_implementation == "sdpa"
+    return keeps_positions(trunk) and takes_masks and not both_ways
 
 
 def keeps_positions(trunk: Any) -> bool:
-    """Whether all layers keep every position, by its number and not by its column."""
-    return takes_places(trunk) and trunk._can_compile_fullgraph and keeps_all(trunk.config)
+    """Whether all layers keep every position, by its number and not by its column, and it means the same in short and in long
+    rows."""
+    scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
+    return takes_places(trunk) and trunk._can_compile_fullgraph and keeps_all(trunk.config) and not scales
 
 
 def takes_places(trunk: Any) -> bool:

@@ -29,22 +29,22 @@ class TokenLogProbs(torch.autograd.Function):
         """
         found, entropy = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        follows = slope is not None and bias is None and weight.dtype == torch.float32
+        by_slope = slope is not None and bias is None and weight.dtype == torch.float32
         for part in _parts(len(hidden)):
             logits = _logits(hidden[part], weight, bias, temperature)
             logits -= logits.amax(dim=1, keepdim=True)
             chosen = logits.gather(1, tokens[part].unsqueeze(1))[:, 0]
-            weights = logits.exp() if entropies and not follows else logits.exp_()
+            weights = logits.exp() if entropies and not by_slope else logits.exp_()
             total = weights.sum(dim=1)
             found[part] = chosen - total.log()
-            if entropies and not follows:
+            if entropies and not by_slope:
                 entropy[part] = total.log() - torch.bmm(weights.unsqueeze(1), logits.unsqueeze(2)).flatten() / total
             if slope is not None:
                 weights *= -1 / (total * temperature).unsqueeze(1)
                 weights.scatter_add_(1, tokens[part].unsqueeze(1), torch.full_like(weights[:, :1], 1 / temperature))
                 slope[part] = weights.to(weight.dtype) @ weight
-        if entropies and follows:  # hidden x slope is a logit less the mean of all, by their probabilities
-            entropy = torch.linalg.vecdot(hidden, slope) - found
+        if entropies and by_slope:  # hidden x slope is a logit less the mean of all, by their probabilities
+            entropy = (torch.linalg.vecdot(hidden, slope) - found).clamp_(min=0)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
         return found, entropy

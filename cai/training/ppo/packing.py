@@ -1,19 +1,20 @@
 """Rows of different lengths as one row: a pass over it computes nothing for padding, and what all of them begin with once.
 
 Everything but attention goes token by token, and is told the tokens' positions. Attention is told by a mask which token sees
-which; the attention of `cai.cpu` is told the packing as well, and goes row by row.
+which; the mask bears the packing, and the attention of `cai.cpu`, where a layer hands it that very mask, goes row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of queries, keys and values (B, heads, tokens, width) and a mask of booleans: (B, tokens, heads, width)."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Of queries, keys and values (B, heads, tokens, width) and a mask of booleans, or none where each token sees those before it:
+(B, tokens, heads, width)."""
 
 
 class Packing(NamedTuple):
@@ -36,9 +37,11 @@ class Packing(NamedTuple):
         return int(self.own.max())
 
     def may_see(self) -> Tensor:
-        """(1, 1, N, N): whether a token sees another: itself, and what is before it in its row."""
+        """(1, 1, N, N): whether a token sees another: itself, and what is before it in its row. It bears this, as `packing`."""
         row = torch.cat([self.cells.new_full((self.shared,), -1), self.cells // self.columns])
-        return ((row[:, None] == row) | (row == -1)).tril()[None, None]
+        mask: Any = ((row[:, None] == row) | (row == -1)).tril()[None, None]
+        mask.packing = self
+        return cast(Tensor, mask)
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(1, heads, N, width) each to (1, N, heads, width), by an attention that gets rows without gaps."""
@@ -62,14 +65,16 @@ class Packing(NamedTuple):
         """(B, length, width): of `states` (N, width) those before each of `length` tokens that come after `prompts` (B, 1)
         ones of a row; after its end, its last."""
         ends = self.own.cumsum(dim=0)
-        place = ends - self.own + prompts - self.shared - 1 + torch.arange(length, device=states.device)
+        place = ends - self.own + (prompts - self.shared - 1).clamp(min=0) + torch.arange(length, device=states.device)
         chosen = self.shared + torch.minimum(place, ends - 1)
         return states.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
 
 
-def _earlier(queries: int, keys: int, like: Tensor) -> Tensor:
+def _earlier(queries: int, keys: int, like: Tensor) -> Tensor | None:
     """(1, 1, queries, keys): whether a key is not after a query, where the last ones are one token's."""
-    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    return (
+        None if queries == keys else torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    )
 
 
 def pack(ids: Tensor, mask: Tensor, shared: int) -> Packing:

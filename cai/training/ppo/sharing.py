@@ -25,10 +25,8 @@ def sharable_length(trunk: Any, ids: Tensor, mask: Tensor) -> int:
 
 
 def _may_share(trunk: Any) -> bool:
-    """Whether passes in two parts say what one pass says: positions mean the same in short and long ones, and nothing is
-    dropped at random."""
-    scales = any(kind in str(getattr(trunk.config, "rope_parameters", "")) for kind in ("longrope", "dynamic"))
-    return keeps_positions(trunk) and not (scales or drops(trunk) or trunk.is_gradient_checkpointing)
+    """Whether passes in two parts say what one pass says: by positions, and with nothing dropped at random."""
+    return keeps_positions(trunk) and not (drops(trunk) or trunk.is_gradient_checkpointing)
 
 
 def compute_prefix(trunk: Any, ids: Tensor, shared: int) -> Prefix:
