@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import is_peft_model
-
 
 @contextmanager
 def merged(model: Any) -> Iterator[None]:
@@ -37,7 +35,9 @@ def kept(model: Any) -> Iterator[None]:
 
 def base_of(model: Any) -> Any:
     """The language model in `model`, which may be adapters of PEFT around it, and nothing around these."""
-    return model.get_base_model() if is_peft_model(model) else model
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_reference(model: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_AT_ONCE = 256
+_AT_ONCE = 512
 """Tokens whose logits are in memory together."""
 
 

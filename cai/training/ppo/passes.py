@@ -36,6 +36,10 @@ class PassingTrainer(GRPOTrainer):
         self._watched: list[Tensor] = []
         self._drawn: list[Drawn] | None = None  # of the rollout that is being written
         super().__init__(*given, **named)
+        # Kept, since to find them is to look at all layers.
+        self._policy = self.accelerator.unwrap_model(self.model)
+        self._base, self._has_adapters = base_of(self._policy), is_peft_model(self._policy)
+        self._reference = None if self.ref_model is None else base_of(self.accelerator.unwrap_model(self.ref_model))
 
     @contextmanager
     def _of_critic(self) -> Iterator[None]:
@@ -47,9 +51,9 @@ class PassingTrainer(GRPOTrainer):
     def _precision(self) -> Iterator[None]:
         """That of products of matrices. Adapters need not cast what they read where autocast does; but where layers are
         computed again on the way back, which is outside of here, they have to do as there."""
-        model = self.accelerator.unwrap_model(self.model)
-        casts_twice = is_peft_model(model) and self.accelerator.mixed_precision != "no" and not model.is_gradient_checkpointing
-        with self.accelerator.autocast(), disable_input_dtype_casting(model, active=casts_twice):
+        autocasts, again = self.accelerator.mixed_precision != "no", self._policy.is_gradient_checkpointing
+        casts_twice = self._has_adapters and autocasts and not again
+        with self.accelerator.autocast(), disable_input_dtype_casting(self._policy, active=casts_twice):
             yield
 
     def _critic_values(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
@@ -78,8 +82,8 @@ class PassingTrainer(GRPOTrainer):
         return found
 
     def _base_of(self, model: Any) -> Any:
-        """The language model in what TRL passes around."""
-        return base_of(self.accelerator.unwrap_model(model))
+        """The language model in what TRL passes around: the policy, wrapped or not, or a reference of its own."""
+        return self._base if self._reference is None or model is not self.ref_model else self._reference
 
     def _plain_logps(
         self,
@@ -111,17 +115,16 @@ class PassingTrainer(GRPOTrainer):
     @property
     def _is_alone(self) -> bool:
         """Whether a pass of the trunk by itself is one of the model: nothing around it adds up gradients or begins prompts."""
-        model, several = self.accelerator.unwrap_model(self.model), self.accelerator.num_processes > 1
-        begins = is_peft_model(model) and model.active_peft_config.is_prompt_learning
+        several = self.accelerator.num_processes > 1
+        begins = self._has_adapters and self._policy.active_peft_config.is_prompt_learning
         return not (several or self.is_fsdp_enabled or self.is_deepspeed_enabled or begins)
 
     @property
     def _says_as_it_draws(self) -> bool:
         """Whether the policy says of tokens as it draws them what it says as it reads them, but for rounding. In bfloat16 it
         does not: SmolLM2's log-probabilities are off by 0.04 on average, and one in fifty by as much as is clipped."""
-        base = self._base_of(self.model)
-        is_precise = self.accelerator.mixed_precision == "no" and base.dtype == torch.float32
-        return is_precise and self._is_alone and not drops(base)
+        is_precise = self.accelerator.mixed_precision == "no" and self._base.dtype == torch.float32
+        return is_precise and self._is_alone and not drops(self._base)
 
     def _has_drawn(self, model: Any, ids: Tensor, mask: Tensor, length: int) -> bool:
         """Whether the rows of `ids` are what `model`, as it is now, has drawn for this rollout."""
@@ -141,12 +144,12 @@ class PassingTrainer(GRPOTrainer):
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
         """TRL's. Where it is transformers on a CPU that writes: with adapters merged, which take as long as their layers there,
         with quicker draws, and what the policy says of those of a rollout is kept."""
-        model = self.accelerator.unwrap_model(self.model)
         if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
             return super()._generate_single_turn(*given, **named)
         keep = self._drawn is not None and self._says_as_it_draws
         with_states = isinstance(self.value, TrunkHead)
-        with drawing(self, model, keep, with_states) as drawn, merged(model) if is_peft_model(model) else nullcontext():
+        merging = merged(self._policy) if self._has_adapters else nullcontext()
+        with drawing(self, self._policy, keep, with_states) as drawn, merging:
             found = super()._generate_single_turn(*given, **named)
         if self._drawn is not None:
             self._drawn += drawn

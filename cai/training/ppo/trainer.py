@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -71,15 +70,15 @@ class PPOTrainer(PassingTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
-        policy, on_cpu = self.accelerator.unwrap_model(self.model), self.accelerator.device.type == "cpu"
+        on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
-            tune_for_cpu(policy)
+            tune_for_cpu(self._policy)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
-        self.value, self.critic_note = build_value(policy, args, self._tokenizer, begin)
+        self.value, self.critic_note = build_value(self._policy, args, self._tokenizer, begin)
         if on_cpu:
-            quicken(policy)  # with the critic's adapters
+            quicken(self._policy)  # with the critic's adapters
         with self._of_critic():
             self._trained = self.value.weights()
         self._value_optimizer = self._make_value_optimizer(args)
@@ -87,7 +86,7 @@ class PPOTrainer(PassingTrainer):
     # ------------------------------------------------------------------------------------------------ the value function
     def _check_value_function(self) -> None:
         """Raises `ConfigError` for one that shares weights which no process has all of."""
-        shares = is_peft_model(self.model) or self.args.value_function == "head"
+        shares = self._has_adapters or self.args.value_function == "head"
         if shares and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigError(
                 "value_function: one that shares the policy's weights cannot be trained while these are spread over processes; "
@@ -247,11 +246,10 @@ class PPOTrainer(PassingTrainer):
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The policy alone."""
-        model = self.accelerator.unwrap_model(self.model)
-        configs = model.peft_config if isinstance(self.value, AdapterCritic) else {}
+        configs = self._policy.peft_config if isinstance(self.value, AdapterCritic) else {}
         hidden = configs.pop(CRITIC, None)
         if hidden is not None:  # PEFT leaves out the weights of those adapters alone that it has a configuration of
-            whole = model.state_dict() if state_dict is None else state_dict
+            whole = self._policy.state_dict() if state_dict is None else state_dict
             state_dict = {name: one for name, one in whole.items() if not is_critics(name)}
         try:
             super()._save(output_dir, state_dict)
