@@ -9,9 +9,9 @@ answers that is), KL to the reference, the explained variance of the value funct
 a second. Goals: the reward rises by 2 deviations within 15 minutes under a KL of 30 nats; explained variance over 0.3; 3 times
 the tokens a second of TRL's PPO.
 
-    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS] [SEED]
+    python -m benchmarks.ppo [TRAINERS] [COMPLETIONS] [FOLDER] [TOKENS] [SEED] [PROMPTS]
 
-(default all, 640, a temporary folder, 24, 0)
+(default all, 640, a temporary folder, 24, 0, short questions; PROMPTS is a built-in set or a file)
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import cai
 from cai.models import locate
+from cai.prompts import read_prompts
 from cai.weights import pretrained
 
 MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
@@ -111,14 +113,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.get(2, temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        write_prompts(folder / "prompts.jsonl")
+        write_prompts(folder / "prompts.jsonl", given.get(5))
         for name in names:
             show(name, run_apart(name, completions, folder, given.get(3, "24"), given.get(4, "0")))
 
 
-def write_prompts(file: Path) -> None:
-    """Short questions; the model's chat template adds its own system prompt."""
-    prompts = ([{"role": "user", "content": f"Tell me about {one}."}] for one in THINGS.split())
+def write_prompts(file: Path, source: str | None = None) -> None:
+    """Those of a source, or short questions. Where they have no system prompt, the model's chat template adds its own."""
+    prompts = [[{"role": "user", "content": f"Tell me about {one}."}] for one in THINGS.split()]
+    if source is not None:
+        rows = read_prompts(cai.Recipe().prompts.model_copy(update={"source": source}))
+        prompts = [[{"role": one.role, "content": one.content} for one in row.prompt.messages] for row in rows]
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 

@@ -128,7 +128,7 @@ def test_features_are_those_of_each_row_by_itself(model):
 
 
 @pytest.mark.parametrize("counts", [[[1, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 1]], [[0, 0, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]]])
-def test_rows_may_be_alone_and_completions_empty(counts, model, whole):
+def test_rows_may_be_alone_and_completions_empty(counts, model):
     """Prompts of three columns and completions of none to three tokens."""
     from cai.training.ppo.features import completion_features
 

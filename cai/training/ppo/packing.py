@@ -30,11 +30,7 @@ class Packing(NamedTuple):
     """(B, 1): how many a row has of its own."""
     cells: Tensor
     """(N - `shared`,): which cell of the table, counted row by row, each of those has."""
-
-    @property
-    def columns(self) -> int:
-        """Of the table."""
-        return int(self.own.max())
+    columns: int
 
     def may_see(self) -> Tensor:
         """(1, 1, N, N): whether a token sees another: itself, and what is before it in its row. It bears this, as `packing`."""
@@ -72,9 +68,9 @@ class Packing(NamedTuple):
 
 def _earlier(queries: int, keys: int, like: Tensor) -> Tensor | None:
     """(1, 1, queries, keys): whether a key is not after a query, where the last ones are one token's."""
-    return (
-        None if queries == keys else torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
-    )
+    if queries == keys:
+        return None
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
 
 
 def pack(ids: Tensor, mask: Tensor, shared: int) -> Packing:
@@ -85,7 +81,8 @@ def pack(ids: Tensor, mask: Tensor, shared: int) -> Packing:
     tokens = ids.gather(1, (first + shared + column).clamp(max=ids.size(1) - 1))[is_token]
     begun = ids[0, int(first[0]) :][:shared]
     places = torch.cat([torch.arange(shared, device=ids.device), (shared + column).expand_as(is_token)[is_token]])
-    return Packing(torch.cat([begun, tokens])[None], places[None], shared, own, is_token.flatten().nonzero()[:, 0])
+    cells = is_token.flatten().nonzero()[:, 0]
+    return Packing(torch.cat([begun, tokens])[None], places[None], shared, own, cells, len(column))
 
 
 def shared_length(ids: Tensor, mask: Tensor, length: int) -> int:

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from trl import GRPOTrainer
@@ -38,7 +37,8 @@ class PassingTrainer(GRPOTrainer):
         super().__init__(*given, **named)
         # Kept, since to find them is to look at all layers.
         self._policy = self.accelerator.unwrap_model(self.model)
-        self._base, self._has_adapters = base_of(self._policy), is_peft_model(self._policy)
+        self._base = base_of(self._policy)
+        self._has_adapters = self._base is not self._policy
         self._reference = None if self.ref_model is None else base_of(self.accelerator.unwrap_model(self.ref_model))
 
     @contextmanager

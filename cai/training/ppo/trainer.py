@@ -70,14 +70,12 @@ class PPOTrainer(PassingTrainer):
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
-        on_cpu = self.accelerator.device.type == "cpu"
-        if on_cpu:
-            tune_for_cpu(self._policy)
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
         self.value, self.critic_note = build_value(self._policy, args, self._tokenizer, begin)
-        if on_cpu:
+        if self.accelerator.device.type == "cpu":
+            tune_for_cpu(self._policy)
             quicken(self._policy)  # with the critic's adapters
         with self._of_critic():
             self._trained = self.value.weights()
