@@ -6,6 +6,8 @@ on the way back. Here products of matrices add to what is there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +46,12 @@ class QuickLora(Linear):
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
         """`x` (..., inputs) to (..., outputs)."""
-        name, base = self._plain_adapter, self.base_layer
-        if name is None or given or named:
+        if given or named:
             return super().forward(x, *given, **named)
+        name, base = self._plain_adapter, self.base_layer
+        if name is None:
+            is_base = self.merged and not self.disable_adapters
+            return base(x) if is_base else super().forward(x)  # PEFT's asks more before it does the same
         casts = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if casts else base.weight.dtype
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -56,6 +61,26 @@ class QuickLora(Linear):
         parts = (base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), self.scaling[name])
         found: Tensor = LoraProduct.apply(x.reshape(-1, x.size(-1)).to(dtype), *parts)
         return found.view(*x.shape[:-1], found.size(-1))
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether `merging` can be used."""
+        name, base = self._plain_adapter, self.base_layer
+        return name is not None and {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype} == {base.weight.dtype}
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """Inside, the layer has the weights that its adapter makes of them. Its own are not written to."""
+        name, weight = self._plain_adapter, self.base_layer.weight
+        assert name is not None
+        before, a, b = weight.data, self.lora_A[name].weight.data, self.lora_B[name].weight.data
+        weight.data = torch.addmm(before, b, a, alpha=self.scaling[name])
+        self.merged_adapters.append(name)
+        try:
+            yield
+        finally:
+            self.merged_adapters.clear()
+            weight.data = before
 
     @property
     def _plain_adapter(self) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cai.engines.prefixes import keeps_all
 from cai.training.ppo.packing import pack, shared_length
 
-_AT_ONCE = 4096
+AT_ONCE = 4096
 """Tokens in one pass, with padding: a mask has the square of it. Longer rows are not packed."""
 
 
@@ -25,7 +25,7 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     `through`: a model around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is
     packed then.
     """
-    rows = _AT_ONCE // ids.size(1)
+    rows = AT_ONCE // ids.size(1)
     if through is None and rows and ids.device.type == "cpu" and _may_pack(trunk):
         parts = zip(ids.split(rows), mask.split(rows), strict=True)
         return torch.cat([_packed_states(trunk, *part, length) for part in parts])

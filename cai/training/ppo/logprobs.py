@@ -40,9 +40,8 @@ class TokenLogProbs(torch.autograd.Function):
             if entropies and not by_slope:
                 entropy[part] = total.log() - torch.bmm(weights.unsqueeze(1), logits.unsqueeze(2)).flatten() / total
             if slope is not None:
-                weights *= -1 / (total * temperature).unsqueeze(1)
-                weights.scatter_add_(1, tokens[part].unsqueeze(1), torch.full_like(weights[:, :1], 1 / temperature))
-                slope[part] = weights.to(weight.dtype) @ weight
+                weights.scatter_add_(1, tokens[part].unsqueeze(1), -total.unsqueeze(1))
+                slope[part] = (weights.to(weight.dtype) @ weight) * (-1 / (total * temperature)).unsqueeze(1)
         if entropies and by_slope:  # hidden x slope is a logit less the mean of all, by their probabilities
             entropy = (torch.linalg.vecdot(hidden, slope) - found).clamp_(min=0)
         ctx.save_for_backward(slope)
