@@ -25,9 +25,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import cai
+from cai.config import PromptsConfig
+from cai.errors import ConfigError
 from cai.models import locate
-from cai.prompts import read_prompts
+from cai.prompts import Row, read_prompts
 from cai.weights import pretrained
 
 MODEL, BATCH, EPOCHS, MINIBATCHES = "smollm2-135m", 32, 2, 2
@@ -120,11 +121,20 @@ def main() -> None:
 
 def write_prompts(file: Path, source: str | None = None) -> None:
     """Those of a source, or short questions. Where they have no system prompt, the model's chat template adds its own."""
-    prompts = [[{"role": "user", "content": f"Tell me about {one}."}] for one in THINGS.split()]
-    if source is not None:
-        rows = read_prompts(cai.Recipe().prompts.model_copy(update={"source": source}))
-        prompts = [[{"role": one.role, "content": one.content} for one in row.prompt.messages] for row in rows]
+    if source is None:
+        prompts = [[{"role": "user", "content": f"Tell me about {one}."}] for one in THINGS.split()]
+    else:
+        prompts = [messages_of(row) for row in read_prompts(PromptsConfig(source=source))]
+    if len(prompts) < BATCH:
+        raise ConfigError(f"{source}: {len(prompts)} prompts; a rollout has {BATCH}")
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """Of a prompt. Raises what makes it none."""
+    if row.prompt is None:
+        raise ConfigError(f"{row.origin}: {row.error}")
+    return [{"role": one.role, "content": one.content} for one in row.prompt.messages]
 
 
 def run_apart(name: str, completions: int, folder: Path, tokens: str, seed: str) -> dict[str, Any]:

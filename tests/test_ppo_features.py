@@ -112,7 +112,7 @@ def test_a_layer_that_narrows_its_mask_is_heard(model, whole):
 
 
 def test_a_mask_of_a_very_long_row_is_not_made(model, widths, whole, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.features.AT_ONCE", 12)
+    monkeypatch.setattr("cai.training.ppo.features._AT_ONCE", 12)
     passed(model, *batch())
     assert widths == [(3, 13)]
 
@@ -145,7 +145,7 @@ def test_rows_may_be_alone_and_completions_empty(counts, model):
 
 
 def test_many_tokens_go_in_several_passes(model, widths, whole, monkeypatch):
-    monkeypatch.setattr("cai.training.ppo.features.AT_ONCE", 26)
+    monkeypatch.setattr("cai.training.ppo.features._AT_ONCE", 26)
     ids, mask = batch()
     wanted = whole(model, ids, mask)
     torch.testing.assert_close(passed(model, ids, mask), wanted, atol=2e-4, rtol=1e-4)
@@ -223,7 +223,7 @@ def test_what_goes_otherwise_than_by_positions_and_a_causal_mask_sees_whole_rows
 
 @pytest.mark.parametrize(("length", "grad", "rows"), [(100, False, 40), (100, True, 16), (300, False, 16), (5000, False, 16)])
 def test_passes_that_keep_nothing_have_more_short_rows(length, grad, rows):
-    from cai.training.ppo.passes import rows_at_once
+    from cai.training.ppo.features import rows_at_once
 
     with torch.set_grad_enabled(grad):
         assert rows_at_once(torch.ones(64, length, dtype=torch.long), 16) == rows

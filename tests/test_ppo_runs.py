@@ -285,6 +285,32 @@ def test_a_pass_on_a_cpu_says_what_trls_says(tiny, tmp_path, monkeypatch, form):
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+@each_form
+def test_passes_without_gradients_have_more_rows_than_a_step(tiny, tmp_path, monkeypatch, form):
+    from cai.training.ppo import features
+
+    trainer = make(tiny, tmp_path, form, rollout_func=Script())
+    trainer.model.get_output_embeddings().requires_grad_(False)
+    disturb(trainer)
+    out = rollout(trainer)
+    del out["old_per_token_logps"]
+    once, mask = trainer._passed(out), out["completion_mask"].bool()
+    length, seen = out["prompt_ids"].size(1) + mask.size(1), list[int]()
+
+    def note(trunk: Any, ids: Any, *more: Any) -> Any:
+        seen.append(len(ids))
+        return features.completion_features(trunk, ids, *more)
+
+    for place in ("passes", "critic"):
+        monkeypatch.setattr(f"cai.training.ppo.{place}.completion_features", note)
+    monkeypatch.setattr(features, "_AT_ONCE", 3 * length + 1)
+    trainer.args.per_device_train_batch_size = 1
+    parts = trainer._passed(out)
+    assert seen == [3, 3, 2] * (1 if form == "head" else 2)
+    torch.testing.assert_close(parts.logps[mask], once.logps[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(parts.values[mask], once.values[mask], atol=1e-5, rtol=1e-4)
+
+
 def drawn(tiny: Path, out: Path, form: str, monkeypatch: Any, **told: Any) -> tuple[Any, dict[str, Any], list[Any]]:
     """A trainer that is not where it began, its first rollout, and the models that read it."""
     arguments = {"num_iterations": 2, "temperature": 0.8, "max_completion_length": 40, "per_device_train_batch_size": 16}

@@ -64,38 +64,46 @@ class QuickLora(Linear):
 
     @property
     def can_merge(self) -> bool:
-        """Whether `merging` can be used."""
-        name, base = self._plain_adapter, self.base_layer
-        return name is not None and {self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype} == {base.weight.dtype}
+        """Whether `merging` can be used: no adapter is in use here, or one that is no more than two matrices."""
+        is_idle = not (self.merged or self.disable_adapters or self._in_use)
+        return is_idle or self._plain_adapter is not None
 
     @contextmanager
     def merging(self) -> Iterator[None]:
-        """Inside, the layer has the weights that its adapter makes of them. Its own are not written to."""
-        name, weight = self._plain_adapter, self.base_layer.weight
-        assert name is not None
-        before, a, b = weight.data, self.lora_A[name].weight.data, self.lora_B[name].weight.data
-        weight.data = torch.addmm(before, b, a, alpha=self.scaling[name])
+        """Inside, the layer has the weights that its adapter makes of them. Its own, which other layers may have too, are not
+        written to."""
+        name, base = self._plain_adapter, self.base_layer
+        if name is None:
+            yield
+            return
+        weight, a, b = base.weight, self.lora_A[name].weight.data, self.lora_B[name].weight.data
+        both = torch.addmm(weight.data.to(a.dtype), b, a, alpha=self.scaling[name]).to(weight.dtype)
+        base.weight = nn.Parameter(both, requires_grad=False)
         self.merged_adapters.append(name)
         try:
             yield
         finally:
             self.merged_adapters.clear()
-            weight.data = before
+            base.weight = weight
+
+    @property
+    def _in_use(self) -> list[str]:
+        return [one for one in self.active_adapters if one in self.lora_A]
 
     @property
     def _plain_adapter(self) -> str | None:
         """The one that is in use, if it is one, and no more than two matrices whose layer is not trained itself."""
         if self.disable_adapters or self.merged:
             return None
-        names = [one for one in self.active_adapters if one in self.lora_A]
+        names = self._in_use
         if len(names) != 1 or names[0] in self.lora_variant:
             return None
         name, base = names[0], self.base_layer
         dropout, parts = self.lora_dropout[name], (base, self.lora_A[name], self.lora_B[name])
-        drops = not (isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not dropout.training))
+        keeps = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not (dropout.training and dropout.p))
         trained = any(one.requires_grad for one in base.parameters())
         is_plain = all(map(_is_plain, parts)) and parts[-1].bias is None
-        return name if is_plain and not (drops or trained) else None
+        return name if is_plain and keeps and not trained else None
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from cai.engines.prefixes import keeps_all
 from cai.training.ppo.packing import pack, shared_length
 
-AT_ONCE = 4096
-"""Tokens in one pass, with padding: a mask has the square of it. Longer rows are not packed."""
+_AT_ONCE = 4096
+"""Tokens in one pass, with padding: a mask of packed rows has the square of it. Longer ones are not packed."""
 
 
 def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, through: Any = None) -> Tensor:
@@ -25,7 +25,7 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
     `through`: a model around the trunk that has to see the pass, as what adds up gradients of several processes; nothing is
     packed then.
     """
-    rows = AT_ONCE // ids.size(1)
+    rows = _AT_ONCE // ids.size(1)
     if through is None and rows and ids.device.type == "cpu" and _may_pack(trunk):
         parts = zip(ids.split(rows), mask.split(rows), strict=True)
         return torch.cat([_packed_states(trunk, *part, length) for part in parts])
@@ -34,6 +34,12 @@ def completion_features(trunk: Any, ids: Tensor, mask: Tensor, length: int, thro
         told["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     states: Tensor = (trunk(**told) if through is None else _seen(trunk, through, told)).last_hidden_state
     return states[:, -length - 1 : -1]
+
+
+def rows_at_once(ids: Tensor, size: int) -> int:
+    """How many of `ids` (B, L) a pass has: `size`, and on a CPU more of short ones where it keeps nothing for gradients."""
+    takes_more = ids.device.type == "cpu" and not torch.is_grad_enabled()
+    return max(size, _AT_ONCE // ids.size(1)) if takes_more else size
 
 
 def _packed_states(trunk: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:

@@ -23,7 +23,8 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, entropies: bool
     ) -> Any:
-        """`hidden` (N, width) and `weight` (vocabulary, width) of one dtype, `tokens` (N,); entropies not asked for are 0.
+        """`hidden` (N, width) and `weight` (vocabulary, width) of one dtype that reaches as far as float32 does, `tokens` (N,);
+        entropies not asked for are 0.
 
         What gradients need is computed here, while the logits are there: the output of `backward` for gradients of 1.
         """

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from cai.training.online.merging import base_of, is_reference, merged
 from cai.training.ppo.critic import Critic, TrunkHead
 from cai.training.ppo.drawing import Drawn, drawing
-from cai.training.ppo.features import AT_ONCE, completion_features, drops
+from cai.training.ppo.features import completion_features, drops, rows_at_once
 from cai.training.ppo.logprobs import is_plain, token_logprobs
 
 
@@ -96,11 +96,9 @@ class PassingTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         """What TRL's pass says, for the completions' tokens alone: those of the prompt need no logits."""
-        base, through, size = (
-            self._base_of(model),
-            None if self._is_alone else model,
-            rows_at_once(ids, batch_size or len(ids)),
-        )
+        base, through = self._base_of(model), None if self._is_alone else model
+        size = batch_size or len(ids)
+        size = rows_at_once(ids, size) if through is None else size
         logps, entropies, values = [], [], []
         with self._precision():
             for part, attention in zip(ids.split(size), mask.split(size), strict=True):
@@ -186,12 +184,6 @@ class PassingTrainer(GRPOTrainer):
                     parts = zip(ids.split(rows), attention.split(rows), strict=True)
                     watched = torch.cat([self._critic_values(*part, length) for part in parts])
         return Passed(logps, watched)
-
-
-def rows_at_once(ids: Tensor, size: int) -> int:
-    """How many of `ids` (B, L) a pass has: `size`, and on a CPU more of short ones where it keeps nothing for gradients."""
-    takes_more = ids.device.type == "cpu" and not torch.is_grad_enabled()
-    return max(size, AT_ONCE // ids.size(1)) if takes_more else size
 
 
 def whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
