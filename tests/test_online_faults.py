@@ -467,10 +467,14 @@ _ON_NODE = "Available memory on node 0 (14.07/23.54 GiB) on"
             "GiB).",
             "This is more memory than is free: lower trl.vllm_gpu_memory_utilization",
         ),
+        (
+            "Weight synchronization runs on vLLM's NCCL weight-transfer engine, which needs a CUDA device, got 'cpu'.",
+            "Without a GPU set trl.vllm_mode: colocate, or leave trl.use_vllm out",
+        ),
         ("Something else.", ""),
     ],
 )
-def test_memory_that_vllm_lacks_names_the_key_that_gives_it(told, advice):
+def test_what_vllm_lacks_names_the_key_that_gives_it(told, advice):
     with pytest.raises(ConfigError) as caught, refusals("ppo"):
         raise ValueError(told)
     assert str(caught.value) == f"trl: the ppo trainer refuses this: {told} {advice}".rstrip()

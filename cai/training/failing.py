@@ -98,7 +98,9 @@ def refusals(name: str) -> Iterator[None]:
 
 
 def _of_vllm(refused: str) -> str:
-    """The key that gives vLLM, in the training's process, another share of all memory."""
+    """The key that gives vLLM, in the training's process, another share of all memory; or that brings it there."""
+    if "weight-transfer engine, which needs a CUDA device" in refused:
+        return " Without a GPU set trl.vllm_mode: colocate, or leave trl.use_vllm out"
     key = "trl.vllm_gpu_memory_utilization"
     if _TOO_LITTLE_FOR_VLLM.search(refused):
         shorter = ", or set a lower trl.vllm_max_model_length" if "max_model_len" in refused else ""
