@@ -412,14 +412,16 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
 
 @pytest.mark.parametrize(
     ("there", "what"),
-    [("manifest.json", "a trained model"), ("members", "trained reward models"), ("checkpoints", "checkpoints")],
+    [("manifest.json", "a trained model"), ("members/0", "trained reward models"), ("checkpoints/checkpoint-4", "checkpoints")],
 )
 def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch, there, what):
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))
     assert choose_mode(tmp_path, True, False) == "fresh"
+    (tmp_path / "checkpoints").mkdir()
+    assert choose_mode(tmp_path, True, False) == "fresh"
     assert asked == []
-    (tmp_path / there).mkdir()
+    (tmp_path / there).mkdir(parents=True)
     assert (choose_mode(tmp_path, True, True), choose_mode(tmp_path, False, False)) == ("fresh", "continue")
     assert asked == []
     choose_mode(tmp_path, True, False)

@@ -170,8 +170,8 @@ def choose_out(stage: str, out: str | None) -> Path:
 
 def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
     """Continue, or start over; asks where that would delete something."""
-    kept = {"manifest.json": "a trained model", "members": "trained reward models", "checkpoints": "checkpoints"}
-    what = next((what for name, what in kept.items() if (out / name).exists()), None)
+    kept = {"manifest.json": "a trained model", "members/*": "trained reward models", "checkpoints/*": "checkpoints"}
+    what = next((what for pattern, what in kept.items() if any(out.glob(pattern))), None)
     if fresh and not yes and what:
         typer.confirm(f"{out} holds {what}. Delete and start over?", abort=True)
     return "fresh" if fresh else "continue"
