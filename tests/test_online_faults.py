@@ -427,6 +427,22 @@ def test_online_dpo_has_no_vllm_in_its_process_on_a_cpu(tiny, rows, tmp_path):
         make_arguments("online-dpo", settings("online-dpo", tiny, rows, trl={"use_vllm": True}), tmp_path)
 
 
+def test_a_vllm_server_cannot_be_sent_weights_from_a_cpu(monkeypatch):
+    """In TRL's own words, which the advice is found by."""
+    pytest.importorskip("vllm")
+    from trl.generation.vllm_client import VLLMClient
+
+    client = object.__new__(VLLMClient)
+    client.base_url, client.group_port = "http://127.0.0.1:9", 9
+    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: {"weight_transfer_config": {"backend": "nccl"}})
+    monkeypatch.setattr(VLLMClient, "get_world_size", lambda self: 1)
+    with (
+        pytest.raises(ConfigError, match=r"which needs a CUDA device.* Without a GPU set trl.vllm_mode: colocate"),
+        refusals("ppo"),
+    ):
+        client.init_communicator("cpu")
+
+
 def test_vllm_that_is_not_installed(tiny, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trl.use_vllm: vllm is not installed: pip install 'cai-toolkit\[vllm\]'"):
