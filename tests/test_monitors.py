@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -71,6 +72,38 @@ def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_
     assert found["length_correlation_overall"] == pytest.approx(np.corrcoef([1, 3, 0], [2, 4, 1])[0, 1])
 
 
+@pytest.mark.parametrize("text", ["Yes.", "!" * 200, "\N{GRINNING FACE}" * 100, "a" * 400, "\n. " * 60, "no " * 50])
+def test_completions_that_all_say_the_same_are_a_collapse(text):
+    prompts = [f"prompt {one}" for one in range(16)]
+    normal = [f"Answer number {one} is about something else, {7 * one}." for one in range(16)]
+    first, last = (monitors.describe(prompts, texts, [None] * 16) for texts in (normal, [text] * 16))
+    assert collapsed([first] * 6) == ""
+    assert collapsed([first] * 3 + [last] * 3)
+
+
+@pytest.mark.parametrize("unit", ["a", "ab", "xyz"])
+def test_a_word_that_never_ends_is_repetition(unit):
+    prompts = [f"prompt {one}" for one in range(16)]
+    longer = [unit * (50 + one) for one in range(16)]
+    assert monitors.repetition(longer) > 0.9
+    assert monitors.repetition(["Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch"]) < 0.1
+    assert monitors.repetition(["aaaa"]) is None
+    assert monitors.alike(prompts, longer) == 0.0
+
+
+def test_rewards_that_differ_by_rounding_go_with_no_length():
+    texts = ["a " * (one + 1) for one in range(24)]
+    found = monitors.describe([f"p{one // 2}" for one in range(24)], texts, [0.7] * 24)
+    assert not [name for name in found if name.startswith("length_correlation")]
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_same_text_counts_between_different_prompts_alone():
+    assert monitors.alike(["p", "p", "q", "q"], ["yes", "yes", "no", "no"]) == 0.0
+    assert monitors.alike(["p", "p", "q", "q"], ["yes", "yes", "yes", "no"]) == 0.5
+    assert monitors.alike(["p", "p"], ["yes", "yes"]) is None
+
+
 def test_what_the_trainer_measured_is_taken_once_and_kl_is_in_nats_a_completion():
     metrics = {
         "completions/clipped_ratio": [0.25],
@@ -119,7 +152,9 @@ def test_the_kl_has_to_be_over_its_limit_in_three_rollouts():
         ({"distinct_2": 0.6}, {"distinct_2": 0.2}, ""),
         ({"repetition": 0.1}, {"repetition": 0.6}, "said before"),
         ({"repetition": 0.45}, {"repetition": 0.6}, ""),
-        ({"empty": 0.0}, {"empty": 0.8}, "empty"),
+        ({"empty": 0.0}, {"empty": 0.8}, "no word"),
+        ({"alike": 0.1}, {"alike": 0.8}, "80 % of pairs of completions to different prompts are the same text"),
+        ({"alike": 0.6}, {"alike": 0.8}, ""),
         ({"unfinished": 0.3}, {"unfinished": 1.0}, "no end"),
         ({"unfinished": 0.9}, {"unfinished": 1.0}, ""),
         ({}, {"empty": 1.0}, ""),
@@ -205,25 +240,36 @@ def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises
     assert "while the reward has risen from 2 to 3" in told
 
 
-@pytest.mark.parametrize("measures", [11, 21])
-def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(measures):
+def is_one(draw: np.random.Generator) -> Any:
+    return (draw.random(64) < 0.9).astype(float)
+
+
+@pytest.mark.parametrize(("answers", "fall"), [(lambda draw: draw.normal(0.0, 1.0, 64), 0.5), (is_one, 0.3)])
+def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(answers, fall):
     def told(falls_at: int, draw: np.random.Generator) -> int | None:
-        """At which measure it stops."""
+        """At which of 11 measures it stops."""
         given: list[dict[str, Any]] = []
-        for place in range(measures):
-            golds = draw.normal(-0.5 if place >= falls_at else 0.0, 1.0, 64).tolist()
-            mean = math.fsum(golds) / len(golds)
-            given.append({"step": place, "gold": mean, "proxy": float(place), "golds": golds})
+        for place in range(11):
+            golds = (answers(draw) - fall * (place >= falls_at)).tolist()
+            given.append({"step": place, "gold": math.fsum(golds) / len(golds), "proxy": float(place), "golds": golds})
             if gold.over_optimised(given):
                 return place
         return None
 
     draw = np.random.default_rng(0)
-    false = [told(measures, draw) for _ in range(300)]
-    assert sum(one is not None for one in false) / 300 <= 0.07
-    falls_at = measures - 3
-    caught = [told(falls_at, draw) for _ in range(60)]
-    assert sum(one is not None and one >= falls_at for one in caught) / 60 >= 0.75
+    assert sum(told(11, draw) is not None for _ in range(60)) <= 5
+    assert sum(told(8, draw) in (8, 9, 10) for _ in range(20)) >= 14
+
+
+def test_the_chance_of_a_fall_is_that_of_permuted_numbers():
+    """Twelve of 64 prompts, each with one number of three that is 0: by chance none of these is the best's."""
+    best = [1.0] * 64
+    one, other = [0.0] * 6 + [1.0] * 58, [1.0] * 6 + [0.0] * 6 + [1.0] * 52
+    before, *later = series((0, best), (1, one), (2, other))
+    change, chance = gold.fall(before, later, 0.001)
+    assert change == pytest.approx(-12 / 128)
+    assert chance == pytest.approx((2 / 3) ** 12, rel=0.5)
+    assert gold.fall(before, later, 1e-5)[1] == pytest.approx((2 / 3) ** 12, rel=0.05)
 
 
 def test_the_difference_is_that_of_the_same_prompts():
@@ -232,18 +278,28 @@ def test_the_difference_is_that_of_the_same_prompts():
     before, after, again = series((0, easy), (1, shifted), (2, shifted))
     assert before["low"] < after["gold"] < before["high"], "not to be seen in the means"
     assert gold.over_optimised([before, after, again])
-    assert gold.fall(before, [after, again])[0] == pytest.approx(after["gold"] - before["gold"])
+    assert gold.fall(before, [after, again], 0.05)[0] == pytest.approx(after["gold"] - before["gold"])
 
 
-def test_prompts_without_a_gold_number_are_left_out_and_all_alike_is_a_fall_from_eight_on():
-    before, after = series((0, [2.0, None, 1.0, 5.0]), (1, [0.0, 0.5, None, 4.5]))
-    assert gold.fall(before, [after])[0] == pytest.approx(-1.25)
-    assert gold.fall(before, [after, {"golds": [None, 1.0, 1.0, 1.0]}]) == (0.0, 1.0), "one prompt has no spread"
-    for count, stops in ((7, False), (8, True)):
+def test_prompts_without_a_gold_number_are_left_out_and_by_fewer_than_sixteen_nothing_is_stopped():
+    before, after = series((0, [2.0, None, 1.0, *[5.0] * 15]), (1, [0.0, 0.5, None, *[4.5] * 15]))
+    change, chance = gold.fall(before, [after], 0.001)
+    assert change == pytest.approx(-9.5 / 16)
+    assert chance == pytest.approx(0.5**16, abs=1e-3)
+    assert gold.fall(before, [after, {"golds": [None, *[1.0] * 17]}], 0.05) == (0.0, 1.0)
+    for count, stops in ((15, False), (16, True)):
         alike = series((0, [1.1] * count), (1, [0.5] * count), (2, [0.5] * count))
         assert bool(gold.over_optimised(alike)) == stops
     nothing = series((0, [None, None]))
     assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing)) == (None, None, "")
+
+
+def test_a_measure_with_few_numbers_is_not_the_best():
+    whole, few, more = series((0, [1.0, 2.0, 1.0, 2.0]), (1, [9.0, None, None, None]), (2, [None, 1.5, 1.5, 2.0]))
+    assert best_of([whole, few]) == whole
+    assert best_of([few, whole]) == whole, "which says more"
+    assert best_of([whole, more]) == whole, "by the prompts that both have a number for"
+    assert best_of([more, few]) == more
 
 
 def test_the_first_of_several_best_ones_is_the_best():

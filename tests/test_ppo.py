@@ -331,11 +331,24 @@ def test_the_value_function_does_not_touch_the_policy(tiny, tmp_path, form):
 @each_form
 def test_a_value_function_is_warmed_up_alone(tiny, tmp_path, form):
     begun = make(tiny, tmp_path, form)
-    policy, value = trained(tiny, tmp_path, form, value_warmup_steps=2, max_steps=2)
+    policy, value = trained(tiny, tmp_path, form, value_warmup_steps=2, max_steps=2, weight_decay=0.1)
     assert distance(policy, policy_weights(begun)) == 0
     assert distance(value, value_weights(begun)) > 1e-2
     policy, _ = trained(tiny, tmp_path, form, value_warmup_steps=2, max_steps=3)
     assert distance(policy, policy_weights(begun)) > 1e-3
+
+
+@each_form
+def test_what_only_warms_up_takes_no_step_of_the_optimizer_and_steers_no_kl(tiny, tmp_path, form):
+    trainer = make(
+        tiny, tmp_path, form, value_warmup_steps=2, max_steps=4, gradient_accumulation_steps=2, target_kl=0.5, kl_horizon=16
+    )
+    trainer.train()
+    first, second = ppo_runs.logged(trainer, "objective/kl_coef")[:2]
+    assert first == second == trainer.args.beta
+    assert trainer.kl.coefficient < trainer.args.beta
+    steps = {int(one["step"]) for one in trainer.optimizer.state.values()}
+    assert steps == {2}
 
 
 @pytest.mark.parametrize("value_function", ["critic", "head"])

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +454,7 @@ def test_rows_without_a_reward_train_nothing(tiny, tmp_path):
     assert all(torch.equal(one, policy_weights(begun)[name]) for name, one in policy_weights(trainer).items())
     assert all(torch.equal(one, value_weights(begun)[name]) for name, one in value_weights(trainer).items())
     assert trainer.kl.coefficient == trainer.args.beta
+    assert logged(trainer, "objective/score") == []
 
     out = rollout(make(tiny, tmp_path, reward=low_or_none, rollout_func=Script()))
     scored = out["completion_mask"].sum(dim=1) % 2 == 1
@@ -460,6 +462,39 @@ def test_rows_without_a_reward_train_nothing(tiny, tmp_path):
     assert (out["advantages"][~scored] == 0).all()
     assert (out["returns"][~scored] == 0).all()
     assert int(out["num_items_in_batch"]) == int(out["completion_mask"][scored].sum()), "a token with a reward weighs as ever"
+
+
+def test_the_kl_is_that_of_all_completions(tiny, tmp_path):
+    def kl(reward: Any) -> float:
+        trainer = make(tiny, tmp_path, reward=reward, rollout_func=Script())
+        disturb(trainer)
+        rollout(trainer)
+        [found] = trainer._metrics["train"]["objective/kl"]
+        return found
+
+    def none(completion_ids: Any, **_: Any) -> list[None]:
+        return [None] * len(completion_ids)
+
+    assert abs(kl(low)) > 1e-3
+    assert kl(low) == kl(low_or_none) == kl(none)
+
+
+def test_the_table_of_completions_has_advantages_of_ppo(tiny, tmp_path):
+    for group in (1, 2):
+        trainer = make(tiny, tmp_path, rollout_func=Script(), num_generations=group)
+        for _ in range(2):
+            out = rollout(trainer)
+        mask = out["value_mask"]
+        means = (out["advantages"] * mask).sum(dim=1) / mask.sum(dim=1)
+        assert list(trainer._logs["advantages"]) == pytest.approx(means.tolist())
+        assert len(trainer._logs["completion"]) == len(means)
+
+
+def test_the_trainer_has_arguments_without_being_given_any(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cai.training.ppo.trainer.PPOConfig", partial(ppo_runs.PPOConfig, **ppo_runs.FAST))
+    trainer = ppo_runs.PPOTrainer(str(tiny), low, train_dataset=ppo_runs.prompts())
+    assert Path(trainer.args.output_dir).name == f"{tiny.name}-PPO"
 
 
 def test_rewards_are_the_weighted_sum_of_those_that_say_something(tiny, tmp_path):
@@ -563,7 +598,8 @@ def test_a_gradient_that_is_no_number_is_told(tiny, tmp_path):
         ({"lam": 1.5}, "lam: expected a number from 0 to 1, found 1.5"),
         ({"target_kl": 1.0, "beta": 0.0}, "target_kl: needs to be above 0, and so does beta"),
         ({"target_kl": 1.0, "kl_horizon": 7}, "kl_horizon: expected at least the 8 completions of a rollout, found 7"),
-        ({"scale_rewards": False}, "scale_rewards: expected group, found 'none': PPO scales no rewards"),
+        ({"scale_rewards": True}, "scale_rewards: expected none, found 'group': PPO scales no rewards"),
+        ({"missing_eos_penalty": 1.0, "mask_truncated_completions": True}, "missing_eos_penalty: with mask_truncated_compl"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation: expected sum_then_normalize, "),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level: expected token, found 'sequence': the adv"),
         ({"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold: expected null, found 1.0: it masks completions"),

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai.cli.training import show_summary
-from cai.errors import EngineError, Interrupted
+from cai.errors import ConfigError, EngineError, Interrupted
 from cai.report.written import read_lines
 from cai.training.arguments import make_arguments
 from cai.training.card import render_card
@@ -24,7 +25,7 @@ from cai.training.data import load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
 from cai.training.online.distance import log_ratios
-from cai.training.online.rollouts import Rollout, Rollouts
+from cai.training.online.rollouts import Logged, Rollout, Rollouts
 from cai.training.online.safeguards import Safeguards
 from cai.training.running import train
 from cai.training.stage import Parts, build_trainer
@@ -36,7 +37,8 @@ FUNCTIONS = """
 def rising(prompts, completions, trainer_state, **columns):
     return [trainer_state.global_step + len(one[-1]["content"]) / 100 for one in completions]
 
-def rising_then_falling(prompts, completions, trainer_state, **columns):
+def rising_then_falling(prompts, completions, trainer_state, log_metric, log_extra, **columns):
+    log_metric("words", 1.0)
     step = trainer_state.global_step
     return [(step if step <= 2 else 2 - 3 * step) + len(one[-1]["content"]) / 1000 for one in completions]
 
@@ -48,6 +50,9 @@ def nothing(completions, **columns):
 
 def half(completions, **columns):
     return [None if place % 2 else len(one[-1]["content"]) for place, one in enumerate(completions)]
+
+def of_one(completions, **columns):
+    return [None if place < len(completions) // 2 else -3.0 for place in range(len(completions))]
 
 def raising(completions, trainer_state, **columns):
     if trainer_state.global_step == 2:
@@ -82,14 +87,14 @@ def functions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    told = [{"prompt": [{"role": "user", "content": f"Say something about {WORDS[n % 8]}, number {n}."}]} for n in range(40)]
+    told = [{"prompt": [{"role": "user", "content": f"Say something about {WORDS[n % 8]}, number {n}."}]} for n in range(80)]
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", told)
 
 
 def settings_of(stage: str, tiny: Path, rows: Path, functions: Path, reward: str, gold_by: str | None = None, **keys: Any):
     longest = "max_new_tokens" if stage == "online-dpo" else "max_completion_length"
     trl = {"max_steps": 6, "per_device_train_batch_size": 8, longest: 8, "save_strategy": "steps", "save_steps": 1}
-    measure = {"gold": {"function": f"{functions}:{gold_by}", "every": 1, "prompts": 6}} if gold_by else {}
+    measure = {"gold": {"function": f"{functions}:{gold_by}", "every": 1, "prompts": 16}} if gold_by else {}
     given = {"reward": {"function": f"{functions}:{reward}"}, "seed": 1, **measure, **keys}
     more = {"save_total_limit": 10, "learning_rate": 1e-2, **given.pop("trl", {})}
     return make_settings(stage, tiny, rows, trl=trl | more, **given)
@@ -122,12 +127,12 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     assert (manifest["stopped"]["reason"], manifest["stopped"]["step"]) == ("gold", 4)
     assert len([note for note in show.notes if note.startswith("stopped after step 4: gold has changed by")]) == 1
     assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3, 4]
-    assert len(written(out, "samples")) == 5 * 6
+    assert len(written(out, "samples")) == 5 * 8
     assert [line["completions"] for line in written(out, "rollouts")] == (
         [8] if stage == "ppo" else [8 + 8 * (stage == "online-dpo")] * 4
     )
     assert written(out, "rollouts")[0]["rewards"].keys() == {"rising"}
-    assert [(one["train"], one["test"]) for one in manifest["data"]] == [(34, 6)], "of 40 rows"
+    assert [(one["train"], one["test"]) for one in manifest["data"]] == [(64, 16)], "of 80 rows"
     assert manifest["measures"].get("kl") == written(out, "rollouts")[-1].get("kl")
     assert "objective/kl" not in manifest["measures"]
     assert manifest["rollout"] == (1 if stage == "ppo" else 4)
@@ -141,18 +146,50 @@ def test_a_run_whose_gold_falls_while_its_reward_rises_stops_and_keeps_the_best(
     show_summary(manifest, out)
     told = " ".join(capsys.readouterr().out.split())
     assert "stopped after step 4: gold has changed by" in told
-    assert "rows.jsonl 34 6" in told.replace(str(rows), "rows.jsonl")
+    assert "rows.jsonl 64 16" in told.replace(str(rows), "rows.jsonl")
     assert f"best by gold: {out / 'best'} pictures: {out / 'training.html'}" in told
     card = " ".join((out / "README.md").read_text().split())
-    assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 6 held-out prompts" in card
+    assert "Gold is the function `rising_then_falling`, which was not trained on, of answers to 16 held-out prompts" in card
     assert re.search(r"at step 4, and at best \S+ \(.*\) after step 2", card)
     assert "after step 2, which is in `best/`." in card
     rewarded = "objective/scores" if stage == "online-dpo" else "reward"
     assert f"| {rewarded} (of the rollout at step {manifest['rollout']}) | " in card
     assert stage == "grpo" or f"| kl, nats a completion (of the rollout at step {manifest['rollout']}) | " in card
-    assert "| rows.jsonl | 34 | 6 |" in card
+    assert "| rows.jsonl | 64 | 16 |" in card
     assert "after step 2, whose policy this is" in (out / "best" / "README.md").read_text()
     assert "It was stopped after step 4: gold has changed by" in card
+
+
+def test_an_evaluation_leaves_what_the_training_has_measured_as_read():
+    metrics = {"objective/kl": [7.0]}
+    trainer = SimpleNamespace(_metrics={"train": metrics}, model=SimpleNamespace(training=True))
+    guard = object.__new__(Safeguards)
+    guard._trainer, guard._logged = trainer, Logged(trainer)
+    assert guard._logged.take() == {"kl": 7.0}
+    trainer.model.training = False
+    guard.on_log(None, None, None)
+    metrics["objective/kl"].append(9.0)
+    assert guard._logged.take() == {"kl": 9.0}
+    trainer.model.training = True
+    metrics["objective/kl"] = [3.0]
+    guard.on_log(None, None, None)
+    assert guard._logged.take() == {"kl": 3.0}
+
+
+def test_a_target_of_the_kl_past_its_limit_is_refused(tiny, rows, functions, tmp_path):
+    settings = settings_of("ppo", tiny, rows, functions, "length", trl={"target_kl": 60.0})
+    with pytest.raises(ConfigError, match=r"^limits\.kl: a training is stopped from 50 nats .* steers it to 60; raise"):
+        train("ppo", settings, tmp_path / "out", show=Shown())
+
+
+def test_a_pair_without_both_rewards_trains_nothing(tiny, rows, functions, tmp_path):
+    begun = weights(tiny)
+    for reward, moves in (("of_one", False), ("length", True)):
+        settings = settings_of("online-dpo", tiny, rows, functions, reward, trl={"max_steps": 2})
+        train("online-dpo", settings, tmp_path / reward, show=Shown())
+        found = weights(tmp_path / reward)
+        assert moves != all(torch.equal(one, found[name]) for name, one in begun.items())
+    assert written(tmp_path / "of_one", "log")[0]["objective/scores"] == pytest.approx(-3.0)
 
 
 def test_the_best_adapters_are_merged(tiny, rows, functions, tmp_path):
@@ -229,7 +266,7 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     assert [line["step"] for line in written(killed, "gold")] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in written(killed, "rollouts")] == [1, 2, 3, 4]
     assert [line["step"] for line in written(killed, "log")] == [1, 2, 3, 4, 4]
-    assert Counter(line["step"] for line in written(killed, "samples")) == dict.fromkeys(range(5), 6)
+    assert Counter(line["step"] for line in written(killed, "samples")) == dict.fromkeys(range(5), 8)
     assert manifest["best"]["step"] == 4
     assert same(weights(killed / "best"), weights(killed))
 
@@ -319,7 +356,7 @@ def test_rewards_and_gold_without_numbers_are_told(tiny, rows, functions, tmp_pa
     assert len([note for note in show.notes if note.startswith("reward 'half' had no number for")]) == 1
     assert len([note for note in show.notes if note.startswith("gold had no number for any answer at step 0")]) == 1
     assert manifest["unscored"] == {"half": {"none": 24, "of": 48}}
-    assert (manifest["gold"]["unscored"], "best" in manifest) == (7 * 6, False)
+    assert (manifest["gold"]["unscored"], "best" in manifest) == (7 * 16, False)
     card = " ".join((tmp_path / "README.md").read_text().split())
     assert "Gold, the function `nothing`, had no number for any answer" in card
     assert "The reward `half` had no number for 24 of 48 completions." in card

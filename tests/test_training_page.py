@@ -18,7 +18,7 @@ from tests.test_agreement_page import Page, texts
 
 def gold_line(step: int, value: float, proxy: float, **more: Any) -> dict[str, Any]:
     ends = {"low": value - 0.1, "high": value + 0.1, "proxy_low": proxy - 0.2, "proxy_high": proxy + 0.2}
-    return {"step": step, "gold": value, "proxy": proxy, "words": 31.5, "answers": 64, "golds": [], **ends, **more}
+    return {"step": step, "gold": value, "proxy": proxy, "words": 31.5, "answers": 64, "golds": [value], **ends, **more}
 
 
 def sample(step: int, completion: str, prompt: str = "What is rust?") -> dict[str, Any]:

@@ -27,7 +27,7 @@ _LENGTH = {"words of a completion": ("words",), "tokens of a completion": ("toke
 _DISAGREEMENT = {"disagreement of the ensemble": ("reward_disagreement",)}
 _MONITORS = {
     "distinct n-grams": ("distinct_1", "distinct_2"),
-    "shares": ("repetition", "refusals", "empty", "unfinished", "language_changes"),
+    "shares": ("repetition", "refusals", "empty", "alike", "unfinished", "language_changes"),
     "entropy, nats a token": ("entropy",),
     "reward with length": ("length_correlation_overall", "length_correlation_within_prompts"),
     "spread of the reward": ("reward_spread",),

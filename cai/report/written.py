@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 Line = Mapping[str, Any]
@@ -48,7 +49,23 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def best_of(gold: Sequence[Line]) -> Line | None:
     """The measure with the highest gold, the first of several; None where no answer had a number."""
-    return max((line for line in gold if line["gold"] is not None), key=lambda line: float(line["gold"]), default=None)
+    best: Line | None = None
+    for line in gold:
+        if line["gold"] is not None and (best is None or _is_better(line, best)):
+            best = line
+    return best
+
+
+def _is_better(line: Line, best: Line) -> bool:
+    """By the prompts that both have a number for; where these are fewer than half, the one with more of them."""
+    pairs = [pair for pair in zip(line["golds"], best["golds"], strict=True) if None not in pair]
+    if 2 * len(pairs) < len(line["golds"]):
+        return _scored(line) > _scored(best)
+    return fmean(new for new, _ in pairs) > fmean(old for _, old in pairs)
+
+
+def _scored(line: Line) -> int:
+    return sum(one is not None for one in line["golds"])
 
 
 def named(measure: str, rollout: int | None) -> str:

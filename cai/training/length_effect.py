@@ -12,6 +12,9 @@ from cai.rewards.spec import LengthLine
 if TYPE_CHECKING:
     from cai.intervals import Numbers
 
+_ALIKE = 1e-9
+"""Of the largest: numbers that differ by less are the same, but for rounding."""
+
 
 def length_line(reward: Numbers, lengths: Numbers, prompts: Numbers) -> LengthLine:
     """The least-squares line of reward on length within prompts (numbers beside each completion).
@@ -28,7 +31,12 @@ def length_line(reward: Numbers, lengths: Numbers, prompts: Numbers) -> LengthLi
 def length_correlation(reward: Numbers, lengths: Numbers, prompts: Numbers) -> dict[str, float]:
     """Pearson's correlation of reward with length: `overall`, and `within` prompts; without one that does not exist."""
     pairs = {"overall": (reward, lengths), "within_prompts": (_within(reward, prompts), _within(lengths, prompts))}
-    return {name: float(stats.pearsonr(*pair).statistic) for name, pair in pairs.items() if all(map(np.std, pair))}
+    return {name: float(stats.pearsonr(*pair).statistic) for name, pair in pairs.items() if all(map(_varies, pair))}
+
+
+def _varies(values: Numbers) -> bool:
+    """By more than rounding."""
+    return bool(np.ptp(values) > _ALIKE * np.abs(values).max())
 
 
 def _within(values: Numbers, prompts: Numbers) -> Numbers:

@@ -1,24 +1,47 @@
-"""TRL's online DPO, to whose log rewards can add measures, as they can to that of TRL's other online trainers."""
+"""TRL's online DPO, which here leaves out completions that rewards say nothing of, and whose log rewards can add to."""
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from trl.experimental.online_dpo import OnlineDPOTrainer
+
+from cai.training.online.rollouts import weighted
 
 
 class OnlineDpo(OnlineDPOTrainer):
-    """Its log has the means of what rewards gave to `log_metric` since the last line, in all processes."""
+    """Nothing is learned from a pair of which one completion has no number from any reward. The log has the means of what
+    rewards gave to `log_metric` since the last line, in all processes."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         self._said: dict[str, list[float]] = {}
+        self._paired = torch.empty(0)
         super().__init__(*given, **named)
 
-    def _calculate_rewards_from_functions(self, *given: Any, **named: Any) -> Any:
-        """TRL's."""
-        return super()._calculate_rewards_from_functions(*given, log_metric=self._note, **named)
+    def _forward(self, *given: Any, **named: Any) -> Tensor:
+        """TRL's (2 B, T), with no gradients for completions of pairs that are found not to be any."""
+        logps: Tensor = super()._forward(*given, **named)
+        if logps.requires_grad:
+            logps.register_hook(lambda gradient: gradient * self._paired.to(gradient).unsqueeze(1))
+        return logps
+
+    def _calculate_rewards_from_functions(
+        self, prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]], **columns: Any
+    ) -> Tensor:
+        """(2 B,): the weighted sum of what rewards say of each completion, of those that say something. Where none does, the
+        mean of the others, which moves no mean in the log; both completions of such a prompt are marked."""
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
+        said = [one(**given, trainer_state=self.state, log_metric=self._note) for one in self.reward_funcs]
+        weights = [1.0] * len(said) if self.reward_weights is None else self.reward_weights.tolist()
+        rewards = torch.tensor([math.nan if one is None else one for one in weighted(said, weights)])
+        known = ~rewards.isnan()
+        self._paired = (known & known.roll(len(prompts) // 2)).float()
+        return rewards.nan_to_num(float(rewards.nanmean()) if known.any() else 0.0).to(self.accelerator.device)
 
     def _note(self, name: str, value: float) -> None:
         self._said.setdefault(name, []).append(value)

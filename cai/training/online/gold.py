@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
@@ -22,14 +22,21 @@ from cai.training.online.held_out import Answer
 from cai.training.online.monitors import words
 from cai.training.online.rollouts import weighted
 
+if TYPE_CHECKING:
+    from cai.intervals import Numbers
+
 SHOWN = 8
 """Answers that are written into run/samples.jsonl each time."""
 _OUTSIDE = 0.05
 """The chance at which a training may be stopped whose gold is flat."""
 _FALLS = 2
 """So many measures in a row have to be below the best."""
-_ALIKE = 1e-9
-"""Of the mean: changes that differ by less are the same, but for rounding."""
+FEW = 16
+"""Held-out prompts from which on a fall of gold by a deviation or so is told from chance; by fewer nothing is stopped."""
+_FIRST, _FAR, _RESAMPLES = 999, 0.02, 4
+"""So many permutations first; if by them the chance is not far above any level, so many times one over the level."""
+_BATCH = 5_000
+"""Resamples at once, for memory."""
 
 
 def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], seed: int) -> dict[str, Any]:
@@ -46,6 +53,11 @@ def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], see
         "unscored": golds.count(None),
         "golds": golds,
     }
+
+
+def speaks(line: Line) -> bool:
+    """Whether it has numbers for `FEW` answers, or all where there are fewer."""
+    return bool(line["answers"] - line["unscored"] >= min(FEW, line["answers"]))
 
 
 def proxies_of(answers: Sequence[Answer], weights: Sequence[float]) -> list[float | None]:
@@ -66,19 +78,18 @@ def over_optimised(lines: Sequence[Line]) -> str:
     """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the proxy is
     above what it was there.
 
-    A one-sided paired t-test, prompt by prompt, of the mean of both against the best, at the level 0.05 / n² after n measures:
-    a training is tested at each of them, and the highest of n numbers is high by chance too. Of flat gold with independent
-    noise (64 prompts, simulated), 2 % of trainings with 11 measures are stopped, 4 % with 21, and 6 % with 51; a fall by half a
-    standard deviation of the answers stops 85 % or more within three measures.
+    The level is 0.05 / n² after n measures: a training is tested at each of them, and the highest of n numbers is high by
+    chance too. Of flat gold with independent noise (simulated), 2 to 6 % of trainings with 11 measures are stopped, and 2 to
+    8 % with 51; a fall by half a standard deviation of the answers of 64 prompts stops 85 % or more within three measures.
     """
     best, last = best_of(lines), lines[-1]
     if best is None or last["proxy"] is None or best["proxy"] is None or last["proxy"] <= best["proxy"]:
         return ""
-    two = lines[-_FALLS:]
+    two, level = lines[-_FALLS:], _OUTSIDE / len(lines) ** 2
     if best in two or any(one["gold"] is None for one in two):
         return ""
-    fallen, chance = fall(best, two)
-    if chance >= _OUTSIDE / len(lines) ** 2:
+    fallen, chance = fall(best, two, level)
+    if chance >= level:
         return ""
     return (
         f"gold has changed by {fallen:+.3g} since its best, {best['gold']:.3g} at step {best['step']}, in {_FALLS} measures in "
@@ -86,15 +97,36 @@ def over_optimised(lines: Sequence[Line]) -> str:
     )
 
 
-def fall(best: Line, later: Sequence[Line]) -> tuple[float, float]:
-    """How much higher gold is later, as a mean over the prompts that all measures have, and how probable a fall as large is
-    where there is none: 1 where that cannot be told. Where all prompts fall alike a sign test says it."""
+def fall(best: Line, later: Sequence[Line], level: float) -> tuple[float, float]:
+    """How much higher gold is later, as a mean over the prompts that all measures have a number for, and how probable a fall
+    as large is where there is none: 1 where those are fewer than `FEW`.
+
+    By permutations of each prompt's numbers (`scipy.stats.permutation_test`), so many that `level` can be told: they hold for
+    numbers between 0 and 1 too, of which the highest mean comes with a small spread.
+    """
     known = zip(best["golds"], *(one["golds"] for one in later), strict=True)
     rows = np.array([row for row in known if None not in row], dtype=float)
-    if len(rows) < 2:
+    if len(rows) < FEW:
         return 0.0, 1.0
-    changes = rows[:, 1:].mean(axis=1) - rows[:, 0]
-    mean = float(changes.mean())
-    if np.ptp(changes) <= _ALIKE * abs(mean):
-        return mean, 0.5 ** len(rows) if mean < 0 else 1.0
-    return mean, float(stats.ttest_1samp(changes, 0.0, alternative="less").pvalue)
+    change, chance = _permuted(rows, _FIRST)
+    return (change, chance) if chance >= _FAR else _permuted(rows, math.ceil(_RESAMPLES / level))
+
+
+def _permuted(rows: Numbers, resamples: int) -> tuple[float, float]:
+    """The mean change from the first column to the mean of the others, and the chance of one as low."""
+    found = stats.permutation_test(
+        tuple(rows.T),
+        _change,
+        permutation_type="samples",
+        alternative="less",
+        n_resamples=resamples,
+        batch=_BATCH,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.statistic), float(found.pvalue)
+
+
+def _change(before: Numbers, *later: Numbers, axis: int) -> Numbers:
+    change: Numbers = np.mean(np.mean(later, axis=0) - before, axis=axis)
+    return change

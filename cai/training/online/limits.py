@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from cai.errors import ConfigError
 from cai.report.written import Line
 
 SUSTAINED = 3
 """Rollouts: the first so many are the beginning, and the last so many have to be beyond a limit, each of them."""
 _FIRST_DISTINCT = 0.25
 """Of the distinct-2 of the beginning: below this share of it, completions are nearly all alike."""
-_REPETITION, _EMPTY, _UNFINISHED = 0.5, 0.75, 0.95
-"""Shares above which completions are repetitive, empty, or without an end."""
+_REPETITION, _ALIKE, _EMPTY, _UNFINISHED = 0.5, 0.75, 0.75, 0.95
+"""Shares above which completions are repetitive, the same text for whatever prompt, without a word, or without an end."""
 _RISEN = 0.25
 """By how much such a share has to be above that of the beginning: what a policy began with is no collapse."""
+
+
+def check_kl(limit: float | None, target: float | None) -> None:
+    """Raises `ConfigError` where a training would be steered past its limit."""
+    if limit is not None and target is not None and target >= limit:
+        raise ConfigError(
+            f"limits.kl: a training is stopped from {limit:g} nats a completion on, and trl.target_kl steers it to {target:g}; "
+            "raise limits.kl, or lower trl.target_kl"
+        )
 
 
 def over_kl(lines: Sequence[Line], limit: float) -> str:
@@ -35,7 +45,8 @@ def collapsed(lines: Sequence[Line]) -> str:
         return f"completions are nearly all alike: distinct-2 is {now:.2g}, and was {beginning:.2g} at the beginning"
     for name, limit, what in (
         ("repetition", _REPETITION, "of what a completion says it has said before"),
-        ("empty", _EMPTY, "of completions are empty"),
+        ("empty", _EMPTY, "of completions have no word in them"),
+        ("alike", _ALIKE, "of pairs of completions to different prompts are the same text"),
         ("unfinished", _UNFINISHED, "of completions have no end"),
     ):
         beginning, now = mean(first, name), lowest(last, name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]|[\p{L}\p{M}\p{N}_'’]+")
 _NGRAM = 4
+_LONG = 40
+"""Characters from which on a text with less than an n-gram of words is looked at by its characters."""
 _BEGINNING = 200
 """Characters in which a refusal is looked for: later on, the same words tell of someone else."""
 _REFUSAL = regex.compile(
@@ -45,13 +48,26 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 
 def repetition(texts: Sequence[str], n: int = _NGRAM) -> float | None:
     """Of the n-grams of one completion the share that stand in it before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-n),
-    as a mean over completions that have any; None where none has."""
-    grams = [found for text in texts if (found := _grams(words(text), n))]
+    as a mean over completions that have any; None where none has. They are of words, and of characters where a long text has
+    fewer than `n` words."""
+    grams = [found for text in texts if (found := _grams(words(text), n) or _grams(text if len(text) >= _LONG else "", n))]
     return math.fsum(1 - len(set(one)) / len(one) for one in grams) / len(grams) if grams else None
 
 
 def _grams(sequence: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(sequence[place : place + n]) for place in range(len(sequence) - n + 1)]
+
+
+def alike(prompts: Sequence[str], texts: Sequence[str]) -> float | None:
+    """Of all pairs of completions to different prompts the share that are the same text; None where there is one prompt."""
+    pairs = _pairs([len(texts)]) - _pairs(Counter(prompts).values())
+    same = _pairs(Counter(texts).values()) - _pairs(Counter(zip(prompts, texts, strict=True)).values())
+    return same / pairs if pairs else None
+
+
+def _pairs(counts: Iterable[int]) -> int:
+    """Within groups of so many."""
+    return sum(math.comb(one, 2) for one in counts)
 
 
 def refusals(texts: Sequence[str]) -> float:
@@ -89,7 +105,8 @@ def describe(prompts: Sequence[str], texts: Sequence[str], rewards: Sequence[flo
     found = {
         "completions": len(texts),
         "words": math.fsum(lengths) / len(texts),
-        "empty": sum(not text.strip() for text in texts) / len(texts),
+        "empty": lengths.count(0) / len(texts),
+        "alike": alike(prompts, texts),
         "repetition": repetition(texts),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),

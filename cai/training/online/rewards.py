@@ -53,6 +53,7 @@ class Reward:
         rows = [json.loads(one) for one in columns.pop("columns", ())]
         names = {name for row in rows for name in row} - columns.keys() - {"prompts", "completions"}
         columns |= {name: [row.get(name) for row in rows] for name in names}
+        columns = {"log_metric": _nowhere, "log_extra": _nowhere, **columns}
         try:
             answer = self._score(prompts=prompts, completions=completions, **columns)
         except CaiError:
@@ -60,8 +61,7 @@ class Reward:
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
             raise EngineError(f"{self._called} raised {type(exc).__name__}: {exc}{_where(exc)}") from exc
         rewards = self._checked(answer, completions)
-        if log := columns.get("log_metric"):
-            log(f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
+        columns["log_metric"](f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
             self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
         return rewards
@@ -82,6 +82,10 @@ class Reward:
                     f"{self._called} is {one} for the completion {text!r:.120}; return None where there is no reward"
                 )
         return rewards
+
+
+def _nowhere(name: str, value: Any) -> None:
+    """What functions log by where nothing is logged, as while a policy is measured."""
 
 
 def _where(exc: BaseException) -> str:

@@ -26,7 +26,7 @@ from cai.training.online import lines
 from cai.training.online.best import Best
 from cai.training.online.drift import Drift
 from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
-from cai.training.online.limits import collapsed, over_kl
+from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
 from cai.training.online.rollouts import Logged, Rollouts
 from cai.training.online.settings import OnlineSettings
@@ -38,8 +38,6 @@ _UNSEEN = (
     "under gold, a judge or a reward model that is not trained on"
 )
 _NO_LANGUAGES = "py3langid is not installed: whether completions change their language is not watched"
-_FEW = 16
-"""Held-out prompts from which on a fall of gold by a deviation or so is told from chance."""
 _PAGE_EVERY = 30.0
 """Seconds at least between two writings of the page while it trains."""
 
@@ -54,6 +52,7 @@ class Safeguards(TrainerCallback):
         gold = settings.gold
         self.held_out = hold_out(parts.data, gold.prompts, settings.seed) if gold else HeldOut(parts.data.train, None)
         check_enough(len(self.held_out.train), parts.arguments, settings.trl)
+        check_kl(settings.limits.kl, getattr(parts.arguments, "target_kl", None))
         self._rollouts = Rollouts([one.name for one in settings.reward], [one.weight for one in settings.reward])
         self.rewards = [build_reward(one, partial(self._tell, place)) for place, one in enumerate(settings.reward)]
         self._gold = build_reward(gold, kind="gold") if gold else None
@@ -85,9 +84,9 @@ class Safeguards(TrainerCallback):
             raise AllSteps
         if self._gold is None:
             self._note(_UNSEEN)
-        elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < _FEW:
+        elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < golden.FEW:
             few = len(self.held_out.prompts)
-            self._note(f"gold: too few held-out prompts ({few}) to stop the training by; give {_FEW} or more")
+            self._note(f"gold: too few held-out prompts ({few}) to stop the training by; give {golden.FEW} or more")
         if find_spec("py3langid") is None:
             self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:
@@ -111,8 +110,9 @@ class Safeguards(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The trainer's own measures begin anew."""
-        self._logged.forget()
+        """The trainer's own measures begin anew; what it logs of an evaluation leaves those of the training."""
+        if self._trainer.model.training:
+            self._logged.forget()
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """What was best at the checkpoint before is not needed any more."""
@@ -176,11 +176,12 @@ class Safeguards(TrainerCallback):
         if best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
         assert self.settings.gold is not None
-        if line["gold"] is None and all(one["gold"] is not None for one in self._golds):
-            self._note(
-                f"gold had no number for any answer at step {step}: nothing is measured; look at "
-                f"'{self.settings.gold.name}', and at answers in run/samples.jsonl"
-            )
+        if not golden.speaks(line) and all(golden.speaks(one) for one in self._golds):
+            answers, name = line["answers"], self.settings.gold.name
+            told = answers - line["unscored"]
+            found = f"a number for {told} of {answers} answers" if told else "no number for any answer"
+            what = "too little to stop the training by" if told else "nothing is measured"
+            self._note(f"gold had {found} at step {step}: {what}; look at '{name}', and at answers in run/samples.jsonl")
         self._golds.append(line)
         if self._leads:
             lines.append(self._run / "samples.jsonl", *self._samples(step, answers))

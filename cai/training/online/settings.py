@@ -165,8 +165,8 @@ class PpoSettings(OnlineSettings):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) with a learned value function."""
 
     critic: Text | None = None
-    """The reward model that the critic begins with; null: the first reward model of `reward`. Where there is none, or its
-    tokenizer is not the policy's, or under adapters its base is another, the policy's own weights and values of 0."""
+    """The reward model that the critic begins with; null: the first of `reward` with the policy's tokenizer. Where there is
+    none, or under adapters its base is another, the policy's own weights and values of 0."""
 
 
 class RlooSettings(OnlineSettings):

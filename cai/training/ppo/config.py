@@ -14,7 +14,7 @@ def _field(default: Any, text: str) -> Any:
 
 
 _OF_GROUPS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "scale_rewards": (("group",), "PPO scales no rewards; advantages are scaled by whiten_advantages"),
+    "scale_rewards": (("none",), "PPO scales no rewards; advantages are scaled by whiten_advantages"),
     "multi_objective_aggregation": (("sum_then_normalize",), "PPO adds up rewards by their weights, and normalises none"),
     "importance_sampling_level": (("token",), "the advantages of PPO are those of tokens"),
     "off_policy_mask_threshold": ((None,), "it masks completions by their one advantage, and those of PPO are of tokens"),
@@ -39,6 +39,7 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = _field(4, "Epochs over each rollout.")
     learning_rate: float = _field(3e-6, "Of the policy.")
     beta: float = _field(0.05, "Coefficient of the KL in the reward; with target_kl where it begins.")
+    scale_rewards: str = _field("none", "Advantages are scaled, by whiten_advantages.")
     disable_dropout: bool = _field(True, "Ratios of probabilities need it off.")
     gamma: float = _field(1.0, "Discount of rewards.")
     lam: float = _field(0.95, "Lambda of generalised advantage estimation.")
@@ -95,6 +96,11 @@ class PPOConfig(GRPOConfig):
             raise ValueError(
                 f"kl_horizon: expected at least the {self.generation_batch_size} completions of a rollout, "
                 f"found {self.kl_horizon}"
+            )
+        if self.missing_eos_penalty is not None and self.mask_truncated_completions:
+            raise ValueError(
+                "missing_eos_penalty: with mask_truncated_completions nothing is learned from a completion without an end, so "
+                "none can be fined; remove one of them"
             )
         if self.sync_ref_model:
             raise ValueError("sync_ref_model: the KL of PPO is to a fixed reference; remove it")

@@ -44,13 +44,13 @@ def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     Schulman et al. 2015 (arXiv 1506.02438, equation 16). The episode ends with the last token of the mask.
     """
     advantages = torch.zeros_like(rewards)
-    following = following_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for place in reversed(range(rewards.size(1))):
         counts = mask[:, place] > 0
-        surprise = rewards[:, place] + gamma * following_value - values[:, place]
-        advantage = surprise + gamma * lam * following
-        following = torch.where(counts, advantage, following)
-        following_value = torch.where(counts, values[:, place], following_value)
+        delta = rewards[:, place] + gamma * next_value - values[:, place]
+        advantage = delta + gamma * lam * next_advantage
+        next_advantage = torch.where(counts, advantage, next_advantage)
+        next_value = torch.where(counts, values[:, place], next_value)
         advantages[:, place] = torch.where(counts, advantage, 0.0)
     return advantages, torch.where(mask > 0, advantages + values, 0.0)
 

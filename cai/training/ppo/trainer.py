@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_config_model_id
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
@@ -63,7 +64,9 @@ class PPOTrainer(PassingTrainer):
         adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model`
         in the sum of rewards. The trainer's `critic_note` says why a critic does not begin with `value_model`, if so.
         """
-        assert args is not None
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PPOConfig(f"{Path(name).name}-PPO")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self._scores = torch.empty(0)
@@ -113,19 +116,21 @@ class PPOTrainer(PassingTrainer):
         out = super()._generate_and_score_completions(inputs)
         logps, values = out["old_per_token_logps"], out["values"]
         score, scored = self._local_scores(out, len(inputs))
-        mask = _loss_mask(out) * scored.unsqueeze(1)
+        chosen = _loss_mask(out)
+        mask = chosen * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
         reference = out.get("ref_per_token_logps")
         kl = kl_estimate(logps, logps if reference is None else reference, self.args.kl_estimator)
-        kl = torch.where(mask > 0, kl, 0.0)
+        kl = torch.where(chosen > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
         self._tell(score, scored, values, returns, mask)
         if reference is not None:
-            self._tell_kl(kl, score, scored, mask)
+            self._tell_kl(kl, score, scored, chosen)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
+        self._tell_advantages(advantages, mask)
         more = {"values": values, "returns": returns, "value_mask": mask, "advantages": advantages}
         return {**out, **more, "num_items_in_batch": self._total(mask.sum())}
 
@@ -148,7 +153,9 @@ class PPOTrainer(PassingTrainer):
         return total
 
     def _mean(self, values: Tensor, counted: Tensor) -> float:
-        return float(Moments.of(values, counted, self._total).mean)
+        """Over all processes; not a number where nothing is counted, which TRL's log leaves out."""
+        anything = bool(self._total((counted > 0).sum()))
+        return float(Moments.of(values, counted, self._total).mean) if anything else math.nan
 
     def _log(self, told: dict[str, float]) -> None:
         for name, value in told.items():
@@ -166,18 +173,28 @@ class PPOTrainer(PassingTrainer):
         self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups, which there are none of here
         self._log(told)
 
-    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, mask: Tensor) -> None:
-        """Log the KL and steer it."""
-        nats = self._mean(kl.sum(dim=1), scored)
+    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, chosen: Tensor) -> None:
+        """Log the KL of all completions, those without a reward too, and steer it."""
+        nats = self._mean(kl.sum(dim=1), chosen.any(dim=1))
         told = {
-            "kl": self._mean(kl, mask),
+            "kl": self._mean(kl, chosen),
             "objective/kl": nats,
             "objective/kl_coef": self.kl.coefficient,
             "objective/rlhf_reward": self._mean(score, scored) - self.kl.coefficient * nats,
         }
         self._log(told)
-        if self.model.training:
-            self.kl.update(nats, int(self._total(scored.sum())))
+        paid = int(self._total(scored.sum()))
+        if self.model.training and not self._warms_up and paid:
+            self.kl.update(nats, paid)
+
+    def _tell_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """In TRL's table of completions, the mean over each one's tokens in place of what GRPO would make of them."""
+        means = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        gathered = self.accelerator.gather(means).tolist()
+        column = self._logs["advantages"]
+        for _ in range(min(len(column), len(gathered))):
+            column.pop()
+        column.extend(gathered)
 
     # ------------------------------------------------------------------------------------------------ losses
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -219,6 +236,8 @@ class PPOTrainer(PassingTrainer):
     def training_step(self, *given: Any, **named: Any) -> Tensor:
         """TRL's; and a step of the value function with each of the policy's."""
         loss: Tensor = super().training_step(*given, **named)
+        if self._warms_up:  # a gradient of 0 would still decay weights, and count as a step of Adam's
+            self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.sync_gradients:
             self._step_value()
         return loss
