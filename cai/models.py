@@ -131,7 +131,8 @@ def _on_hub(hub_id: str, revision: str | None) -> ModelPlace:
         config = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
     except LocalEntryNotFoundError as exc:
         raise ConfigError(
-            f"model '{hub_id}': not in the local Hub cache, and the Hub cannot be reached; check the network, or give a folder"
+            f"model '{hub_id}': there is no such folder, it is not in the local Hub cache, and the Hub cannot be reached; "
+            "check the name, or the network"
         ) from exc
     except (HfHubHTTPError, HFValidationError, OSError) as exc:
         raise ConfigError(f"model '{hub_id}': the Hub has no such model that you may read: {exc}") from exc

@@ -124,6 +124,15 @@ def test_what_rewards_nothing_is_told_before_anything_is_read(tiny, functions, t
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_function_is_told_as_it_is_and_errors_of_several_lines_as_one(tiny, rows, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("level = 3\ndef late(completions, **columns):\n    raise ValueError('late\\n  failure')\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:level': level is 3, and no function$"):
+        find_function(f"{file}:level")
+    with pytest.raises(EngineError, match=r"^reward 'late' raised ValueError: late failure \(mine\.py:3\)$"):
+        train("ppo", settings("ppo", tiny, rows, reward=f"{file}:late"), tmp_path / "out")
+
+
 def test_a_check_runs_no_code_of_a_function(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("if True:\n    1 / 0\n    def brief(completions): ...\n    alias, other = brief, 1\n")
     (tmp_path / "package").mkdir()

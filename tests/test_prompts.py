@@ -83,7 +83,7 @@ def test_a_dialogue_keeps_its_turns_up_to_the_users_last() -> None:
     [
         ({}, "no prompt; columns here: none; expected one of prompt, messages, "),
         ({"Prompt": "q"}, "no prompt; columns here: Prompt; expected one of prompt, messages, "),
-        ({"prompt": None}, "no prompt; columns here: prompt; expected one of prompt, messages, "),
+        ({"prompt": None}, "'prompt' is empty; columns here: prompt; expected one of prompt, messages, "),
         (3, "the row is int (3); expected a text or a list of messages"),
         (None, "the row is NoneType (None); expected a text or a list of messages"),
         ({"prompt": 0}, "'prompt' is int (0); expected a text or a list of messages"),

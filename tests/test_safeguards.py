@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,6 +314,62 @@ def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, funct
     manifest = train("grpo", settings, out)
     assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (4, 4, 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
+
+
+def test_a_signal_while_gold_is_measured_stops_after_that_step(tiny, rows, functions, tmp_path, monkeypatch):
+    from cai.training.online import held_out
+
+    steps = [0, 2]
+
+    def interrupted(trainer: Any, *given: Any) -> Any:
+        if steps and trainer.state.global_step == steps[0]:
+            del steps[0]
+            signal.raise_signal(signal.SIGTERM)
+        return held_out.answer(trainer, *given)
+
+    monkeypatch.setattr("cai.training.online.safeguards.answer", interrupted)
+    settings = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl={"max_steps": 3})
+    for told in ("stopped at once", "stopped after step 2 of 3"):
+        with pytest.raises(Interrupted, match=told):
+            train("grpo", settings, tmp_path / "out", show=Shown())
+    assert train("grpo", settings, tmp_path / "out", show=Shown())["steps"] == 3
+    assert [line["step"] for line in written(tmp_path / "out", "gold")] == [0, 1, 2, 3]
+
+
+def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(tiny, rows, tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    file.write_text(FUNCTIONS)
+    settings = settings_of("grpo", tiny, rows, file, "raising", trl={"max_steps": 4})
+    with pytest.raises(EngineError, match="no such word"):
+        train("grpo", settings, out)
+    file.write_text(FUNCTIONS.replace('raise ValueError("no such word")', "pass"))
+    with pytest.raises(
+        ConfigError, match=r"reward\[0\]\.function: 'raising@[\s\S]* has changed; --changed-code goes on with it"
+    ) as told:
+        train("grpo", settings, out)
+    assert str(told.value).count("there,") == 1
+    other = settings.model_copy(update={"seed": 7})
+    with pytest.raises(ConfigError, match="another training"):
+        train("grpo", other, out, "changed-code")
+    manifest = train("grpo", settings, out, "changed-code")
+    [change] = manifest["changes"]
+    assert (manifest["steps"], change["step"], change["key"]) == (4, 2, "reward[0].function")
+    assert change["before"] != change["after"]
+    card = (out / "README.md").read_text()
+    assert f"After step 2 it went on with another version of reward[0].function (`{change['after']}`" in card
+    assert "4 steps on 32 completions of 4 rollouts" in card
+    assert [line["step"] for line in written(out, "rollouts")] == [1, 2, 3, 4]
+    assert train("grpo", settings, out)["changes"] == [change]
+    file.write_text(FUNCTIONS)
+    with pytest.raises(ConfigError, match="another training"):
+        train("grpo", settings, out, "changed-code")
+
+
+def test_without_gold_completions_of_rollouts_are_shown(tiny, rows, functions, tmp_path):
+    train("grpo", settings_of("grpo", tiny, rows, functions, "length", trl={"max_steps": 25}), tmp_path, show=Shown())
+    shown = written(tmp_path, "samples")
+    assert sorted({one["step"] for one in shown}) == [1, 3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
+    assert {len(one["completion"]) / 10 == one["proxy"] and one["gold"] is None for one in shown} == {True}
 
 
 def test_the_kl_stops_a_run_with_one_line(tiny, rows, functions, tmp_path):

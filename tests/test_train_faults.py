@@ -19,7 +19,7 @@ import torch
 from cai.cli.train import check_keys, choose_mode, read_document
 from cai.config import ModelConfig
 from cai.engines.transformers import TransformersEngine
-from cai.errors import ConfigError, EngineError, StoreError
+from cai.errors import ConfigError, EngineError, Interrupted, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
 from cai.training.folder import TrainFolder
@@ -286,14 +286,18 @@ def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, monkeypatch, err
 
 
 def test_a_folder_with_another_training_or_something_else(tiny, rows, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", [pair(n) for n in range(16)])
     settings = make_settings("sft", tiny, rows)
     train("sft", settings, tmp_path / "out")
     other = make_settings("sft", tiny, rows, trl={"learning_rate": 0.5}, seed=3)
     with pytest.raises(
         ConfigError,
-        match=r"(?s)holds another training:\n  seed: 0 there, 3 now\n  trl: .*--fresh to start over .in cai run with",
+        match=r"holds another training:\n  seed: 0 there, 3 now\n  trl.learning_rate: \S+ there, 0.5 now\nuse another -o, or "
+        r"--fresh to start over .in cai run with",
     ):
         train("sft", other, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"out holds a training of the stage sft; use another -o, or --fresh to start over$"):
+        train("reward", make_settings("reward", tiny, pairs), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"mine holds thesis.txt, but no training of cai; use another -o"):
@@ -377,6 +381,42 @@ def slow_process(settings, out):
 def wait_for_step(process, out):
     runs.wait_until(lambda: process.poll() is not None or (out / "run" / "log.jsonl").exists(), 120)
     assert process.poll() is None, process.communicate()
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows, tmp_path, monkeypatch):
+    def fails(*given):
+        raise EngineError("no room")
+
+    settings = make_settings("sft", tiny, rows, seed=3)
+    for where, one in (("fit", make_settings("sft", tiny, rows)), ("_finish", settings)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"cai.training.running.{where}", fails)
+            with pytest.raises(EngineError):
+                train("sft", one, tmp_path / "out")
+    with pytest.raises(ConfigError, match="seed: 3 there, 0 now"):
+        train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+    assert train("sft", settings, tmp_path / "out")["status"] == "done"
+
+
+@pytest.mark.parametrize(("stage", "module"), [("sft", "running"), ("reward", "members")])
+def test_a_signal_while_the_model_is_saved_loses_nothing(stage, module, tiny, rows, tmp_path, monkeypatch):
+    from cai.training import saving
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGTERM)
+        saving.save_model(*given)
+
+    if stage == "reward":
+        rows = write_rows(tmp_path / "pairs.jsonl", [pair(n) for n in range(16)])
+    settings, show = make_settings(stage, tiny, rows), Shown()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"cai.training.{module}.save_model", interrupted)
+        with pytest.raises(Interrupted, match=f"^stopped after all steps: the model is in {tmp_path}"):
+            train(stage, settings, tmp_path / "out", show=show)
+    assert "stopping when the model is saved, all steps being done; Ctrl-C again stops at once" in show.notes
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert train(stage, settings, tmp_path / "out", show=(again := Shown()))["status"] == "done"
+    assert "training" not in again.notes
 
 
 def test_ctrl_c_saves_after_the_step_and_the_second_one_stops_at_once(tiny, rows, tmp_path):

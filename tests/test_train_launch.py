@@ -56,8 +56,9 @@ def test_a_training_is_not_gone_on_with_in_another_number_of_processes(tiny, tmp
     rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])
     settings = make_settings("sft", tiny, rows)
     told = running.identity("sft", settings, "1", load_data("sft", settings), 4)
-    with TrainFolder(tmp_path / "out", told):
-        pass
+    with TrainFolder(tmp_path / "out", told) as folder:
+        (folder.checkpoints / "checkpoint-1").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-1" / "trainer_state.json").write_text("{}")
     alone = running.identity("sft", settings, "1", load_data("sft", settings))
     with pytest.raises(ConfigError, match=r"holds another training:\n  processes: 4 there, 1 now\nuse another -o, or --fresh"):
         TrainFolder(tmp_path / "out", alone)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from cai.cli import training
+from cai.cli.train import read_document
 from cai.cli.training import progress, show_summary
 from cai.errors import ConfigError
 from tests.stages import resolve_settings
@@ -105,6 +106,21 @@ def test_gold_is_named_by_a_flag_and_set_goes_into_it(tmp_path):
         resolve_settings("grpo", None, [], {**flags, "gold": "models/reward"})
     with pytest.raises(ConfigError, match="--gold"):
         resolve_settings("grpo", None, [], {**flags, "gold": ""})
+
+
+def test_a_flag_for_adapters_keeps_what_is_said_of_them(tmp_path):
+    def lora(*assignments: str, flag: bool = True, file: str = "{}") -> object:
+        recipe = tmp_path / "sft.yaml"
+        recipe.write_text(file)
+        flags = {"data": ["x"], "lora": True if flag else None}
+        return read_document("sft", str(recipe), list(assignments), flags).data.get("lora")
+
+    assert lora() is True
+    assert lora("lora.rank=4", "lora.merge=false") == {"rank": 4, "merge": False}
+    assert lora(file="lora: {rank: 8}") == {"rank": 8}
+    assert lora("lora.merge=false", file="lora: {rank: 8}") == {"rank": 8, "merge": False}
+    assert lora(file="lora: null") is lora("lora=false") is True
+    assert lora(flag=False) is None
 
 
 def test_the_summary_tells_of_gold_and_rewards_without_numbers(capsys, tmp_path):

@@ -73,6 +73,11 @@ def test_series_that_are_missing_are_left_out():
     assert draw(WHOLE).keys() == {"gold", "frontier", "kl", "value", "length", "monitors"}
     assert draw(NOTHING._replace(log=[{"step": 1, "reward_disagreement": 0.2}])).keys() == {"disagreement"}
     assert draw(NOTHING._replace(rollouts=[{"step": 1, "kl": 0.2}])).keys() == {"kl"}
+    rewarded = [{"step": step, "reward": 1.5 * step, "rewards": {"brief": 1.0 * step, "polite": 0.5 * step}} for step in (1, 2)]
+    found = draw(NOTHING._replace(rollouts=rewarded))["reward"].axes
+    assert [list(one.lines[0].get_ydata()) for one in found] == [[1.5, 3.0], [1.0, 2.0], [0.5, 1.0]]
+    [one] = draw(NOTHING._replace(rollouts=[{"step": 1, "reward": 1.0, "rewards": {"brief": 1.0}}]))["reward"].axes
+    assert list(one.lines[0].get_ydata()) == [1.0]
     assert draw(NOTHING._replace(gold=[gold_line(0, 0.4, 1.0, kl=0.0), gold_line(1, 0.4, 1.0)])).keys() == {"gold"}
     text = texts(render_training(NOTHING, "empty"))
     assert "0 steps. There is no gold measure" in text

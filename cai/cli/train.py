@@ -65,6 +65,14 @@ Lora = Annotated[bool, option("--lora", panel=MODELS, help="Train adapters (rank
 File = Annotated[str | None, option("--recipe", panel=INPUTS, metavar="FILE", help="The stage's settings as YAML; flags win.")]
 Out = Annotated[str | None, option("-o", "--out", panel=FOLDER, metavar="FOLDER", help="Where to; default runs/STAGE.")]
 Fresh = Annotated[bool, option("--fresh", panel=FOLDER, help="Start over; asks if a model or checkpoints would be lost.")]
+ChangedCode = Annotated[
+    bool,
+    option(
+        "--changed-code",
+        panel=FOLDER,
+        help="Go on from the last checkpoint though the file of a reward or gold function has changed; the card says so.",
+    ),
+]
 Launch = Annotated[
     str | None,
     option(
@@ -107,19 +115,31 @@ def _online_command(stage: StageName) -> Any:
         seed: Seed = None,
         out: Out = None,
         fresh: Fresh = False,
+        changed_code: ChangedCode = False,
         yes: Yes = False,
         launch: Launch = None,
     ) -> None:
         given = {"data": data or None, "model": model, "lora": lora or None, "seed": seed}
         flags = {**given, "reward": reward or None, "gold": gold}
-        _start(stage, read_document(stage, recipe, set_ or [], flags), out, fresh, yes, launch)
+        _start(stage, read_document(stage, recipe, set_ or [], flags), out, fresh, yes, launch, changed_code)
 
     return command
 
 
-def _start(stage: StageName, document: Document, out: str | None, fresh: bool, yes: bool, launch: str | None) -> None:
+def _start(
+    stage: StageName,
+    document: Document,
+    out: str | None,
+    fresh: bool,
+    yes: bool,
+    launch: str | None,
+    changed_code: bool = False,
+) -> None:
     settings, folder = document.validate(SETTINGS[stage]), choose_out(stage, out)
-    run(stage, settings, folder, choose_mode(folder, fresh, yes), launch, document)
+    if fresh and changed_code:
+        raise ConfigError("--changed-code goes on with what --fresh deletes: give one of them")
+    mode = "changed-code" if changed_code else choose_mode(folder, fresh, yes)
+    run(stage, settings, folder, mode, launch, document)
 
 
 _OF_MEASURING = GoldSettings.model_fields.keys() - RewardSource.model_fields.keys()
@@ -145,9 +165,11 @@ def read_document(stage: StageName, recipe: str | None, assignments: list[str], 
     overrides = [parse_set(one) for one in assignments]
     if (gold := flags.get("gold")) is not None:  # before what --set says of it
         overrides.insert(0, ("gold", _gold(document.data.get("gold"), gold), "--gold"))
-    overrides += [(key, value, f"--{key}") for key, value in flags.items() if value is not None and key != "gold"]
+    overrides += [(key, value, f"--{key}") for key, value in flags.items() if value is not None and key not in ("gold", "lora")]
     for dotted, value, source in overrides:
         document.override(dotted, value, source)
+    if flags.get("lora") and not isinstance(document.data.get("lora"), dict):  # whose keys say more
+        document.override("lora", True, "--lora")
     if not document.data.get("data"):
         raise ConfigError(f"no data: name a run folder, for example: cai train {stage} runs/harmless")
     if stage in ONLINE and not document.data.get("reward"):

@@ -42,13 +42,14 @@ def _prompt_column(row: Mapping[Any, Any]) -> str | None:
 
 
 def _no_prompt(row: Mapping[Any, Any], column: str | None) -> str:
-    if column is None:
+    empty = column or next((name for name in COLUMNS if name in row), None)
+    if empty is None:
         what = "no prompt"
     else:
-        what = f"'{column}' is empty" if column in row else f"no column '{column}'{nearest(column, map(str, row))}"
+        what = f"'{empty}' is empty" if empty in row else f"no column '{empty}'{nearest(empty, map(str, row))}"
     here = ", ".join(map(str, row)) or "none"
     return without_surrogates(
-        f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or set prompts.column)"
+        f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or, to generate, set prompts.column)"
     )
 
 

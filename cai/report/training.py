@@ -66,6 +66,7 @@ def draw(written: Written) -> dict[str, Figure]:
     found = {
         "gold": _gold(written.gold, _step, "step", mark),
         "frontier": _frontier(written.gold, best),
+        "reward": _rewards(written.rollouts, mark),
         "kl": _plots([*written.rollouts, *_coefficients(written.log)], _KL, mark),
         "value": _plots(written.log, _VALUE, mark),
         "length": _plots(written.rollouts, _LENGTH, mark),
@@ -109,6 +110,14 @@ def _gold(gold: Sequence[Line], x: Any, label: str, mark: float | None) -> Figur
 
 def _or(value: float | None, other: float) -> float:
     return other if value is None else value
+
+
+def _rewards(rollouts: Sequence[Line], mark: float | None) -> Figure | None:
+    """The reward of each rollout, and of several what each says."""
+    names = list(dict.fromkeys(name for line in rollouts for name in line.get("rewards", {})))
+    each = {f"reward '{name}'": (f"rewards/{name}",) for name in names if names[1:]}
+    lines = [{**line, **{f"rewards/{name}": one for name, one in line.get("rewards", {}).items()}} for line in rollouts]
+    return _plots(lines, {"reward": ("reward",), **each}, mark)
 
 
 def _plots(lines: Sequence[Line], wanted: Mapping[str, Sequence[str]], mark: float | None) -> Figure | None:

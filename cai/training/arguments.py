@@ -129,6 +129,8 @@ _LEAST = {
     "num_iterations": 1,
     "num_generations": 1,
     "steps_per_generation": 1,
+    "max_completion_length": 1,
+    "max_new_tokens": 1,
 }
 """What TRL finds out only when the data has been read and the model loaded."""
 

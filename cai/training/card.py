@@ -13,7 +13,7 @@ from cai.models import ALIASES, public_name
 from cai.report.written import named
 from cai.training.base_settings import TrainSettings
 from cai.training.online.settings import OnlineSettings, RewardSource
-from cai.training.settings import StageName
+from cai.training.settings import RewardSettings, StageName
 
 _WHAT: dict[StageName, str] = {
     "sft": "supervised fine-tuning",
@@ -66,6 +66,9 @@ def render_card(stage: StageName, settings: TrainSettings, manifest: dict[str, A
         measures=measures,
         is_online=isinstance(settings, OnlineSettings),
         stopped=manifest.get("stopped"),
+        changes=manifest.get("changes", ()),
+        rollouts=manifest.get("rollouts"),
+        members=settings.members if isinstance(settings, RewardSettings) else 1,
         best=manifest.get("best"),
         is_best=is_best,
         gold=manifest.get("gold"),

@@ -24,12 +24,14 @@ from filelock import FileLock, Timeout
 from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
 
-Mode = Literal["continue", "fresh"]
+Mode = Literal["continue", "fresh", "changed-code"]
+"""`changed-code`: continue, though a function that rewards or measures is another one since."""
 STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed stage anew by itself)"
 """What to do when settings have been changed, whichever command trains."""
 QUARANTINE = "run/quarantine.jsonl"
 """Rows that could not be used: where each stood, and why."""
 _SECONDS = "run/seconds.json"
+_CHANGES = "run/changes.json"
 _STATE = "trainer_state.json"
 
 
@@ -43,6 +45,50 @@ def is_whole(checkpoint: Path) -> bool:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+Changes = dict[str, tuple[Any, Any]]
+"""Keys with what they are in a folder, and now."""
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    there, here = (_flat(one) for one in (before, now))
+    keys = sorted({*there, *here})
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+def _changed_code(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    """The differences, if all of them are other files of the same functions."""
+    found = _differences(before, now)
+    named = all(_name(one) == _name(other) for one, other in found.values())
+    return found if named and all(key.rpartition(".")[2] == "function" for key in found) else {}
+
+
+def _name(version: Any) -> str:
+    """Of NAME@VERSION."""
+    return str(version).rpartition("@")[0]
+
+
+def _another(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a folder holds that holds another training, and what to do."""
+    use = "use another -o, or --fresh to start over"
+    if before.get("stage") != now["stage"]:
+        return f"a training of the stage {before.get('stage')}; {use}"
+    lines = "\n".join(f"  {key}: {there!r} there, {here!r} now" for key, (there, here) in _differences(before, now).items())
+    if _changed_code(before, now):
+        use = f"the file of a function has changed; --changed-code goes on with it from the last checkpoint; or {use}"
+    return f"another training:\n{lines}\n{use} (in cai run with --from and --until this stage, or all stages begin anew)"
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """What is in dictionaries and lists of dictionaries, under names with dots and places."""
+    if isinstance(value, dict) and value:
+        parts = [(f"{name}.{key}" if name else str(key), one) for key, one in value.items()]
+    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        parts = [(f"{name}[{place}]", one) for place, one in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: one for part, inner in parts for key, one in _flat(inner, part).items()}
 
 
 class TrainFolder:
@@ -84,15 +130,27 @@ class TrainFolder:
             self._clear()
         before = self._read("run/identity.json")
         if before is not None and before != identity:
-            changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
-            lines = "\n".join(f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now" for key in changed)
-            raise ConfigError(
-                f"{self.path} holds another training:\n{lines}\nuse another -o, or --fresh to start over (in cai run with "
-                "--from and --until this stage, or all stages begin anew)"
-            )
+            if mode == "changed-code" and (changed := _changed_code(before, identity)) and self.finished is None:
+                self._tell_changed(changed)
+            elif self.holds:
+                raise ConfigError(f"{self.path} holds {_another(before, identity)}")
+            else:  # nothing was trained
+                self._clear()
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
         told = (self._read(_SECONDS) or {}).get("seconds")
         self._before = float(told) if isinstance(told, int | float) else 0.0
+
+    def _tell_changed(self, changed: Changes) -> None:
+        step = max((_step(one) for one in self.checkpoints.glob("checkpoint-*") if is_whole(one)), default=0)
+        told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
+        self.write(_CHANGES, json.dumps([*self.changes, *told], indent=2) + "\n")
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Functions that were changed in the midst: after which step, the key, and both versions."""
+        with suppress(OSError, ValueError):
+            return list(json.loads((self.path / _CHANGES).read_bytes()))
+        return []
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -112,6 +170,12 @@ class TrainFolder:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+    @property
+    def holds(self) -> bool:
+        """Whether a model was trained, or one of several reward models, or there is a checkpoint to go on from."""
+        kept = ("manifest.json", "*.safetensors", "members/*")
+        return any(any(self.path.glob(one)) for one in kept) or any(map(is_whole, self.checkpoints.glob("**/checkpoint-*")))
 
     @property
     def checkpoints(self) -> Path:

@@ -39,7 +39,7 @@ from cai.training.running import fit
 from cai.training.saving import save_model
 from cai.training.settings import RewardSettings
 from cai.training.stage import Outcome, Parts, build_trainer
-from cai.training.watching import Show, Watch
+from cai.training.watching import SAVING, Show, Watch
 
 _SIDES = ("chosen", "rejected")
 _DONE = "done.json"
@@ -82,8 +82,9 @@ def train_members(settings: RewardSettings, data: StageData, folder: TrainFolder
         if not processes.is_main_process:
             return Outcome(0, {}, left_out, effective(arguments))
         show.note("measuring on held-out rows" if data.test else "measuring on rows that it was trained on")
-        spec, measures = finish(RewardModel.open(_spec(members, settings), folder.path), settings, data)
-        folder.write(SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
+        with watch.on_signals(SAVING):
+            spec, measures = finish(RewardModel.open(_spec(members, settings), folder.path), settings, data)
+            folder.write(SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
     losses = {f"train_loss{one.name and '/'}{one.name}": told["loss"] for one, told in zip(members, done, strict=True)}
     known = {name: loss for name, loss in losses.items() if loss is not None}
     return Outcome(sum(one["steps"] for one in done), known | measures, left_out, effective(arguments))
@@ -164,9 +165,10 @@ def _train(
         trainer = build_trainer("reward", parts)
     fit(trainer, watch, folder.last_checkpoint(member.name), show)
     done = {"steps": trainer.state.global_step, "loss": _last_loss(trainer)}
-    _save(member, trainer, done, folder)
-    if watch.stopping:
-        raise Interrupted(f"stopped after {member.name or 'training'}; the same command continues")
+    with watch.on_signals(SAVING):
+        _save(member, trainer, done, folder)
+    if watch.stopping and member.name:
+        raise Interrupted(f"stopped after {member.name}; the same command continues")
     del trainer
     gc.collect()
     torch.cuda.empty_cache()

@@ -36,7 +36,7 @@ from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
 from cai.training.stage import Outcome, Parts, build_trainer
-from cai.training.watching import AllSteps, Show, Silent, Watch, check_losses
+from cai.training.watching import SAVING, AllSteps, Show, Silent, Watch, check_losses
 
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
@@ -84,7 +84,10 @@ def train(
                 _quarantine(data, folder)
             processes.wait_for_everyone()
             folder.reopen()
-            return _train(stage, settings, data, folder, watch, show)
+            manifest = _train(stage, settings, data, folder, watch, show)
+            if watch.stopping and stop_file is None:
+                raise Interrupted(f"stopped after all steps: the model is in {out}")
+            return manifest
 
 
 @contextmanager
@@ -192,11 +195,13 @@ def _train(
         "steps": outcome.steps,
         "measures": outcome.measures,
         **outcome.guarded,
+        **({"changes": folder.changes} if folder.changes else {}),
         "seconds": folder.seconds,
         "versions": {name: version for name in _VERSIONS if (version := _version(name))},
     }
     if processes.is_main_process:
-        _finish(stage, settings, folder, manifest)
+        with watch.on_signals(SAVING):
+            _finish(stage, settings, folder, manifest)
     processes.wait_for_everyone()
     return manifest
 
@@ -229,9 +234,10 @@ def _train_one(
                 trainer.safeguards.draw()
             raise
         show.note("saving the model" if arguments.eval_strategy == "no" else "measuring on held-out rows")
-        measures = measure(trainer, data)
-        save_model(trainer, settings, folder.path)
-        guarded = trainer.safeguards.finish() if isinstance(settings, OnlineSettings) else {}
+        with watch.on_signals(SAVING):
+            measures = measure(trainer, data)
+            save_model(trainer, settings, folder.path)
+            guarded = trainer.safeguards.finish() if isinstance(settings, OnlineSettings) else {}
         measures |= guarded.pop("measures", {})
         if isinstance(settings, OnlineSettings) and len(trainer.safeguards.held_out.train) < len(data.train):
             guarded["data"] = list(tell_sources(given, trainer.safeguards.held_out, neutral_row(tokenizer)))
@@ -267,6 +273,8 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None
         quicken(trainer.model)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    trainer.remove_callback(watch)
+    trainer.add_callback(watch)  # as the last one
     show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")
     with watch.on_signals(), suppress(AllSteps):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

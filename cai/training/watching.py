@@ -21,6 +21,8 @@ from cai.training.folder import STARTS_OVER
 
 _SPARE = 60.0
 """Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
+STOPPING = "stopping: the step under way ends and is saved; Ctrl-C again stops at once"
+SAVING = "stopping when the model is saved, all steps being done; Ctrl-C again stops at once"
 
 
 class Show(Protocol):
@@ -68,9 +70,12 @@ class Watch(TrainerCallback):
         self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Time runs from the first step on. Raises `AllSteps` where a checkpoint has them all: the trainer would add one."""
+        """Time runs from the first step on. Raises `AllSteps` where a checkpoint has them all: the trainer would add one, and
+        `KeyboardInterrupt` where it is to stop before it has begun."""
         if state.global_step >= state.max_steps:
             raise AllSteps
+        if self.stopping:
+            raise KeyboardInterrupt
         self._saved_at = time.monotonic()
         self._show.step(state.global_step, state.max_steps, {})
 
@@ -82,13 +87,14 @@ class Watch(TrainerCallback):
             raise EngineError(_no_number("a gradient", args, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Save and stop where it was asked for; let a checkpoint be that is not worth its time."""
+        """Save and stop where it was asked for; let a checkpoint be that is not worth its time. The last of all callbacks, for
+        others take their time: what is asked for meanwhile is done here."""
         asked = self.stopping or bool(self._stop_file and self._stop_file.exists())
         too_soon = time.monotonic() - self._saved_at < self._spare
         self.stopping, too_soon = _any_process(args, asked, too_soon)
         if self.stopping:
             control.should_training_stop = control.should_save = True
-        elif too_soon:
+        elif too_soon and not control.should_training_stop:
             control.should_save = False
         if state.is_world_process_zero:
             self._show.step(state.global_step, state.max_steps, {})
@@ -109,8 +115,8 @@ class Watch(TrainerCallback):
         self._show.step(state.global_step, state.max_steps, numbers)
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """At first SIGINT or SIGTERM the step that is under way ends and is saved; the next one stops at once."""
+    def on_signals(self, what: str = STOPPING) -> Iterator[None]:
+        """At first SIGINT or SIGTERM what is under way ends, as `what` says; the next one stops at once."""
         if threading.current_thread() is not threading.main_thread() or self._stop_file is not None:
             yield
             return
@@ -120,7 +126,7 @@ class Watch(TrainerCallback):
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
-            self._show.note(STOPPING)
+            self._show.note(what)
 
         for number in before:
             signal.signal(number, stop)
@@ -129,9 +135,6 @@ class Watch(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-STOPPING = "stopping: the step under way ends and is saved; Ctrl-C again stops at once"
 
 
 def _any_process(args: Any, *flags: bool) -> tuple[bool, ...]:

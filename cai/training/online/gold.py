@@ -25,8 +25,6 @@ from cai.training.online.rollouts import weighted
 if TYPE_CHECKING:
     from cai.intervals import Numbers
 
-SHOWN = 8
-"""Answers that are written into run/samples.jsonl each time."""
 _OUTSIDE = 0.05
 """The chance at which a training may be stopped whose gold is flat."""
 _FALLS = 2

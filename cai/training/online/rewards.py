@@ -59,7 +59,7 @@ class Reward:
         except CaiError:
             raise
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
-            raise EngineError(f"{self._called} raised {type(exc).__name__}: {exc}{_where(exc)}") from exc
+            raise EngineError(f"{self._called} raised {type(exc).__name__}: {' '.join(str(exc).split())}{_where(exc)}") from exc
         rewards = self._checked(answer, completions)
         columns["log_metric"](f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
@@ -267,7 +267,8 @@ def find_function(target: str) -> Callable[..., Any]:
         raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
     if not callable(function := names.get(name)):
         known = [one for one, value in names.items() if callable(value)]
-        raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
+        what = f"is {function!r:.60}, and no function" if name in names else f"has no such function{nearest(name, known)}"
+        raise ConfigError(f"function '{target}': {name if name in names else file.name} {what}")
     return function  # type: ignore[no-any-return]
 
 

@@ -16,6 +16,8 @@ from cai.errors import EngineError
 from cai.training.online.monitors import describe
 from cai.training.online.rewards import Dialogue, Rewards
 
+SHOWN = 8
+"""Answers that are written into run/samples.jsonl each time."""
 _ENOUGH = 32
 """Completions that have to be worth the same before that is told of a reward."""
 _LOGGED = {
@@ -77,6 +79,15 @@ class Rollouts:
         none = {name: sum(one is None for one in given) for name, given in zip(self.names, rollout.rewards, strict=True)}
         described = describe(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights))
         return {"step": step, **described, "rewards": said, "unscored": none, **logged}
+
+    def samples(self, step: int, rollout: Rollout) -> list[dict[str, Any]]:
+        """A few of its completions, as they are shown."""
+        rewards = weighted(rollout.rewards, self.weights)
+        shown = list(zip(rollout.prompts, rollout.texts, rewards, strict=True))[:SHOWN]
+        return [
+            {"step": step, "prompt": prompt, "completion": text, "proxy": reward, "gold": None}
+            for prompt, text, reward in shown
+        ]
 
     def check(self, rollout: Rollout) -> None:
         """Raises `EngineError` where no completion has a number from any reward."""

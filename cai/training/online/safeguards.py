@@ -2,7 +2,8 @@
 best one, and stops where the training goes astray. One line is told each time it acts.
 
 run/rollouts.jsonl    a line for each rollout          run/gold.jsonl       a line for each gold measure
-run/stopped.json      what stopped the training        run/samples.jsonl    answers to a few held-out prompts, each time
+run/stopped.json      what stopped the training        run/samples.jsonl    answers to a few held-out prompts, each time;
+                                                                            without gold, of rollouts
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cai.training.online.drift import Drift
 from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
-from cai.training.online.rollouts import Logged, Rollouts
+from cai.training.online.rollouts import SHOWN, Logged, Rollouts
 from cai.training.online.settings import OnlineSettings
 from cai.training.stage import Parts
 from cai.training.watching import AllSteps
@@ -38,6 +39,8 @@ _UNSEEN = (
     "under gold, a judge or a reward model that is not trained on"
 )
 _NO_LANGUAGES = "py3langid is not installed: whether completions change their language is not watched"
+_SHOWINGS = 10
+"""How often completions are kept to be shown where no held-out prompts are answered."""
 _PAGE_EVERY = 30.0
 """Seconds at least between two writings of the page while it trains."""
 
@@ -146,6 +149,8 @@ class Safeguards(TrainerCallback):
         if not self._lines:
             self._rollouts.check(rollout)
         line = self._rollouts.line(step, rollout, self._logged.take())
+        if self._leads and self._gold is None and self._shows(step):
+            lines.append(self._run / "samples.jsonl", *self._rollouts.samples(step, rollout))
         self._lines.append(line)
         for text in (*self._rollouts.constant(step, rollout), *self._drift.new(self._lines)):
             self._note(text)
@@ -157,6 +162,11 @@ class Safeguards(TrainerCallback):
         if limits.collapse and (text := collapsed(self._lines)):
             return "collapse", text
         return None
+
+    def _shows(self, step: int) -> bool:
+        """Whether completions of the rollout at that step are shown: the first one, and one in each tenth of the steps."""
+        all_steps = self._trainer.state.max_steps
+        return not self._lines or _SHOWINGS * step // all_steps > _SHOWINGS * self._lines[-1]["step"] // all_steps
 
     def _is_due(self, step: int, all_steps: int) -> bool:
         gold, limit = self.settings.gold, self.settings.limits.steps
@@ -170,6 +180,10 @@ class Safeguards(TrainerCallback):
         """Measure the policy, unless that was done at this step; why to stop, if there is a reason."""
         if self._gold is None or any(line["step"] == step for line in self._golds):
             return None
+        if not self._golds:
+            self._note(
+                f"measuring gold by answers to {len(self.held_out.prompts)} held-out prompts, as often as gold.every says"
+            )
         seed = self.settings.seed
         answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
         line = golden.measured(step, answers, self._rollouts.weights, seed)
@@ -177,9 +191,9 @@ class Safeguards(TrainerCallback):
             self._best.keep(self._trainer, step)
         assert self.settings.gold is not None
         if not golden.speaks(line) and all(golden.speaks(one) for one in self._golds):
-            answers, name = line["answers"], self.settings.gold.name
-            told = answers - line["unscored"]
-            found = f"a number for {told} of {answers} answers" if told else "no number for any answer"
+            of, name = line["answers"], self.settings.gold.name
+            told = of - line["unscored"]
+            found = f"a number for {told} of {of} answers" if told else "no number for any answer"
             what = "too little to stop the training by" if told else "nothing is measured"
             self._note(f"gold had {found} at step {step}: {what}; look at '{name}', and at answers in run/samples.jsonl")
         self._golds.append(line)
@@ -191,7 +205,7 @@ class Safeguards(TrainerCallback):
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
 
     def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
-        shown = answers[: golden.SHOWN]
+        shown = answers[:SHOWN]
         return [
             {
                 "step": step,
@@ -220,7 +234,8 @@ class Safeguards(TrainerCallback):
     # ------------------------------------------------------------------------------------------------ at the end
     def finish(self) -> dict[str, Any]:
         """Write OUT/best and the page; what the manifest tells of all this: among its `measures` the last KL, in nats a
-        completion, and as `rollout` the step of the last rollout, which measures are of. All processes call this."""
+        completion, how many rollouts there were, and as `rollout` the step of the last one, which measures are of. All
+        processes call this."""
         self._go_on(self._trainer.state.global_step)
         best = self._best_step
         if best is not None and (self._run / "best" / str(best)).exists():  # else OUT/best has been it since an earlier stop
@@ -229,11 +244,17 @@ class Safeguards(TrainerCallback):
         kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
         return {
             "measures": {"kl": kls[-1]} if kls else {},
-            **({"rollout": self._lines[-1]["step"]} if self._lines else {}),
+            **self._told_rollouts(),
             **({"stopped": self._stopped} if self._stopped else {}),
             **({"unscored": {name: {"none": none, "of": of} for name, (none, of) in found.items()}} if found else {}),
             **self._told_gold(),
         }
+
+    def _told_rollouts(self) -> dict[str, Any]:
+        if not self._lines:
+            return {}
+        completions = sum(line["completions"] for line in self._lines)
+        return {"rollout": self._lines[-1]["step"], "rollouts": {"count": len(self._lines), "completions": int(completions)}}
 
     @property
     def _best_step(self) -> int | None:
