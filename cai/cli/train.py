@@ -147,13 +147,20 @@ _EXAMPLE = "Example:\n\n    cai train {stage} runs/harmless -m Qwen/Qwen3-0.6B -
 _ONLINE_EXAMPLE = (
     "Example:\n\n    cai train reward runs/harmless -m smollm2-135m -o models/reward\n\n"
     "    cai train {stage} benign -m smollm2-135m --reward models/reward --gold models/other-reward "
-    "-o models/{stage}"
+    "-o models/{stage}\n\n"
+    "Keys of --set: limits.kl, gold.every, lora.rank, and under trl. all of the trainer's, as trl.max_completion_length{more}."
 )
+_OF_PPO = ", trl.value_function, trl.target_kl or trl.num_iterations"
+
+
+def _epilog(stage: StageName) -> str:
+    return (_ONLINE_EXAMPLE if stage in ONLINE else _EXAMPLE).format(stage=stage, more=_OF_PPO if stage == "ppo" else "")
+
+
 for _stage in STAGES:
-    _is_online = _stage in ONLINE
-    _made = _online_command(_stage) if _is_online else _command(_stage)
+    _made = _online_command(_stage) if _stage in ONLINE else _command(_stage)
     _made.__doc__ = f"{_ABOUT[_stage]}\n\nThe same command again continues a training that was stopped."
-    app.command(_stage, epilog=(_ONLINE_EXAMPLE if _is_online else _EXAMPLE).format(stage=_stage))(_made)
+    app.command(_stage, epilog=_epilog(_stage))(_made)
 
 
 def read_document(stage: StageName, recipe: str | None, assignments: list[str], flags: dict[str, Any]) -> Document:
