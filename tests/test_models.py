@@ -139,8 +139,8 @@ def test_the_hub_is_asked_for_owner_slash_name_and_its_commit_is_the_version(tmp
         ("owner/na me", None),
         ("smollm2-135m", "main"),
     )
-    unreachable = "there is no such folder, it is not in the local Hub cache, and the Hub cannot be reached; check the name, or "
-    unreachable += "the network"
+    unreachable = "there is no such folder, it is not in the local Hub cache, and the Hub cannot be reached; check the name"
+    unreachable += ", or the network"
     assert found[:2] == [["owner/name", commit, False, commit]] * 2
     assert found[2] == f"model 'owner/name': {unreachable}"
     assert found[3] == f"model 'owner/none': {unreachable}"
