@@ -91,9 +91,15 @@ def test_a_word_that_never_ends_is_repetition(unit):
     assert monitors.alike(prompts, longer) == 0.0
 
 
+def test_a_text_without_a_word_is_empty():
+    texts = ["!!! ?", "\n. ", "", "\N{GRINNING FACE}", "1 + 1"]
+    assert monitors.describe([str(one) for one in range(5)], texts, [None] * 5)["empty"] == 0.8
+
+
 def test_rewards_that_differ_by_rounding_go_with_no_length():
     texts = ["a " * (one + 1) for one in range(24)]
-    found = monitors.describe([f"p{one // 2}" for one in range(24)], texts, [0.7] * 24)
+    prompts = [f"p{one}" for one in range(6) for _ in range(one + 1)] + ["p6"] * 3
+    found = monitors.describe(prompts, texts, [0.7] * 24)
     assert not [name for name in found if name.startswith("length_correlation")]
     json.dumps(found, allow_nan=False)
 

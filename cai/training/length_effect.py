@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cai.intervals import Numbers
 
 _ALIKE = 1e-9
-"""Of the largest: numbers that differ by less are the same, but for rounding."""
+"""Of the largest reward or length: what differs by less is the same, but for rounding."""
 
 
 def length_line(reward: Numbers, lengths: Numbers, prompts: Numbers) -> LengthLine:
@@ -31,12 +31,9 @@ def length_line(reward: Numbers, lengths: Numbers, prompts: Numbers) -> LengthLi
 def length_correlation(reward: Numbers, lengths: Numbers, prompts: Numbers) -> dict[str, float]:
     """Pearson's correlation of reward with length: `overall`, and `within` prompts; without one that does not exist."""
     pairs = {"overall": (reward, lengths), "within_prompts": (_within(reward, prompts), _within(lengths, prompts))}
-    return {name: float(stats.pearsonr(*pair).statistic) for name, pair in pairs.items() if all(map(_varies, pair))}
-
-
-def _varies(values: Numbers) -> bool:
-    """By more than rounding."""
-    return bool(np.ptp(values) > _ALIKE * np.abs(values).max())
+    least = [_ALIKE * np.abs(one).max() for one in (reward, lengths)]
+    varied = {name: pair for name, pair in pairs.items() if all(map(np.greater, map(np.ptp, pair), least))}
+    return {name: float(stats.pearsonr(*pair).statistic) for name, pair in varied.items()}
 
 
 def _within(values: Numbers, prompts: Numbers) -> Numbers:
