@@ -34,7 +34,7 @@ def test_distinct_n_and_repetition_are_those_of_naive_code(texts, n):
     wanted = len(set(everything)) / len(everything) if everything else None
     assert monitors.distinct(texts, n) == wanted
     again = [sum(count - 1 for count in Counter(one).values()) / len(one) for one in grams if one]
-    assert monitors.repetition(texts, n) == (pytest.approx(sum(again) / len(again)) if again else None)
+    assert monitors.repetition(texts, n) == (pytest.approx(sum(again) / len(texts)) if again else None)
 
 
 def test_words_of_several_scripts():
@@ -88,6 +88,7 @@ def test_a_word_that_never_ends_is_repetition(unit):
     assert monitors.repetition(longer) > 0.9
     assert monitors.repetition(["Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch"]) < 0.1
     assert monitors.repetition(["aaaa"]) is None
+    assert monitors.repetition([*map(str, range(63)), "-" * 60]) < 0.05, "one of many"
     assert monitors.alike(prompts, longer) == 0.0
 
 
@@ -301,11 +302,15 @@ def test_prompts_without_a_gold_number_are_left_out_and_by_fewer_than_sixteen_no
 
 
 def test_a_measure_with_few_numbers_is_not_the_best():
-    whole, few, more = series((0, [1.0, 2.0, 1.0, 2.0]), (1, [9.0, None, None, None]), (2, [None, 1.5, 1.5, 2.0]))
+    whole, few, more = series(
+        (0, [1.0, 2.0, 1.0, 2.0, 1.0]), (1, [9.0, None, None, None, None]), (2, [None, 1.5, 1.5, 2.0, 0.5])
+    )
     assert best_of([whole, few]) == whole
     assert best_of([few, whole]) == whole, "which says more"
     assert best_of([whole, more]) == whole, "by the prompts that both have a number for"
     assert best_of([more, few]) == more
+    of_some = series(*((step, [value, None, None, None]) for step, value in enumerate([0.0, 2.0, 1.0])))
+    assert best_of(of_some) == of_some[1], "most prompts never have a number"
 
 
 def test_the_first_of_several_best_ones_is_the_best():

@@ -339,7 +339,7 @@ def test_a_signal_while_gold_is_measured_stops_after_that_step(tiny, rows, funct
 def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(tiny, rows, tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(FUNCTIONS)
-    settings = settings_of("grpo", tiny, rows, file, "raising", trl={"max_steps": 4})
+    settings = settings_of("grpo", tiny, rows, file, "raising", "length", trl={"max_steps": 4})
     with pytest.raises(EngineError, match="no such word"):
         train("grpo", settings, out)
     file.write_text(FUNCTIONS.replace('raise ValueError("no such word")', "pass"))
@@ -347,22 +347,25 @@ def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(t
         ConfigError, match=r"reward\[0\]\.function: 'raising@[\s\S]* has changed; --changed-code goes on with it"
     ) as told:
         train("grpo", settings, out)
-    assert str(told.value).count("there,") == 1
+    assert str(told.value).count("there,") == 2
     other = settings.model_copy(update={"seed": 7})
     with pytest.raises(ConfigError, match="another training"):
         train("grpo", other, out, "changed-code")
     manifest = train("grpo", settings, out, "changed-code")
-    [change] = manifest["changes"]
-    assert (manifest["steps"], change["step"], change["key"]) == (4, 2, "reward[0].function")
+    gold, change = manifest["changes"]
+    assert gold["key"] == "gold.function"
+    assert manifest["gold"]["first"]["step"] == 1, "the measure begins anew"
+    assert (manifest["steps"], change["step"], change["key"]) == (4, 1, "reward[0].function")
     assert change["before"] != change["after"]
     card = (out / "README.md").read_text()
-    assert f"After step 2 it went on with another version of reward[0].function (`{change['after']}`" in card
+    assert f"After step 1 it went on with another version of reward[0].function (`{change['after']}`" in card
     assert "4 steps on 32 completions of 4 rollouts" in card
     assert [line["step"] for line in written(out, "rollouts")] == [1, 2, 3, 4]
-    assert train("grpo", settings, out)["changes"] == [change]
+    assert train("grpo", settings, out)["changes"] == [gold, change]
     file.write_text(FUNCTIONS)
-    with pytest.raises(ConfigError, match="another training"):
+    with pytest.raises(ConfigError, match="another training") as told:
         train("grpo", settings, out, "changed-code")
+    assert "--changed-code" not in str(told.value), "it has ended"
 
 
 def test_without_gold_completions_of_rollouts_are_shown(tiny, rows, functions, tmp_path):

@@ -388,6 +388,9 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows
         raise EngineError("no room")
 
     settings = make_settings("sft", tiny, rows, seed=3)
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "lock").touch()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     for where, one in (("fit", make_settings("sft", tiny, rows)), ("_finish", settings)):
         with monkeypatch.context() as patch:
             patch.setattr(f"cai.training.running.{where}", fails)
@@ -395,7 +398,9 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows
                 train("sft", one, tmp_path / "out")
     with pytest.raises(ConfigError, match="seed: 3 there, 0 now"):
         train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
-    assert train("sft", settings, tmp_path / "out")["status"] == "done"
+    assert train("sft", settings, tmp_path / "out", "changed-code")["status"] == "done"
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "out" / "run" / "changes.json").exists()
 
 
 @pytest.mark.parametrize(("stage", "module"), [("sft", "running"), ("reward", "members")])

@@ -13,6 +13,10 @@ _OF_ROLLOUT = ("reward", "objective/scores", "kl")
 """Measures in a manifest that are of the last rollout."""
 
 
+_FEW = 4
+"""Less than one in so many is few."""
+
+
 class Written(NamedTuple):
     """What a training has written so far: lines of each step, in their order."""
 
@@ -57,9 +61,9 @@ def best_of(gold: Sequence[Line]) -> Line | None:
 
 
 def _is_better(line: Line, best: Line) -> bool:
-    """By the prompts that both have a number for; where these are fewer than half, the one with more of them."""
+    """By the prompts that both have a number for; where these are few of those that one of them has, the one with more."""
     pairs = [pair for pair in zip(line["golds"], best["golds"], strict=True) if None not in pair]
-    if 2 * len(pairs) < len(line["golds"]):
+    if _FEW * len(pairs) < max(_scored(line), _scored(best)):
         return _scored(line) > _scored(best)
     return fmean(new for new, _ in pairs) > fmean(old for _, old in pairs)
 

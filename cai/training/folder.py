@@ -47,6 +47,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+_ABSENT = "nothing"
 Changes = dict[str, tuple[Any, Any]]
 """Keys with what they are in a folder, and now."""
 
@@ -54,7 +55,8 @@ Changes = dict[str, tuple[Any, Any]]
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     there, here = (_flat(one) for one in (before, now))
     keys = sorted({*there, *here})
-    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+    found = {key: (there.get(key, _ABSENT), here.get(key, _ABSENT)) for key in keys}
+    return {key: both for key, both in found.items() if both[0] != both[1]}
 
 
 def _changed_code(before: dict[str, Any], now: dict[str, Any]) -> Changes:
@@ -69,13 +71,13 @@ def _name(version: Any) -> str:
     return str(version).rpartition("@")[0]
 
 
-def _another(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _another(before: dict[str, Any], now: dict[str, Any], is_code: bool) -> str:
     """What a folder holds that holds another training, and what to do."""
     use = "use another -o, or --fresh to start over"
     if before.get("stage") != now["stage"]:
         return f"a training of the stage {before.get('stage')}; {use}"
     lines = "\n".join(f"  {key}: {there!r} there, {here!r} now" for key, (there, here) in _differences(before, now).items())
-    if _changed_code(before, now):
+    if is_code:
         use = f"the file of a function has changed; --changed-code goes on with it from the last checkpoint; or {use}"
     return f"another training:\n{lines}\n{use} (in cai run with --from and --until this stage, or all stages begin anew)"
 
@@ -130,15 +132,24 @@ class TrainFolder:
             self._clear()
         before = self._read("run/identity.json")
         if before is not None and before != identity:
-            if mode == "changed-code" and (changed := _changed_code(before, identity)) and self.finished is None:
+            changed = {} if self.finished else _changed_code(before, identity)
+            if not self.holds:
+                self._forget("run/rows", _SECONDS, _CHANGES)
+            elif changed and mode == "changed-code":
                 self._tell_changed(changed)
-            elif self.holds:
-                raise ConfigError(f"{self.path} holds {_another(before, identity)}")
-            else:  # nothing was trained
-                self._clear()
+                self._forget("run/gold.jsonl", "run/best")  # measures of another function, or beside another reward
+            else:
+                raise ConfigError(f"{self.path} holds {_another(before, identity, bool(changed))}")
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
         told = (self._read(_SECONDS) or {}).get("seconds")
         self._before = float(told) if isinstance(told, int | float) else 0.0
+
+    def _forget(self, *names: str) -> None:
+        for path in (self.path / one for one in names):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _tell_changed(self, changed: Changes) -> None:
         step = max((_step(one) for one in self.checkpoints.glob("checkpoint-*") if is_whole(one)), default=0)

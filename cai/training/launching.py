@@ -57,6 +57,8 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
         more = one_gpu(os.environ) if how is None else {}
         code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
         _raise_failure(folder, code)
+        if (folder / STOP).exists():
+            raise Interrupted(f"stopped after all steps: the model is in {out}")
     return dict(json.loads((out / "manifest.json").read_bytes()))
 
 

@@ -74,6 +74,7 @@ class Watch(TrainerCallback):
         `KeyboardInterrupt` where it is to stop before it has begun."""
         if state.global_step >= state.max_steps:
             raise AllSteps
+        (self.stopping,) = _any_process(args, self._asked)
         if self.stopping:
             raise KeyboardInterrupt
         self._saved_at = time.monotonic()
@@ -89,15 +90,19 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Save and stop where it was asked for; let a checkpoint be that is not worth its time. The last of all callbacks, for
         others take their time: what is asked for meanwhile is done here."""
-        asked = self.stopping or bool(self._stop_file and self._stop_file.exists())
         too_soon = time.monotonic() - self._saved_at < self._spare
-        self.stopping, too_soon = _any_process(args, asked, too_soon)
+        self.stopping, too_soon = _any_process(args, self._asked, too_soon)
         if self.stopping:
             control.should_training_stop = control.should_save = True
-        elif too_soon and not control.should_training_stop:
+        elif too_soon and not (control.should_training_stop and state.global_step < state.max_steps):
             control.should_save = False
         if state.is_world_process_zero:
             self._show.step(state.global_step, state.max_steps, {})
+
+    @property
+    def _asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.stopping or bool(self._stop_file and self._stop_file.exists())
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The next checkpoint is so much later."""

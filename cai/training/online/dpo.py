@@ -20,7 +20,7 @@ class OnlineDpo(OnlineDPOTrainer):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         self._said: dict[str, list[float]] = {}
-        self._paired = torch.empty(0)
+        self._paired, self._mean = torch.empty(0), 0.0
         super().__init__(*given, **named)
 
     def _forward(self, *given: Any, **named: Any) -> Tensor:
@@ -34,14 +34,17 @@ class OnlineDpo(OnlineDPOTrainer):
         self, prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]], **columns: Any
     ) -> Tensor:
         """(2 B,): the weighted sum of what rewards say of each completion, of those that say something. Where none does, the
-        mean of the others, which moves no mean in the log; both completions of such a prompt are marked."""
+        mean of the others, or of the last batch with any, which moves no mean in the log; both completions of such a prompt are
+        marked."""
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
         said = [one(**given, trainer_state=self.state, log_metric=self._note) for one in self.reward_funcs]
         weights = [1.0] * len(said) if self.reward_weights is None else self.reward_weights.tolist()
         rewards = torch.tensor([math.nan if one is None else one for one in weighted(said, weights)])
         known = ~rewards.isnan()
         self._paired = (known & known.roll(len(prompts) // 2)).float()
-        return rewards.nan_to_num(float(rewards.nanmean()) if known.any() else 0.0).to(self.accelerator.device)
+        if known.any():
+            self._mean = float(rewards.nanmean())
+        return rewards.nan_to_num(self._mean).to(self.accelerator.device)
 
     def _note(self, name: str, value: float) -> None:
         self._said.setdefault(name, []).append(value)

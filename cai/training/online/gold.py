@@ -25,8 +25,9 @@ from cai.training.online.rollouts import weighted
 if TYPE_CHECKING:
     from cai.intervals import Numbers
 
-_OUTSIDE = 0.05
-"""The chance at which a training may be stopped whose gold is flat."""
+_OUTSIDE, _LEAST = 0.05, 2e-5
+"""The chance at which a training may be stopped whose gold is flat; and the least chance of a measure that is asked for, since
+to tell smaller ones takes longer and longer."""
 _FALLS = 2
 """So many measures in a row have to be below the best."""
 FEW = 16
@@ -76,15 +77,15 @@ def over_optimised(lines: Sequence[Line]) -> str:
     """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the proxy is
     above what it was there.
 
-    The level is 0.05 / n² after n measures: a training is tested at each of them, and the highest of n numbers is high by
-    chance too. Of flat gold with independent noise (simulated: normal, or 0 and 1; 16 to 128 prompts) 1 to 5 % of trainings
-    with 11 or 21 measures are stopped; a fall by half a standard deviation of the answers of 64 prompts stops nine in ten
-    within three measures.
+    The level is 0.05 / n² after n measures (up to 50): a training is tested at each of them, and the highest of n numbers is
+    high by chance too. Of flat gold with independent noise (simulated: normal, or 0 and 1; 16 to 128 prompts) 1 to 5 % of
+    trainings with 11 or 21 measures are stopped; a fall by half a standard deviation of the answers of 64 prompts stops nine
+    in ten within three measures.
     """
     best, last = best_of(lines), lines[-1]
     if best is None or last["proxy"] is None or best["proxy"] is None or last["proxy"] <= best["proxy"]:
         return ""
-    two, level = lines[-_FALLS:], _OUTSIDE / len(lines) ** 2
+    two, level = lines[-_FALLS:], max(_LEAST, _OUTSIDE / len(lines) ** 2)
     if best in two or any(one["gold"] is None for one in two):
         return ""
     fallen, chance = fall(best, two, level)

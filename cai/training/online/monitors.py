@@ -48,10 +48,10 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 
 def repetition(texts: Sequence[str], n: int = _NGRAM) -> float | None:
     """Of the n-grams of one completion the share that stand in it before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-n),
-    as a mean over completions that have any; None where none has. They are of words, and of characters where a long text has
-    fewer than `n` words."""
+    as a mean over completions, of which those without any have none of it; None where all are such. They are of words, and of
+    characters where a long text has fewer than `n` words."""
     grams = [found for text in texts if (found := _grams(words(text), n) or _grams(text if len(text) >= _LONG else "", n))]
-    return math.fsum(1 - len(set(one)) / len(one) for one in grams) / len(grams) if grams else None
+    return math.fsum(1 - len(set(one)) / len(one) for one in grams) / len(texts) if grams else None
 
 
 def _grams(sequence: Sequence[str], n: int) -> list[tuple[str, ...]]:
