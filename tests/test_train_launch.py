@@ -52,6 +52,17 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
 
 
+def test_ctrl_c_while_a_launched_training_ends_is_told_to_whoever_launched_it(tiny, tmp_path, monkeypatch):
+    def ends(command: list[str], folder: Path, *given: object) -> int:
+        (folder / launching.STOP).touch()
+        return 0
+
+    monkeypatch.setattr(launching, "_run", ends)
+    settings = make_settings("sft", tiny, write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)]))
+    with pytest.raises(Interrupted, match=f"^stopped after all steps: the model is in {tmp_path}"):
+        launching.launch("sft", settings, tmp_path / "out", "continue", None, Shown())
+
+
 def test_a_training_is_not_gone_on_with_in_another_number_of_processes(tiny, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])
     settings = make_settings("sft", tiny, rows)
