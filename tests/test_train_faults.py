@@ -457,16 +457,21 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
 
 @pytest.mark.parametrize(
     ("there", "what"),
-    [("manifest.json", "a trained model"), ("members/0", "trained reward models"), ("checkpoints/checkpoint-4", "checkpoints")],
+    [
+        ("manifest.json", "a trained model"),
+        ("members/0", "trained reward models"),
+        ("checkpoints/checkpoint-4/trainer_state.json", "checkpoints"),
+    ],
 )
 def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch, there, what):
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))
     assert choose_mode(tmp_path, True, False) == "fresh"
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)  # not written to its end
     assert choose_mode(tmp_path, True, False) == "fresh"
     assert asked == []
-    (tmp_path / there).mkdir(parents=True)
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / there).write_text("{}")
     assert (choose_mode(tmp_path, True, True), choose_mode(tmp_path, False, False)) == ("fresh", "continue")
     assert asked == []
     choose_mode(tmp_path, True, False)

@@ -199,9 +199,9 @@ def choose_out(stage: str, out: str | None) -> Path:
 
 def choose_mode(out: Path, fresh: bool, yes: bool) -> Mode:
     """Continue, or start over; asks where that would delete something."""
-    kept = {"manifest.json": "a trained model", "members/*": "trained reward models", "checkpoints/*": "checkpoints"}
-    what = next((what for pattern, what in kept.items() if any(out.glob(pattern))), None)
-    if fresh and not yes and what:
+    from cai.training.folder import kept_in
+
+    if fresh and not yes and (what := kept_in(out)):
         typer.confirm(f"{out} holds {what}. Delete and start over?", abort=True)
     return "fresh" if fresh else "continue"
 

@@ -42,11 +42,11 @@ def _prompt_column(row: Mapping[Any, Any]) -> str | None:
 
 
 def _no_prompt(row: Mapping[Any, Any], column: str | None) -> str:
-    empty = column or next((name for name in COLUMNS if name in row), None)
-    if empty is None:
+    name = column or next((one for one in COLUMNS if one in row), None)
+    if name is None:
         what = "no prompt"
     else:
-        what = f"'{empty}' is empty" if empty in row else f"no column '{empty}'{nearest(empty, map(str, row))}"
+        what = f"'{name}' is empty" if name in row else f"no column '{name}'{nearest(name, map(str, row))}"
     here = ", ".join(map(str, row)) or "none"
     return without_surrogates(
         f"{what}; columns here: {here:.200}; expected one of {', '.join(COLUMNS)} (or, to generate, set prompts.column)"

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 Line = Mapping[str, Any]
 _OF_ROLLOUT = ("reward", "objective/scores", "kl")
 """Measures in a manifest that are of the last rollout."""
-
-
 _FEW = 4
 """Less than one in so many is few."""
 

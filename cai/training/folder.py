@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
+from cai.training.differences import Changes, changed_code, describe
 
 Mode = Literal["continue", "fresh", "changed-code"]
 """`changed-code`: continue, though a function that rewards or measures is another one since."""
@@ -43,54 +44,17 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def kept_in(folder: Path) -> str | None:
+    """What of a training in a folder cannot be had again for nothing, in a word; None where there is nothing."""
+    if any(any(folder.glob(one)) for one in ("manifest.json", "*.safetensors")):
+        return "a trained model"
+    if any(folder.glob("members/*")):
+        return "trained reward models"
+    return "checkpoints" if any(map(is_whole, folder.glob("checkpoints/**/checkpoint-*"))) else None
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-_ABSENT = "nothing"
-Changes = dict[str, tuple[Any, Any]]
-"""Keys with what they are in a folder, and now."""
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
-    there, here = (_flat(one) for one in (before, now))
-    keys = sorted({*there, *here})
-    found = {key: (there.get(key, _ABSENT), here.get(key, _ABSENT)) for key in keys}
-    return {key: both for key, both in found.items() if both[0] != both[1]}
-
-
-def _changed_code(before: dict[str, Any], now: dict[str, Any]) -> Changes:
-    """The differences, if all of them are other files of the same functions."""
-    found = _differences(before, now)
-    named = all(_name(one) == _name(other) for one, other in found.values())
-    return found if named and all(key.rpartition(".")[2] == "function" for key in found) else {}
-
-
-def _name(version: Any) -> str:
-    """Of NAME@VERSION."""
-    return str(version).rpartition("@")[0]
-
-
-def _another(before: dict[str, Any], now: dict[str, Any], is_code: bool) -> str:
-    """What a folder holds that holds another training, and what to do."""
-    use = "use another -o, or --fresh to start over"
-    if before.get("stage") != now["stage"]:
-        return f"a training of the stage {before.get('stage')}; {use}"
-    lines = "\n".join(f"  {key}: {there!r} there, {here!r} now" for key, (there, here) in _differences(before, now).items())
-    if is_code:
-        use = f"the file of a function has changed; --changed-code goes on with it from the last checkpoint; or {use}"
-    return f"another training:\n{lines}\n{use} (in cai run with --from and --until this stage, or all stages begin anew)"
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """What is in dictionaries and lists of dictionaries, under names with dots and places."""
-    if isinstance(value, dict) and value:
-        parts = [(f"{name}.{key}" if name else str(key), one) for key, one in value.items()]
-    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        parts = [(f"{name}[{place}]", one) for place, one in enumerate(value)]
-    else:
-        return {name: value}
-    return {key: one for part, inner in parts for key, one in _flat(inner, part).items()}
 
 
 class TrainFolder:
@@ -132,14 +96,14 @@ class TrainFolder:
             self._clear()
         before = self._read("run/identity.json")
         if before is not None and before != identity:
-            changed = {} if self.finished else _changed_code(before, identity)
-            if not self.holds:
+            changed = {} if self.finished else changed_code(before, identity)
+            if not kept_in(self.path):
                 self._forget("run/rows", _SECONDS, _CHANGES)
             elif changed and mode == "changed-code":
                 self._tell_changed(changed)
                 self._forget("run/gold.jsonl", "run/best")  # measures of another function, or beside another reward
             else:
-                raise ConfigError(f"{self.path} holds {_another(before, identity, bool(changed))}")
+                raise ConfigError(f"{self.path} holds {describe(before, identity, bool(changed))}")
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
         told = (self._read(_SECONDS) or {}).get("seconds")
         self._before = float(told) if isinstance(told, int | float) else 0.0
@@ -152,7 +116,8 @@ class TrainFolder:
                 path.unlink(missing_ok=True)
 
     def _tell_changed(self, changed: Changes) -> None:
-        step = max((_step(one) for one in self.checkpoints.glob("checkpoint-*") if is_whole(one)), default=0)
+        last = self.last_checkpoint()
+        step = _step(last) if last else 0
         told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
         self.write(_CHANGES, json.dumps([*self.changes, *told], indent=2) + "\n")
 
@@ -181,12 +146,6 @@ class TrainFolder:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-    @property
-    def holds(self) -> bool:
-        """Whether a model was trained, or one of several reward models, or there is a checkpoint to go on from."""
-        kept = ("manifest.json", "*.safetensors", "members/*")
-        return any(any(self.path.glob(one)) for one in kept) or any(map(is_whole, self.checkpoints.glob("**/checkpoint-*")))
 
     @property
     def checkpoints(self) -> Path:

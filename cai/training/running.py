@@ -36,7 +36,7 @@ from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
 from cai.training.stage import Outcome, Parts, build_trainer
-from cai.training.watching import SAVING, AllSteps, Show, Silent, Watch, check_losses
+from cai.training.watching import ALL_STEPS, SAVING, AllSteps, Show, Silent, Watch, check_losses
 
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
@@ -86,7 +86,7 @@ def train(
             folder.reopen()
             manifest = _train(stage, settings, data, folder, watch, show)
             if watch.stopping and stop_file is None:
-                raise Interrupted(f"stopped after all steps: the model is in {out}")
+                raise Interrupted(ALL_STEPS.format(out))
             return manifest
 
 

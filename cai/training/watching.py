@@ -22,6 +22,7 @@ from cai.training.folder import STARTS_OVER
 _SPARE = 60.0
 """Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
 STOPPING = "stopping: the step under way ends and is saved; Ctrl-C again stops at once"
+ALL_STEPS = "stopped after all steps: the model is in {}"
 SAVING = "stopping when the model is saved, all steps being done; Ctrl-C again stops at once"
 
 

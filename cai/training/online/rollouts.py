@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
@@ -82,12 +83,8 @@ class Rollouts:
 
     def samples(self, step: int, rollout: Rollout) -> list[dict[str, Any]]:
         """A few of its completions, as they are shown."""
-        rewards = weighted(rollout.rewards, self.weights)
-        shown = list(zip(rollout.prompts, rollout.texts, rewards, strict=True))[:SHOWN]
-        return [
-            {"step": step, "prompt": prompt, "completion": text, "proxy": reward, "gold": None}
-            for prompt, text, reward in shown
-        ]
+        shown = zip(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights), strict=True)
+        return [sample(step, *one) for one in islice(shown, SHOWN)]
 
     def check(self, rollout: Rollout) -> None:
         """Raises `EngineError` where no completion has a number from any reward."""
@@ -133,6 +130,11 @@ class Rollouts:
             f"reward '{name}' is the same ({min(values):g}) for all {self._seen} completions so far: nothing can be learned "
             "from it; look at what it measures, and at completions in run/samples.jsonl"
         )
+
+
+def sample(step: int, prompt: str, text: str, proxy: float | None, gold: float | None = None) -> dict[str, Any]:
+    """A line of run/samples.jsonl."""
+    return {"step": step, "prompt": prompt, "completion": text, "proxy": proxy, "gold": gold}
 
 
 def weighted(rewards: Sequence[Rewards], weights: Sequence[float]) -> Rewards:

@@ -29,7 +29,7 @@ from cai.training.online.drift import Drift
 from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
-from cai.training.online.rollouts import SHOWN, Logged, Rollouts
+from cai.training.online.rollouts import SHOWN, Logged, Rollouts, sample
 from cai.training.online.settings import OnlineSettings
 from cai.training.stage import Parts
 from cai.training.watching import AllSteps
@@ -205,17 +205,10 @@ class Safeguards(TrainerCallback):
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
 
     def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
-        shown = answers[:SHOWN]
-        return [
-            {
-                "step": step,
-                "prompt": self.held_out.prompts[one.number]["prompt"][-1]["content"],
-                "completion": one.text,
-                "proxy": proxy,
-                "gold": one.gold,
-            }
-            for one, proxy in zip(shown, golden.proxies_of(shown, self._rollouts.weights), strict=True)
-        ]
+        shown, rows = answers[:SHOWN], self.held_out.prompts
+        asked = [rows[one.number]["prompt"][-1]["content"] for one in shown]
+        told = zip(asked, shown, golden.proxies_of(shown, self._rollouts.weights), strict=True)
+        return [sample(step, prompt, one.text, proxy, one.gold) for prompt, one, proxy in told]
 
     def _stop(self, step: int, reason: str, text: str) -> None:
         if reason in ("kl", "collapse"):

@@ -61,10 +61,11 @@ Total = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance of what a mask counts, over all processes."""
+    """Mean and variance of what a mask counts, over all processes, and how much that is."""
 
     mean: Tensor
     variance: Tensor
+    count: Tensor
 
     @classmethod
     def of(cls, values: Tensor, mask: Tensor, total: Total) -> Moments:
@@ -73,9 +74,10 @@ class Moments:
         wide = torch.float32 if values.device.type == "mps" else torch.float64  # which Apple's GPUs have not
         kept = torch.where(counted, values, 0.0).to(wide)
         first = total(torch.stack([kept.sum(), counted.sum().to(wide)]))
-        mean = first[0] / first[1].clamp(min=1)
+        count = first[1]
+        mean = first[0] / count.clamp(min=1)
         second = total((torch.where(counted, kept - mean, 0.0) ** 2).sum())
-        return cls(mean.to(values.dtype), (second / first[1].clamp(min=1)).to(values.dtype))
+        return cls(mean.to(values.dtype), (second / count.clamp(min=1)).to(values.dtype), count)
 
 
 def whiten(values: Tensor, mask: Tensor, total: Total) -> Tensor:

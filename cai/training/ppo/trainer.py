@@ -116,18 +116,18 @@ class PPOTrainer(PassingTrainer):
         out = super()._generate_and_score_completions(inputs)
         logps, values = out["old_per_token_logps"], out["values"]
         score, scored = self._local_scores(out, len(inputs))
-        chosen = _loss_mask(out)
-        mask = chosen * scored.unsqueeze(1)
+        sampled = _loss_mask(out)
+        mask = sampled * scored.unsqueeze(1)
         scored = scored & mask.any(dim=1)
         reference = out.get("ref_per_token_logps")
         kl = kl_estimate(logps, logps if reference is None else reference, self.args.kl_estimator)
-        kl = torch.where(chosen > 0, kl, 0.0)
+        kl = torch.where(sampled > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
         self._tell(score, scored, values, returns, mask)
         if reference is not None:
-            self._tell_kl(kl, score, scored, chosen)
+            self._tell_kl(kl, score, scored, sampled)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, self._total)
         self._tell_advantages(advantages, mask)
@@ -154,8 +154,8 @@ class PPOTrainer(PassingTrainer):
 
     def _mean(self, values: Tensor, counted: Tensor) -> float:
         """Over all processes; not a number where nothing is counted, which TRL's log leaves out."""
-        anything = bool(self._total((counted > 0).sum()))
-        return float(Moments.of(values, counted, self._total).mean) if anything else math.nan
+        moments = Moments.of(values, counted, self._total)
+        return float(moments.mean) if moments.count > 0 else math.nan
 
     def _log(self, told: dict[str, float]) -> None:
         for name, value in told.items():
@@ -173,11 +173,11 @@ class PPOTrainer(PassingTrainer):
         self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups, which there are none of here
         self._log(told)
 
-    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, chosen: Tensor) -> None:
+    def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, sampled: Tensor) -> None:
         """Log the KL of all completions, those without a reward too, and steer it."""
-        nats = self._mean(kl.sum(dim=1), chosen.any(dim=1))
+        nats = self._mean(kl.sum(dim=1), sampled.any(dim=1))
         told = {
-            "kl": self._mean(kl, chosen),
+            "kl": self._mean(kl, sampled),
             "objective/kl": nats,
             "objective/kl_coef": self.kl.coefficient,
             "objective/rlhf_reward": self._mean(score, scored) - self.kl.coefficient * nats,
