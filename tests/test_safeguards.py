@@ -425,9 +425,9 @@ def test_rewards_and_gold_without_numbers_are_told(tiny, rows, functions, tmp_pa
 def test_the_page_is_drawn_where_a_training_fails_and_is_no_reason_to_fail(tiny, rows, functions, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="no such word"):
         train("rloo", settings_of("rloo", tiny, rows, functions, "raising"), tmp_path / "failed")
-    assert "2 steps. There is no gold measure" in (tmp_path / "failed" / "training.html").read_text()
+    assert "2 of 6 steps. There is no gold measure" in (tmp_path / "failed" / "training.html").read_text()
 
-    def fail(out: Path) -> None:
+    def fail(out: Path, all_steps: int) -> None:
         raise ValueError("no font")
 
     monkeypatch.setattr("cai.report.training.write_page", fail)

@@ -57,6 +57,11 @@ def test_the_numbers_the_reason_and_the_answers_are_there():
     assert [name for name, _ in Page(render_training(WHOLE, "x")).elements].count("svg") == 6
 
 
+@pytest.mark.parametrize(("all_steps", "told"), [(None, "x 5 steps."), (5, "x 5 steps."), (1200, "x 5 of 1,200 steps.")])
+def test_how_far_it_went_of_all_steps_is_told(all_steps, told):
+    assert told in texts(render_training(WHOLE, "x", all_steps))
+
+
 def test_completions_without_a_reward_and_gold_without_a_number_are_told():
     rollouts = [{"step": step, "completions": 40, "unscored": {"brief": step, "other": 0}} for step in range(3)]
     gold = [{"step": 0, "gold": None, "proxy": 1.0, "words": 3.0, "answers": 64, "golds": [None]}]

@@ -38,13 +38,14 @@ _ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
 """Of the intervals of both."""
 
 
-def write_page(out: Path) -> None:
+def write_page(out: Path, all_steps: int | None = None) -> None:
     """Write OUT/training.html, whole or not at all. Raises `StoreError`."""
-    write_whole(out / PAGE, render_training(read_training(out), out.name))
+    write_whole(out / PAGE, render_training(read_training(out), out.name, all_steps))
 
 
-def render_training(written: Written, title: str) -> str:
-    """One HTML page that asks for nothing from outside; what was not measured is not shown."""
+def render_training(written: Written, title: str, all_steps: int | None = None) -> str:
+    """One HTML page that asks for nothing from outside; what was not measured is not shown. `all_steps` are those that were to
+    be done, if that is known."""
     last = max((line["step"] for line in (*written.log, *written.rollouts, *written.gold)), default=0)
     return render(
         "training.html.jinja",
@@ -53,6 +54,7 @@ def render_training(written: Written, title: str) -> str:
         written=written,
         title=title,
         steps=last,
+        all_steps=all_steps if all_steps and all_steps > last else None,
         best=best_of(written.gold),
         samples=_shown(written.samples),
         unscored=unscored(written.rollouts),

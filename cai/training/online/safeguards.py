@@ -277,7 +277,7 @@ class Safeguards(TrainerCallback):
         try:
             from cai.report.training import write_page
 
-            write_page(self._out)
+            write_page(self._out, self._trainer.state.max_steps)
         except Exception as exc:  # a picture is no reason to end a training
             cause = exc.__cause__ or exc
             self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
