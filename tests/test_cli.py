@@ -77,6 +77,17 @@ def test_every_example_in_the_help_is_a_command_that_parses():
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
+def test_every_key_of_the_trainer_in_the_help_is_one_of_that_trainer(stage):
+    from cai.training.arguments import check_arguments
+
+    epilog = typer.main.get_command(app).commands["train"].commands[stage].epilog
+    keys = re.findall(r"trl\.(\w+)", epilog)
+    values = {"value_function": "head", "target_kl": 6.0}
+    assert keys
+    check_arguments(stage, {key: values.get(key, 8) for key in keys}, str)
+
+
 def test_help_is_to_be_read_on_a_narrow_terminal():
     shown = real_command("generate", "--help", env={"COLUMNS": "80"}).stdout
     lines = [line.strip() for line in shown.splitlines()]

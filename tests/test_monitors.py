@@ -301,6 +301,39 @@ def test_prompts_without_a_gold_number_are_left_out_and_by_fewer_than_sixteen_no
     assert (nothing[0]["gold"], best_of(nothing), gold.over_optimised(nothing)) == (None, None, "")
 
 
+def test_where_too_few_prompts_have_numbers_each_time_that_is_said_since_gold_stops_nothing_then():
+    both = [1.0] * 16, [None] * 8
+    whole, half, other = series((0, [*both[0], *both[1]]), (1, [0.5] * 16 + [None] * 8), (2, [None] * 8 + [0.5] * 16))
+    assert gold.gap([whole], True) == gold.gap([whole, half], True) == gold.gap([whole, half, other], False) == ""
+    assert gold.gap([whole, half, other], True) == (
+        "gold had a number for 16 of 24 answers at step 2, for 8 of them in the best measure and the one before too: too few "
+        "to stop the training by"
+    )
+    nothing, few = series((0, [None] * 24), (1, [None, *[1.0] * 9]))
+    assert gold.gap([nothing], False) == "gold had no number for any answer at step 0: nothing is measured"
+    assert gold.gap([whole, nothing], True) == "gold had no number for any answer at step 0: nothing is measured"
+    assert gold.gap([few], True) == "", "of few prompts that is told when they are held out"
+
+
+def test_measures_by_another_function_are_not_compared():
+    lines = [{**one, "functions": {"gold": "g@1", "reward": ["r@1"]}} for one in series((1, noisy(1)), (2, noisy(0)))]
+    assert gold.comparable(lines, {"gold": "g@1", "reward": ["r@1"]}) == lines
+    assert gold.comparable(lines, {"gold": "g@2", "reward": ["r@1"]}) == []
+    now = {"gold": "g@1", "reward": ["r@2"]}
+    mended = gold.comparable(lines, now)
+    assert [(one["gold"], one["proxy"], one.get("proxy_low")) for one in mended] == [(one["gold"], None, None) for one in lines]
+    assert gold.comparable(mended, now) == mended
+
+
+def test_where_the_reward_was_another_one_at_the_best_it_is_compared_with_the_first_since():
+    best, *rest = series((9, noisy(2)), (1, noisy(1)), (2, noisy(1, seed=2)), (3, noisy(1, seed=3)))
+    lines = [{**best, "proxy": None}, *rest]
+    assert gold.over_optimised(lines[:2]) == ""
+    assert "while the reward has risen from 1 to 3" in gold.over_optimised(lines)
+    assert gold.over_optimised([*lines[:3], {**lines[3], "proxy": 0.5}]) == ""
+    assert gold.over_optimised([{**one, "proxy": None} for one in lines]) == ""
+
+
 def test_a_measure_with_few_numbers_is_not_the_best():
     whole, few, more = series(
         (0, [1.0, 2.0, 1.0, 2.0, 1.0]), (1, [9.0, None, None, None, None]), (2, [None, 1.5, 1.5, 2.0, 0.5])

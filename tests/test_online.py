@@ -150,7 +150,7 @@ def test_a_column_that_trl_names_too_does_not_take_its_place(tiny):
     own = json.dumps({"completions": "mine", "log_metric": "mine", "prompts": "mine", "topic": "mine"})
     turns = [[{"role": "assistant", "content": "a"}]]
     Reward("r", score)([[]], turns, columns=[own], log_metric=print)
-    seen.pop("log_extra")("nowhere", [1])
+    seen.pop("log_extra")(column="nowhere", values=[1])
     assert seen == {"prompts": [[]], "completions": turns, "topic": ["mine"], "log_metric": print}
 
 

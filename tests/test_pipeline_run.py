@@ -242,17 +242,25 @@ def test_a_changed_adapter_is_a_changed_input(tmp_path: Path, tiny: Path):
         assert [name for name in after if after[name] != before.get(name)] == [f"adapter {tmp_path / 'lora'}"]
 
 
-@pytest.mark.parametrize("kept", ["checkpoints/checkpoint-3", "checkpoints/member-1/checkpoint-3", "members/0/done.json"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "checkpoints/checkpoint-3/trainer_state.json",
+        "checkpoints/member-1/checkpoint-3/trainer_state.json",
+        "members/0/done.json",
+        "run/best/3/model.safetensors",
+    ],
+)
 def test_nor_is_what_a_training_that_was_stopped_has_made(tmp_path: Path, tiny: Path, log: Path, train: Planted, kept: str):
     train.fails = "3-reward"
     with pytest.raises(EngineError):
         run_pipeline(pipeline(stages(tiny)), tmp_path / "out", train=train)
     file = tmp_path / "out" / "3-reward" / kept
     file.parent.mkdir(parents=True)
-    file.write_text("kept")
+    file.write_text("{}")
     with pytest.raises(ConfigError, match=r"delete what was made in .*3-reward; add --yes"):
         run_pipeline(changed(tiny, "reward.reward.seed", 3), tmp_path / "out", train=train)
-    assert file.read_text() == "kept"
+    assert file.read_text() == "{}"
 
 
 def test_from_and_until_bound_what_runs(tmp_path: Path, tiny: Path, log: Path, train: Planted):

@@ -329,7 +329,7 @@ def test_a_signal_while_gold_is_measured_stops_after_that_step(tiny, rows, funct
 
     monkeypatch.setattr("cai.training.online.safeguards.answer", interrupted)
     settings = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl={"max_steps": 3})
-    for told in ("stopped at once", "stopped after step 2 of 3"):
+    for told in ("stopped before another step", "stopped after step 2 of 3"):
         with pytest.raises(Interrupted, match=told):
             train("grpo", settings, tmp_path / "out", show=Shown())
     assert train("grpo", settings, tmp_path / "out", show=Shown())["steps"] == 3
@@ -351,10 +351,12 @@ def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(t
     other = settings.model_copy(update={"seed": 7})
     with pytest.raises(ConfigError, match="another training"):
         train("grpo", other, out, "changed-code")
-    manifest = train("grpo", settings, out, "changed-code")
+    show = Shown()
+    manifest = train("grpo", settings, out, "changed-code", show=show)
     gold, change = manifest["changes"]
     assert gold["key"] == "gold.function"
     assert manifest["gold"]["first"]["step"] == 1, "the measure begins anew"
+    assert "the function that measures gold has changed: gold is measured anew, and best/ is by that" in show.notes
     assert (manifest["steps"], change["step"], change["key"]) == (4, 1, "reward[0].function")
     assert change["before"] != change["after"]
     card = (out / "README.md").read_text()
@@ -366,6 +368,30 @@ def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(t
     with pytest.raises(ConfigError, match="another training") as told:
         train("grpo", settings, out, "changed-code")
     assert "--changed-code" not in str(told.value), "it has ended"
+
+
+def test_gold_and_the_best_policy_outlast_a_mended_reward(tiny, rows, functions, tmp_path, capsys):
+    file, out, notes = tmp_path / "mine.py", tmp_path / "out", Shown()
+    file.write_text(FUNCTIONS)
+    own = {"function": f"{functions}:length", "every": 1, "prompts": 16}
+    settings = settings_of("grpo", tiny, rows, file, "raising", gold=own, trl={"max_steps": 4})
+    with pytest.raises(EngineError, match="no such word"):
+        train("grpo", settings, out)
+    before, best = written(out, "gold"), [path.name for path in (out / "run" / "best").iterdir()]
+    file.write_text("oh no(")
+    with pytest.raises(ConfigError, match="SyntaxError"):
+        train("grpo", settings, out, "changed-code")
+    assert written(out, "gold") == before
+    file.write_text(FUNCTIONS.replace('raise ValueError("no such word")', "pass"))
+    manifest = train("grpo", settings, out, "changed-code", show=notes)
+    assert len([note for note in notes.notes if note.startswith("a function that rewards has changed: gold and best/")]) == 1
+    after = written(out, "gold")
+    assert [line["golds"] for line in after[:2]] == [line["golds"] for line in before]
+    assert [line["proxy"] is None for line in after] == [True] * 2 + [False] * 3
+    assert (manifest["gold"]["first"]["step"], [one["step"] for one in manifest["changes"]]) == (0, [1])
+    assert str(manifest["best"]["step"]) in [*best, "2", "3", "4"]
+    show_summary(manifest, out)
+    assert "another version of reward[0].function after step 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_gold_completions_of_rollouts_are_shown(tiny, rows, functions, tmp_path):

@@ -22,6 +22,8 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, Interrupted, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
+from cai.training.differences import describe
+from cai.training.failing import failures
 from cai.training.folder import TrainFolder
 from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
@@ -396,6 +398,11 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows
             patch.setattr(f"cai.training.running.{where}", fails)
             with pytest.raises(EngineError):
                 train("sft", one, tmp_path / "out")
+        if where == "fit":
+            for name in ("training.html", "run/log.jsonl", "run/changes.json"):
+                (tmp_path / "out" / name).write_text("{}")
+    assert not (tmp_path / "out" / "training.html").exists()
+    assert '"loss"' in (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()[0], "of this training"
     with pytest.raises(ConfigError, match="seed: 3 there, 0 now"):
         train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
     assert train("sft", settings, tmp_path / "out", "changed-code")["status"] == "done"
@@ -416,9 +423,9 @@ def test_a_signal_while_the_model_is_saved_loses_nothing(stage, module, tiny, ro
     settings, show = make_settings(stage, tiny, rows), Shown()
     with monkeypatch.context() as patch:
         patch.setattr(f"cai.training.{module}.save_model", interrupted)
-        with pytest.raises(Interrupted, match=f"^stopped after all steps: the model is in {tmp_path}"):
+        with pytest.raises(Interrupted, match=f"^stopped, and the training has ended: the model is in {tmp_path}"):
             train(stage, settings, tmp_path / "out", show=show)
-    assert "stopping when the model is saved, all steps being done; Ctrl-C again stops at once" in show.notes
+    assert "stopping when the model is saved, the training having ended; Ctrl-C again stops at once" in show.notes
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert train(stage, settings, tmp_path / "out", show=(again := Shown()))["status"] == "done"
     assert "training" not in again.notes
@@ -455,11 +462,54 @@ def test_what_is_not_installed_is_said_with_the_command(monkeypatch):
         check_installed()
 
 
+def test_a_second_signal_while_the_card_is_written_says_what_to_do(tiny, rows, tmp_path, monkeypatch):
+    def interrupted(*given):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cai.training.running._finish", interrupted)
+        with pytest.raises(Interrupted, match=r"^stopped at once, while the card was written; the same command continues"):
+            train("sft", make_settings("sft", tiny, rows), tmp_path / "out")
+    assert train("sft", make_settings("sft", tiny, rows), tmp_path / "out")["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("there", "where"),
+    [
+        ("nothing", "from the start, there being no checkpoint yet"),
+        ("members/0/done.json", "with the next reward model"),
+        ("checkpoints/member-1/checkpoint-4/trainer_state.json", "from its last checkpoint"),
+    ],
+)
+def test_ctrl_c_at_any_time_says_where_it_goes_on_from(tmp_path, there, where):
+    with TrainFolder(tmp_path, {"stage": "reward"}) as folder:
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).write_text("{}")
+        with pytest.raises(Interrupted, match=f"^stopped at once; the same command continues {where}$"), failures(folder, None):
+            raise KeyboardInterrupt
+
+
+def test_what_another_training_has_or_lacks_is_named_key_by_key():
+    one = {"stage": "ppo", "gold": None, "trl": {}, "reward": [{"function": "f@1"}]}
+    other = {"stage": "ppo", "gold": {"function": "g@1", "every": 4}, "trl": {"beta": 0.1}, "reward": [{"model": "m@1"}]}
+    told = describe(one, other, False).splitlines()
+    assert told[1:-1] == [
+        "  gold.every: nothing there, 4 now",
+        "  gold.function: nothing there, 'g@1' now",
+        "  reward[0].function: 'f@1' there, nothing now",
+        "  reward[0].model: nothing there, 'm@1' now",
+        "  trl.beta: nothing there, 0.1 now",
+    ]
+    assert describe({**other, "gold": None}, other, False).count("there,") == 2
+
+
 @pytest.mark.parametrize(
     ("there", "what"),
     [
         ("manifest.json", "a trained model"),
-        ("members/0", "trained reward models"),
+        ("members/0/done.json", "trained reward models"),
+        ("run/best/300/model.safetensors", "the best policy so far"),
         ("checkpoints/checkpoint-4/trainer_state.json", "checkpoints"),
     ],
 )
@@ -467,7 +517,8 @@ def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch,
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, abort: asked.append(text))
     assert choose_mode(tmp_path, True, False) == "fresh"
-    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)  # not written to its end
+    for part in ("checkpoints/checkpoint-2", "members/.0.part"):  # not written to its end
+        (tmp_path / part).mkdir(parents=True)
     assert choose_mode(tmp_path, True, False) == "fresh"
     assert asked == []
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def test_ctrl_c_while_a_launched_training_ends_is_told_to_whoever_launched_it(ti
 
     monkeypatch.setattr(launching, "_run", ends)
     settings = make_settings("sft", tiny, write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)]))
-    with pytest.raises(Interrupted, match=f"^stopped after all steps: the model is in {tmp_path}"):
+    with pytest.raises(Interrupted, match=f"^stopped, and the training has ended: the model is in {tmp_path}"):
         launching.launch("sft", settings, tmp_path / "out", "continue", None, Shown())
 
 

@@ -148,13 +148,15 @@ _ONLINE_EXAMPLE = (
     "Example:\n\n    cai train reward runs/harmless -m smollm2-135m -o models/reward\n\n"
     "    cai train {stage} benign -m smollm2-135m --reward models/reward --gold models/other-reward "
     "-o models/{stage}\n\n"
-    "Keys of --set: limits.kl, gold.every, lora.rank, and under trl. all of the trainer's, as trl.max_completion_length{more}."
+    "Keys of --set: limits.kl, gold.every, lora.rank, and under trl. all of the trainer's, as trl.{length}{more}."
 )
 _OF_PPO = ", trl.value_function, trl.target_kl or trl.num_iterations"
 
 
 def _epilog(stage: StageName) -> str:
-    return (_ONLINE_EXAMPLE if stage in ONLINE else _EXAMPLE).format(stage=stage, more=_OF_PPO if stage == "ppo" else "")
+    length = "max_new_tokens" if stage == "online-dpo" else "max_completion_length"
+    more = _OF_PPO if stage == "ppo" else ""
+    return (_ONLINE_EXAMPLE if stage in ONLINE else _EXAMPLE).format(stage=stage, length=length, more=more)
 
 
 for _stage in STAGES:

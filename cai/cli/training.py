@@ -161,6 +161,8 @@ def _show_guarded(manifest: dict[str, Any]) -> None:
     """Of an online stage, what stopped it, and how gold went."""
     if stopped := manifest.get("stopped"):
         console.print(f"[yellow]stopped[/] after step {stopped['step']:,}: {escape(stopped['why'])}", soft_wrap=True)
+    for one in manifest.get("changes", ()):
+        console.print(f"[yellow]another version[/] of {escape(one['key'])} after step {one['step']:,}", soft_wrap=True)
     if best := manifest.get("best"):
         first, last = manifest["gold"]["first"], manifest["gold"]["last"]
         console.print(

@@ -30,6 +30,7 @@ from cai.pipeline.running import Watch, generate
 from cai.pipeline.steps import Step
 from cai.store import Mode, would_lose, write_whole
 from cai.training import StageName, TrainSettings
+from cai.training.folder import kept_in
 
 Train = Callable[[StageName, TrainSettings, Path, Any], dict[str, Any]]
 """Trains a stage into a folder, tells a `cai.training.watching.Show` how far it is, and returns the manifest."""
@@ -214,9 +215,7 @@ def _would_lose(step: Step, verdict: Verdict) -> bool:
     """Whether a trained model, or the beginning of one, would be deleted, or calls that were paid for."""
     if step.kind == "generate":
         return verdict.why == ASKED and would_lose(step.folder) is not None
-    kept = ("checkpoints/checkpoint-*", "checkpoints/*/checkpoint-*", "members/*/done.json")
-    holds_model = is_done(step) or any(any(step.folder.glob(one)) for one in kept)
-    return verdict.does in ("remake", "maybe") and holds_model
+    return verdict.does in ("remake", "maybe") and (is_done(step) or kept_in(step.folder) is not None)
 
 
 def _clear(folder: Path) -> None:

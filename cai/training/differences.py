@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_ABSENT = "nothing"
+_ABSENT = object()
 Changes = dict[str, tuple[Any, Any]]
 """Keys with what they are in a folder, and now."""
 
@@ -14,7 +14,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     there, here = (_flat(one) for one in (before, now))
     keys = sorted({*there, *here})
     found = {key: (there.get(key, _ABSENT), here.get(key, _ABSENT)) for key in keys}
-    return {key: both for key, both in found.items() if both[0] != both[1]}
+    return {key: both for key, both in found.items() if both[0] != both[1] and not _has_parts(key, keys)}
+
+
+def _has_parts(key: str, keys: list[str]) -> bool:
+    """Whether it is empty on one side only: what it has on the other is named key by key."""
+    return any(one.startswith((f"{key}.", f"{key}[")) for one in keys)
 
 
 def changed_code(before: dict[str, Any], now: dict[str, Any]) -> Changes:
@@ -34,10 +39,15 @@ def describe(before: dict[str, Any], now: dict[str, Any], is_code: bool) -> str:
     use = "use another -o, or --fresh to start over"
     if before.get("stage") != now["stage"]:
         return f"a training of the stage {before.get('stage')}; {use}"
-    lines = "\n".join(f"  {key}: {there!r} there, {here!r} now" for key, (there, here) in differences(before, now).items())
+    found = differences(before, now).items()
+    lines = "\n".join(f"  {key}: {_told(there)} there, {_told(here)} now" for key, (there, here) in found)
     if is_code:
         use = f"the file of a function has changed; --changed-code goes on with it from the last checkpoint; or {use}"
     return f"another training:\n{lines}\n{use} (in cai run with --from and --until this stage, or all stages begin anew)"
+
+
+def _told(value: Any) -> str:
+    return "nothing" if value is _ABSENT else repr(value)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

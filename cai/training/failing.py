@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, StoreError
-from cai.training.folder import STARTS_OVER, TrainFolder
+from cai.training.folder import STARTS_OVER, TrainFolder, is_whole
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _NO_DISK = re.compile(
@@ -33,8 +33,7 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
     except CaiError:
         raise
     except KeyboardInterrupt:
-        where = "from its last checkpoint" if folder.last_checkpoint() else "from the start, there being no checkpoint yet"
-        raise Interrupted(f"stopped at once; {_CONTINUES} {where}") from None
+        raise Interrupted(f"stopped at once; {_CONTINUES} {_from_where(folder)}") from None
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _memory(arguments) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
@@ -45,6 +44,13 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
         if _NO_MEMORY.search(str(exc)):
             raise _memory(arguments) from exc
         raise
+
+
+def _from_where(folder: TrainFolder) -> str:
+    if any(map(is_whole, folder.checkpoints.glob("**/checkpoint-*"))):
+        return "from its last checkpoint"
+    trained = any(folder.path.glob("members/*/done.json"))
+    return "with the next reward model" if trained else "from the start, there being no checkpoint yet"
 
 
 def _memory(arguments: Any) -> EngineError:

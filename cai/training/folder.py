@@ -31,6 +31,7 @@ STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed
 """What to do when settings have been changed, whichever command trains."""
 QUARANTINE = "run/quarantine.jsonl"
 """Rows that could not be used: where each stood, and why."""
+_PAGE = "training.html"
 _SECONDS = "run/seconds.json"
 _CHANGES = "run/changes.json"
 _STATE = "trainer_state.json"
@@ -48,8 +49,10 @@ def kept_in(folder: Path) -> str | None:
     """What of a training in a folder cannot be had again for nothing, in a word; None where there is nothing."""
     if any(any(folder.glob(one)) for one in ("manifest.json", "*.safetensors")):
         return "a trained model"
-    if any(folder.glob("members/*")):
+    if any(folder.glob("members/*/done.json")):
         return "trained reward models"
+    if any(folder.glob("run/best/*/*.safetensors")):
+        return "the best policy so far"
     return "checkpoints" if any(map(is_whole, folder.glob("checkpoints/**/checkpoint-*"))) else None
 
 
@@ -93,33 +96,26 @@ class TrainFolder:
 
     def _open(self, identity: dict[str, Any], mode: Mode) -> None:
         if mode == "fresh":
-            self._clear()
+            self._clear(*self.path.iterdir())
         before = self._read("run/identity.json")
         if before is not None and before != identity:
             changed = {} if self.finished else changed_code(before, identity)
             if not kept_in(self.path):
-                self._forget("run/rows", _SECONDS, _CHANGES)
+                self._clear(self._run, self.path / _PAGE)
             elif changed and mode == "changed-code":
                 self._tell_changed(changed)
-                self._forget("run/gold.jsonl", "run/best")  # measures of another function, or beside another reward
             else:
                 raise ConfigError(f"{self.path} holds {describe(before, identity, bool(changed))}")
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
         told = (self._read(_SECONDS) or {}).get("seconds")
         self._before = float(told) if isinstance(told, int | float) else 0.0
 
-    def _forget(self, *names: str) -> None:
-        for path in (self.path / one for one in names):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def _tell_changed(self, changed: Changes) -> None:
         last = self.last_checkpoint()
         step = _step(last) if last else 0
         told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
-        self.write(_CHANGES, json.dumps([*self.changes, *told], indent=2) + "\n")
+        new = [one for one in told if one not in self.changes]  # else told before, by a process that was killed
+        self.write(_CHANGES, json.dumps([*self.changes, *new], indent=2) + "\n")
 
     @property
     def changes(self) -> list[dict[str, Any]]:
@@ -138,14 +134,15 @@ class TrainFolder:
         if (self._run / "journal.sqlite").exists():
             raise ConfigError(f"{self.path} holds a run of cai generate; use another -o")
 
-    def _clear(self) -> None:
-        for entry in (*self.path.iterdir(), *self._run.iterdir()):
-            if entry == self._run or entry.name == "lock":
+    def _clear(self, *entries: Path) -> None:
+        """Delete them, but of run/ not the lock."""
+        for entry in (*(one for one in entries if one != self._run), *self._run.iterdir()):
+            if entry == self._run / "lock":
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
-                entry.unlink()
+                entry.unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:

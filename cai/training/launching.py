@@ -28,7 +28,7 @@ from cai.training.folder import Mode
 from cai.training.loading import check_rewards_of, find_model
 from cai.training.online.settings import OnlineSettings, PpoSettings
 from cai.training.settings import StageName
-from cai.training.watching import ALL_STEPS, STOPPING, Show
+from cai.training.watching import ENDED, STOPPING, Show
 from cai.weights import best_device, device_count, one_gpu
 
 _FOLDER = Path(__file__).parent / "launch"
@@ -58,7 +58,7 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
         code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
         _raise_failure(folder, code)
         if (folder / STOP).exists():
-            raise Interrupted(ALL_STEPS.format(out))
+            raise Interrupted(ENDED.format(out))
     return dict(json.loads((out / "manifest.json").read_bytes()))
 
 

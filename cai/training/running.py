@@ -36,7 +36,7 @@ from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
 from cai.training.settings import DpoSettings, RewardSettings, StageName
 from cai.training.stage import Outcome, Parts, build_trainer
-from cai.training.watching import ALL_STEPS, SAVING, AllSteps, Show, Silent, Watch, check_losses
+from cai.training.watching import ENDED, SAVING, AllSteps, Show, Silent, Watch, check_losses
 
 _VERSIONS = ("cai-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _UNWANTED = ("runtime", "per_second", "num_tokens", "epoch", "step")
@@ -86,7 +86,7 @@ def train(
             folder.reopen()
             manifest = _train(stage, settings, data, folder, watch, show)
             if watch.stopping and stop_file is None:
-                raise Interrupted(ALL_STEPS.format(out))
+                raise Interrupted(ENDED.format(out))
             return manifest
 
 
@@ -200,8 +200,11 @@ def _train(
         "versions": {name: version for name in _VERSIONS if (version := _version(name))},
     }
     if processes.is_main_process:
-        with watch.on_signals(SAVING):
-            _finish(stage, settings, folder, manifest)
+        try:
+            with watch.on_signals(SAVING):
+                _finish(stage, settings, folder, manifest)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped at once, while the card was written; the same command continues") from None
     processes.wait_for_everyone()
     return manifest
 

@@ -16,14 +16,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from cai.errors import EngineError
+from cai.errors import EngineError, Interrupted
 from cai.training.folder import STARTS_OVER
 
 _SPARE = 60.0
 """Seconds of work that a checkpoint has to be worth, unless it was said when they are written."""
 STOPPING = "stopping: the step under way ends and is saved; Ctrl-C again stops at once"
-ALL_STEPS = "stopped after all steps: the model is in {}"
-SAVING = "stopping when the model is saved, all steps being done; Ctrl-C again stops at once"
+ENDED = "stopped, and the training has ended: the model is in {}"
+SAVING = "stopping when the model is saved, the training having ended; Ctrl-C again stops at once"
 
 
 class Show(Protocol):
@@ -72,12 +72,12 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Time runs from the first step on. Raises `AllSteps` where a checkpoint has them all: the trainer would add one, and
-        `KeyboardInterrupt` where it is to stop before it has begun."""
+        `Interrupted` where it is to stop before it has begun."""
         if state.global_step >= state.max_steps:
             raise AllSteps
         (self.stopping,) = _any_process(args, self._asked)
         if self.stopping:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped before another step; the same command continues")
         self._saved_at = time.monotonic()
         self._show.step(state.global_step, state.max_steps, {})
 

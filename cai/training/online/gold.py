@@ -4,7 +4,7 @@ Rewards that are trained on rise whether answers get better or not: from some KL
 2210.10760). Lines of run/gold.jsonl:
 
 {"step": 60, "gold": 0.41, "low": 0.33, "high": 0.48, "proxy": 1.9, "proxy_low": 1.7, "proxy_high": 2.1, "kl": 12.3,
- "words": 71.5, "answers": 64, "unscored": 0, "golds": [0.5, ...]}
+ "words": 71.5, "answers": 64, "unscored": 0, "golds": [0.5, ...], "functions": {"gold": "honest@5e1f...", "reward": [null]}}
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _FALLS = 2
 """So many measures in a row have to be below the best."""
 FEW = 16
 """Held-out prompts from which on a fall of gold by a deviation or so is told from chance; by fewer nothing is stopped."""
+_ENDS_OF_PROXY = ("proxy_low", "proxy_high")
 _FIRST, _FAR, _RESAMPLES = 999, 0.02, 4
 """So many permutations first; if by them the chance is not far above any level, so many times one over the level."""
-_BATCH = 5_000
-"""Resamples at once, for memory."""
+_NUMBERS_AT_ONCE = 1_000_000
+"""Permuted in one batch, which bounds the memory."""
 
 
 def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], seed: int) -> dict[str, Any]:
@@ -54,9 +55,32 @@ def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], see
     }
 
 
-def speaks(line: Line) -> bool:
-    """Whether it has numbers for `FEW` answers, or all where there are fewer."""
-    return bool(line["answers"] - line["unscored"] >= min(FEW, line["answers"]))
+def comparable(lines: Sequence[dict[str, Any]], functions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measures that later ones can be compared with, where `functions` (NAME@VERSION, None for what is no function) measure
+    gold and reward from now on: those of the same gold, and without the proxy if that was of other rewards."""
+    kept = []
+    for line in lines:
+        if line["functions"]["gold"] == functions["gold"]:
+            is_same = line["functions"] == functions
+            rest = {name: one for name, one in line.items() if name not in _ENDS_OF_PROXY}
+            kept.append(line if is_same else {**rest, "proxy": None, "functions": functions})
+    return kept
+
+
+def gap(lines: Sequence[Line], stops: bool) -> str:
+    """What the last measure lacks, in words: any number; or, where gold is to stop the training, enough to tell a fall by of
+    enough prompts."""
+    best, last = best_of(lines), lines[-1]
+    of, step = last["answers"], last["step"]
+    if best is None or last["gold"] is None:
+        return f"gold had no number for any answer at step {step}: nothing is measured"
+    common = len(_rows(best, *lines[-_FALLS:]))
+    if not stops or of < FEW or common >= FEW:
+        return ""
+    return (
+        f"gold had a number for {of - last['unscored']} of {of} answers at step {step}, for {common} of them in the best "
+        "measure and the one before too: too few to stop the training by"
+    )
 
 
 def proxies_of(answers: Sequence[Answer], weights: Sequence[float]) -> list[float | None]:
@@ -75,7 +99,7 @@ def _mean(names: tuple[str, str, str], values: Sequence[float | None], seed: int
 
 def over_optimised(lines: Sequence[Line]) -> str:
     """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the proxy is
-    above what it was there.
+    above what it was there (or, where it had no number there, at the first measure since that has one).
 
     The level is 0.05 / n² after n measures (up to 50): a training is tested at each of them, and the highest of n numbers is
     high by chance too. Of flat gold with independent noise (simulated: normal, or 0 and 1; 16 to 128 prompts) 1 to 5 % of
@@ -83,7 +107,10 @@ def over_optimised(lines: Sequence[Line]) -> str:
     in ten within three measures.
     """
     best, last = best_of(lines), lines[-1]
-    if best is None or last["proxy"] is None or best["proxy"] is None or last["proxy"] <= best["proxy"]:
+    if best is None or last["proxy"] is None:
+        return ""
+    since = next(one["proxy"] for one in lines if one["step"] >= best["step"] and one["proxy"] is not None)
+    if last["proxy"] <= since:
         return ""
     two, level = lines[-_FALLS:], max(_LEAST, _OUTSIDE / len(lines) ** 2)
     if best in two or any(one["gold"] is None for one in two):
@@ -93,7 +120,7 @@ def over_optimised(lines: Sequence[Line]) -> str:
         return ""
     return (
         f"gold has changed by {fallen:+.3g} since its best, {best['gold']:.3g} at step {best['step']}, in {_FALLS} measures in "
-        f"a row (p {chance:.1g}), while the reward has risen from {best['proxy']:.3g} to {last['proxy']:.3g}"
+        f"a row (p {chance:.1g}), while the reward has risen from {since:.3g} to {last['proxy']:.3g}"
     )
 
 
@@ -104,12 +131,17 @@ def fall(best: Line, later: Sequence[Line], level: float) -> tuple[float, float]
     By permutations of each prompt's numbers (`scipy.stats.permutation_test`), so many that `level` can be told: they hold for
     numbers between 0 and 1 too, of which the highest mean comes with a small spread.
     """
-    known = zip(best["golds"], *(one["golds"] for one in later), strict=True)
-    rows = np.array([row for row in known if None not in row], dtype=float)
+    rows = _rows(best, *later)
     if len(rows) < FEW:
         return 0.0, 1.0
     change, chance = _permuted(rows, _FIRST)
     return (change, chance) if chance >= _FAR else _permuted(rows, math.ceil(_RESAMPLES / level))
+
+
+def _rows(*measures: Line) -> Numbers:
+    """Prompts x measures: the golds of the prompts that all have a number for."""
+    known = zip(*(one["golds"] for one in measures), strict=True)
+    return np.array([row for row in known if None not in row], dtype=float)
 
 
 def _permuted(rows: Numbers, resamples: int) -> tuple[float, float]:
@@ -120,7 +152,7 @@ def _permuted(rows: Numbers, resamples: int) -> tuple[float, float]:
         permutation_type="samples",
         alternative="less",
         n_resamples=resamples,
-        batch=_BATCH,
+        batch=max(1, _NUMBERS_AT_ONCE // rows.size),
         vectorized=True,
         rng=np.random.default_rng(0),
     )

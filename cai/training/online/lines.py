@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ def append(file: Path, *lines: Mapping[str, Any]) -> None:
         opened.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def write(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write these lines and no others, whole or not at all."""
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def keep_until(file: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of later steps; those that are left."""
     lines = [line for line in read_lines(file) if line["step"] <= step]
     if file.exists():
-        write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+        write(file, lines)
     return lines

@@ -84,7 +84,7 @@ class Reward:
         return rewards
 
 
-def _nowhere(name: str, value: Any) -> None:
+def _nowhere(*given: Any, **named: Any) -> None:
     """What functions log by where nothing is logged, as while a policy is measured."""
 
 

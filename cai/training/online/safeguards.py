@@ -30,7 +30,8 @@ from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
 from cai.training.online.rollouts import SHOWN, Logged, Rollouts, sample
-from cai.training.online.settings import OnlineSettings
+from cai.training.online.settings import OnlineSettings, RewardSource
+from cai.training.online.versions import version_of
 from cai.training.stage import Parts
 from cai.training.watching import AllSteps
 
@@ -59,13 +60,14 @@ class Safeguards(TrainerCallback):
         self._rollouts = Rollouts([one.name for one in settings.reward], [one.weight for one in settings.reward])
         self.rewards = [build_reward(one, partial(self._tell, place)) for place, one in enumerate(settings.reward)]
         self._gold = build_reward(gold, kind="gold") if gold else None
+        self._functions = {"gold": gold and _function(gold), "reward": [_function(one) for one in settings.reward]}
         self._leads = PartialState().is_main_process
         self._best, self._drift = Best(parts.folder), Drift()
         self._lines: list[dict[str, Any]] = []
         self._golds: list[dict[str, Any]] = []
         self._stopped: dict[str, Any] | None = None
         self._trainer: Any = None
-        self._went_on = False
+        self._went_on = self._told_gap = False
         self._page_at = time.monotonic()
 
     def guard(self, trainer: Any) -> Any:
@@ -131,7 +133,7 @@ class Safeguards(TrainerCallback):
             for name in ("samples", "log"):
                 lines.keep_until(self._run / f"{name}.jsonl", step)
             self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
-            self._golds = lines.keep_until(self._run / "gold.jsonl", step)
+            self._golds = self._comparable(lines.keep_until(self._run / "gold.jsonl", step))
             told = self._run / "stopped.json"
             self._stopped = json.loads(told.read_bytes()) if told.exists() else None
             if self._stopped and (self._stopped["step"] != step or self._stopped.get("stops") != self.settings.stops):
@@ -140,6 +142,18 @@ class Safeguards(TrainerCallback):
         self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
         self._best.go_on(self._best_step)
         self._drift.new(self._lines)  # was told before
+
+    def _comparable(self, golds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is kept of them where a function was changed since, told and written."""
+        found = golden.comparable(golds, self._functions)
+        if found == golds:
+            return golds
+        if found:
+            self._note("a function that rewards has changed: gold and best/ stay, rewards are compared with those from now on")
+        else:
+            self._note("the function that measures gold has changed: gold is measured anew, and best/ is by that")
+        lines.write(self._run / "gold.jsonl", found)
+        return found
 
     def _look(self, step: int) -> tuple[str, str] | None:
         """Write down what the rollout since the last step is like; why to stop, if there is a reason."""
@@ -186,17 +200,14 @@ class Safeguards(TrainerCallback):
             )
         seed = self.settings.seed
         answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
-        line = golden.measured(step, answers, self._rollouts.weights, seed)
+        line = {**golden.measured(step, answers, self._rollouts.weights, seed), "functions": self._functions}
         if best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
         assert self.settings.gold is not None
-        if not golden.speaks(line) and all(golden.speaks(one) for one in self._golds):
-            of, name = line["answers"], self.settings.gold.name
-            told = of - line["unscored"]
-            found = f"a number for {told} of {of} answers" if told else "no number for any answer"
-            what = "too little to stop the training by" if told else "nothing is measured"
-            self._note(f"gold had {found} at step {step}: {what}; look at '{name}', and at answers in run/samples.jsonl")
         self._golds.append(line)
+        if (lack := golden.gap(self._golds, self.settings.gold.stop)) and not self._told_gap:
+            self._told_gap = True
+            self._note(f"{lack}; look at '{self.settings.gold.name}', and at answers in run/samples.jsonl")
         if self._leads:
             lines.append(self._run / "samples.jsonl", *self._samples(step, answers))
             lines.append(self._run / "gold.jsonl", line)
@@ -281,6 +292,11 @@ class Safeguards(TrainerCallback):
         except Exception as exc:  # a picture is no reason to end a training
             cause = exc.__cause__ or exc
             self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
+
+
+def _function(source: RewardSource) -> str | None:
+    """A function as NAME@VERSION."""
+    return version_of(source)["function"] if source.function is not None else None
 
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:
