@@ -302,8 +302,7 @@ def test_prompts_without_a_gold_number_are_left_out_and_by_fewer_than_sixteen_no
 
 
 def test_where_too_few_prompts_have_numbers_each_time_that_is_said_since_gold_stops_nothing_then():
-    both = [1.0] * 16, [None] * 8
-    whole, half, other = series((0, [*both[0], *both[1]]), (1, [0.5] * 16 + [None] * 8), (2, [None] * 8 + [0.5] * 16))
+    whole, half, other = series((0, [1.0] * 24), (1, [0.5] * 16 + [None] * 8), (2, [None] * 8 + [0.5] * 16))
     assert gold.gap([whole], True) == gold.gap([whole, half], True) == gold.gap([whole, half, other], False) == ""
     assert gold.gap([whole, half, other], True) == (
         "gold had a number for 16 of 24 answers at step 2, for 8 of them in the best measure and the one before too: too few "
@@ -316,12 +315,14 @@ def test_where_too_few_prompts_have_numbers_each_time_that_is_said_since_gold_st
 
 
 def test_measures_by_another_function_are_not_compared():
-    lines = [{**one, "functions": {"gold": "g@1", "reward": ["r@1"]}} for one in series((1, noisy(1)), (2, noisy(0)))]
+    by = {"functions": {"gold": "g@1", "reward": ["r@1"]}, "proxy_low": 0.5, "proxy_high": 2.5}
+    lines = [{**one, **by} for one in series((1, noisy(1)), (2, noisy(0)))]
     assert gold.comparable(lines, {"gold": "g@1", "reward": ["r@1"]}) == lines
     assert gold.comparable(lines, {"gold": "g@2", "reward": ["r@1"]}) == []
     now = {"gold": "g@1", "reward": ["r@2"]}
     mended = gold.comparable(lines, now)
-    assert [(one["gold"], one["proxy"], one.get("proxy_low")) for one in mended] == [(one["gold"], None, None) for one in lines]
+    assert [(one["gold"], one["golds"]) for one in mended] == [(one["gold"], one["golds"]) for one in lines]
+    assert [(one["proxy"], one.get("proxy_low"), one["functions"]) for one in mended] == [(None, None, now)] * 2
     assert gold.comparable(mended, now) == mended
 
 
@@ -331,7 +332,8 @@ def test_where_the_reward_was_another_one_at_the_best_it_is_compared_with_the_fi
     assert gold.over_optimised(lines[:2]) == ""
     assert "while the reward has risen from 1 to 3" in gold.over_optimised(lines)
     assert gold.over_optimised([*lines[:3], {**lines[3], "proxy": 0.5}]) == ""
-    assert gold.over_optimised([{**one, "proxy": None} for one in lines]) == ""
+    unknown = [{**one, "proxy": None} for one in lines]
+    assert gold.over_optimised(unknown) == gold.over_optimised([*unknown[:3], lines[3]]) == "", "nothing to compare with"
 
 
 def test_a_measure_with_few_numbers_is_not_the_best():

@@ -490,6 +490,17 @@ def test_ctrl_c_at_any_time_says_where_it_goes_on_from(tmp_path, there, where):
             raise KeyboardInterrupt
 
 
+def test_a_changed_function_is_told_once_though_its_training_was_killed_as_it_began(tmp_path):
+    before, now = ({"stage": "grpo", "reward": [{"function": f"f@{n}"}]} for n in (1, 2))
+    with TrainFolder(tmp_path, before) as folder:
+        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    for _ in range(2):
+        with TrainFolder(tmp_path, now, "changed-code") as folder:
+            assert folder.changes == [{"step": 4, "key": "reward[0].function", "before": "f@1", "after": "f@2"}]
+            folder.write("run/identity.json", json.dumps(before))  # as it is until what has changed is written
+
+
 def test_what_another_training_has_or_lacks_is_named_key_by_key():
     one = {"stage": "ppo", "gold": None, "trl": {}, "reward": [{"function": "f@1"}]}
     other = {"stage": "ppo", "gold": {"function": "g@1", "every": 4}, "trl": {"beta": 0.1}, "reward": [{"model": "m@1"}]}
