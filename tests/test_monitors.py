@@ -245,6 +245,8 @@ def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises
     told = gold.over_optimised([*rising, *fallen])
     assert "its best, 1.95 at step 2, in 2 measures in a row (p " in told
     assert "while the reward has risen from 2 to 3" in told
+    for low, stops in ((2.0, False), (2.01, True)):
+        assert bool(gold.over_optimised([*rising, fallen[0], {**fallen[1], "proxy_low": low}])) == stops, "or risen by chance"
 
 
 def is_one(draw: np.random.Generator) -> Any:
@@ -258,7 +260,8 @@ def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(answers, fall):
         given: list[dict[str, Any]] = []
         for place in range(11):
             golds = (answers(draw) - fall * (place >= falls_at)).tolist()
-            given.append({"step": place, "gold": math.fsum(golds) / len(golds), "proxy": float(place), "golds": golds})
+            proxy = {"proxy": float(place), "proxy_low": place - 0.5}
+            given.append({"step": place, "gold": math.fsum(golds) / len(golds), **proxy, "golds": golds})
             if gold.over_optimised(given):
                 return place
         return None
@@ -303,15 +306,26 @@ def test_prompts_without_a_gold_number_are_left_out_and_by_fewer_than_sixteen_no
 
 def test_where_too_few_prompts_have_numbers_each_time_that_is_said_since_gold_stops_nothing_then():
     whole, half, other = series((0, [1.0] * 24), (1, [0.5] * 16 + [None] * 8), (2, [None] * 8 + [0.5] * 16))
-    assert gold.gap([whole], True) == gold.gap([whole, half], True) == gold.gap([whole, half, other], False) == ""
-    assert gold.gap([whole, half, other], True) == (
-        "gold had a number for 16 of 24 answers at step 2, for 8 of them in the best measure and the one before too: too few "
-        "to stop the training by"
+    assert gold.gaps([whole], True) == gold.gaps([whole, half], True) == gold.gaps([whole, half, other], False) == {}
+    assert gold.gaps([whole, half, other], True)["few"] == (
+        "gold had a number for 8 of 24 prompts in its best measure and in both of the last ones, at step 2: too few to stop "
+        "the training by"
     )
-    nothing, few = series((0, [None] * 24), (1, [None, *[1.0] * 9]))
-    assert gold.gap([nothing], False) == "gold had no number for any answer at step 0: nothing is measured"
-    assert gold.gap([whole, nothing], True) == "gold had no number for any answer at step 0: nothing is measured"
-    assert gold.gap([few], True) == "", "of few prompts that is told when they are held out"
+    nothing, few, fewest = series((0, [None] * 24), (1, [1.0] * 15 + [None] * 9), (2, [None, *[1.0] * 9]))
+    assert gold.gaps([few], True)["few"] == "gold had a number for 15 of 24 answers at step 1: too few to stop the training by"
+    told = {"gold": "gold had no number for any answer at step 0: nothing is measured"}
+    assert gold.gaps([nothing], False) == gold.gaps([whole, nothing], True) == told
+    assert gold.gaps([whole, nothing, half], True) == {}, "which the next measure mends"
+    assert gold.gaps([fewest], True) == {}, "of few prompts that is told when they are held out"
+
+
+def test_where_the_rewards_have_no_number_for_held_out_answers_that_is_said_since_gold_stops_nothing_then():
+    (line,) = series((None, [1.0] * 16))
+    assert line["proxy"] is None
+    assert gold.gaps([line], False) == {}
+    assert gold.gaps([line], True) == {
+        "proxy": "no reward had a number for any held-out answer at step 0: gold cannot stop the training"
+    }
 
 
 def test_measures_by_another_function_are_not_compared():
@@ -331,7 +345,7 @@ def test_where_the_reward_was_another_one_at_the_best_it_is_compared_with_the_fi
     lines = [{**best, "proxy": None}, *rest]
     assert gold.over_optimised(lines[:2]) == ""
     assert "while the reward has risen from 1 to 3" in gold.over_optimised(lines)
-    assert gold.over_optimised([*lines[:3], {**lines[3], "proxy": 0.5}]) == ""
+    assert gold.over_optimised([*lines[:3], {**lines[3], "proxy": 1.5, "proxy_low": 1.0}]) == ""
     unknown = [{**one, "proxy": None} for one in lines]
     assert gold.over_optimised(unknown) == gold.over_optimised([*unknown[:3], lines[3]]) == "", "nothing to compare with"
 

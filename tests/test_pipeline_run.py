@@ -248,7 +248,6 @@ def test_a_changed_adapter_is_a_changed_input(tmp_path: Path, tiny: Path):
         "checkpoints/checkpoint-3/trainer_state.json",
         "checkpoints/member-1/checkpoint-3/trainer_state.json",
         "members/0/done.json",
-        "run/best/3/model.safetensors",
     ],
 )
 def test_nor_is_what_a_training_that_was_stopped_has_made(tmp_path: Path, tiny: Path, log: Path, train: Planted, kept: str):

@@ -271,9 +271,7 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     assert manifest["best"]["step"] == 4
     assert same(weights(killed / "best"), weights(killed))
 
-    monkeypatch.setattr(
-        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 2), None)
-    )
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(2))
     train("grpo", settings, tmp_path / "again")
     assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
 
@@ -292,9 +290,9 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows
         train("grpo", settings, out)
     assert [path.name for path in (out / "run" / "best").iterdir()] == ["1"]
     monkeypatch.setattr(Safeguards, "on_step_end", usual)
-    monkeypatch.setattr(
-        "cai.training.online.safeguards.best_of", lambda told: next((one for one in told if one["step"] == 0), None)
-    )
+    shutil.copytree(out, tmp_path / "other")
+    assert train("grpo", settings.model_copy(update={"seed": 2}), tmp_path / "other")["steps"] == 3, "nothing was lost"
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
     assert train("grpo", settings, out)["best"]["step"] == 0
     assert same(weights(out / "best"), weights(tiny))
     assert [line["step"] for line in written(out, "gold")] == [0, 1, 2, 3]
@@ -311,9 +309,39 @@ def test_a_run_that_is_killed_after_its_stop_does_not_train_on(tiny, rows, funct
     with pytest.raises(Interrupted):
         train("grpo", settings, out)
     monkeypatch.setattr(Safeguards, "finish", usual)
+    shutil.copytree(out, tmp_path / "other")
     manifest = train("grpo", settings, out)
     assert (manifest["steps"], manifest["stopped"]["step"], manifest["best"]["step"]) == (4, 4, 2)
     assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
+    with monkeypatch.context() as patch:
+        patch.setattr("cai.training.online.versions._digest", lambda file: "another")
+        manifest = train("grpo", settings, tmp_path / "other", "changed-code")
+    assert (manifest["steps"], manifest["gold"]["first"]["step"]) == (6, 4), "gold by which it stopped is no more"
+    assert "stopped" not in manifest
+
+
+def test_gold_is_not_forgotten_for_a_function_that_fails(tiny, rows, functions, tmp_path):
+    file, out = tmp_path / "gold.py", tmp_path / "out"
+    file.write_text(FUNCTIONS)
+    own = {"function": f"{file}:raising", "every": 1, "prompts": 16}
+    settings = settings_of("grpo", tiny, rows, functions, "rising", gold=own, trl={"max_steps": 3})
+    with pytest.raises(EngineError, match="no such word"):
+        train("grpo", settings, out)
+    before, best = [written(out, name) for name in ("gold", "samples")], sorted((out / "run" / "best").iterdir())
+    file.write_text(FUNCTIONS.replace("global_step == 2", "global_step == 1"))
+    with pytest.raises(EngineError, match="no such word"):
+        train("grpo", settings, out, "changed-code")
+    assert before == [written(out, name) for name in ("gold", "samples")]
+    assert sorted((out / "run" / "best").iterdir()) == best
+    file.write_text(FUNCTIONS.replace('raise ValueError("no such word")', "return [0.0] * len(completions)"))
+    manifest = train("grpo", settings, out, "changed-code")
+    assert [line["step"] for line in written(out, "gold")] == [1, 2, 3]
+    assert manifest["gold"]["first"]["step"] == 1
+    golds = {line["step"]: line["gold"] for line in written(out, "samples")}
+    assert (golds[0], golds[2]) == (None, 0.0)
+    assert golds[1] > 0
+    assert Counter(line["step"] for line in written(out, "samples")) == dict.fromkeys(range(4), 8)
+    assert len(manifest["changes"]) == 2
 
 
 def test_a_signal_while_gold_is_measured_stops_after_that_step(tiny, rows, functions, tmp_path, monkeypatch):
@@ -370,14 +398,15 @@ def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(t
     assert "--changed-code" not in str(told.value), "it has ended"
 
 
-def test_gold_and_the_best_policy_outlast_a_mended_reward(tiny, rows, functions, tmp_path, capsys):
+def test_gold_and_the_best_policy_outlast_a_mended_reward(tiny, rows, functions, tmp_path, capsys, monkeypatch):
     file, out, notes = tmp_path / "mine.py", tmp_path / "out", Shown()
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
     file.write_text(FUNCTIONS)
     own = {"function": f"{functions}:length", "every": 1, "prompts": 16}
     settings = settings_of("grpo", tiny, rows, file, "raising", gold=own, trl={"max_steps": 4})
     with pytest.raises(EngineError, match="no such word"):
         train("grpo", settings, out)
-    before, best = written(out, "gold"), [path.name for path in (out / "run" / "best").iterdir()]
+    before = written(out, "gold")
     file.write_text("oh no(")
     with pytest.raises(ConfigError, match="SyntaxError"):
         train("grpo", settings, out, "changed-code")
@@ -389,7 +418,8 @@ def test_gold_and_the_best_policy_outlast_a_mended_reward(tiny, rows, functions,
     assert [line["golds"] for line in after[:2]] == [line["golds"] for line in before]
     assert [line["proxy"] is None for line in after] == [True] * 2 + [False] * 3
     assert (manifest["gold"]["first"]["step"], [one["step"] for one in manifest["changes"]]) == (0, [1])
-    assert str(manifest["best"]["step"]) in [*best, "2", "3", "4"]
+    assert manifest["best"]["step"] == 0
+    assert same(weights(out / "best"), weights(tiny))
     show_summary(manifest, out)
     assert "another version of reward[0].function after step 1" in " ".join(capsys.readouterr().out.split())
 

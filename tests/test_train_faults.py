@@ -324,7 +324,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_goes_on_when_there_is_r
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert f"{out}: cannot be written: " in str(caught.value)
-    assert "(checkpoint-2 is kept); make room, then the same command continues" in str(caught.value)
+    assert "; make room, then the same command continues from its last checkpoint" in str(caught.value)
     assert checkpoints(out)[-1] == "checkpoint-2"
     monkeypatch.undo()
     assert train("sft", settings, out, show=show)["steps"] == 4
@@ -358,7 +358,7 @@ def test_no_room_for_the_model_itself(tiny, rows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "save_model", full)
     with pytest.raises(
-        StoreError, match=r"out: cannot be written: No space left on device \(checkpoint-4 is kept\); make room"
+        StoreError, match="out: cannot be written: No space left on device; make room, then the same command continues from its"
     ):
         train("sft", make_settings("sft", tiny, rows, trl=EACH), tmp_path / "out")
     monkeypatch.undo()
@@ -499,6 +499,10 @@ def test_a_changed_function_is_told_once_though_its_training_was_killed_as_it_be
         with TrainFolder(tmp_path, now, "changed-code") as folder:
             assert folder.changes == [{"step": 4, "key": "reward[0].function", "before": "f@1", "after": "f@2"}]
             folder.write("run/identity.json", json.dumps(before))  # as it is until what has changed is written
+    for function, changes in ((now, 1), (before, 2), (now, 3)):  # to and fro
+        with TrainFolder(tmp_path, function, "changed-code") as folder:
+            assert len(folder.changes) == changes
+            assert folder.changes[-1]["after"] == function["reward"][0]["function"]
 
 
 def test_what_another_training_has_or_lacks_is_named_key_by_key():
@@ -513,6 +517,9 @@ def test_what_another_training_has_or_lacks_is_named_key_by_key():
         "  trl.beta: nothing there, 0.1 now",
     ]
     assert describe({**other, "gold": None}, other, False).count("there,") == 2
+    file = {**one, "trl": {"fsdp_config": "a.json"}}
+    told = describe(file, {**one, "trl": {"fsdp_config": {"x": 1}}}, False).splitlines()
+    assert told[1:-1] == ["  trl.fsdp_config: 'a.json' there, nothing now", "  trl.fsdp_config.x: nothing there, 1 now"]
 
 
 @pytest.mark.parametrize(
@@ -520,7 +527,6 @@ def test_what_another_training_has_or_lacks_is_named_key_by_key():
     [
         ("manifest.json", "a trained model"),
         ("members/0/done.json", "trained reward models"),
-        ("run/best/300/model.safetensors", "the best policy so far"),
         ("checkpoints/checkpoint-4/trainer_state.json", "checkpoints"),
     ],
 )

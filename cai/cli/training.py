@@ -17,7 +17,7 @@ from rich.table import Table
 from cai.cli.terminal import console, counted, duration, printable, time_left
 from cai.intervals import gathered
 from cai.models import best_model
-from cai.report.written import named
+from cai.report.written import PAGE, named
 from cai.training import ONLINE
 from cai.training.folder import QUARANTINE
 
@@ -150,7 +150,7 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
         interval = f"  ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
         console.print(f"  {value:>10.4g}  {escape(named(name, manifest.get('rollout')))}{interval}", soft_wrap=True)
     console.print(f"\nmodel: {escape(str(out))}", soft_wrap=True)
-    for name, place in (("best by gold", "best"), ("pictures", "training.html")):
+    for name, place in (("best by gold", "best"), ("pictures", PAGE)):
         if (out / place).exists():
             console.print(f"{name}: {escape(str(out / place))}", soft_wrap=True)
     follow = _NEXT.get(manifest["stage"], "use it:             cai generate -m {out}")
@@ -158,7 +158,7 @@ def show_summary(manifest: dict[str, Any], out: Path) -> None:
 
 
 def _show_guarded(manifest: dict[str, Any]) -> None:
-    """Of an online stage, what stopped it, and how gold went."""
+    """Of an online stage, what stopped it, what was changed in its midst, and how gold went."""
     if stopped := manifest.get("stopped"):
         console.print(f"[yellow]stopped[/] after step {stopped['step']:,}: {escape(stopped['why'])}", soft_wrap=True)
     for one in manifest.get("changes", ()):

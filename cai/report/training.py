@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
 from cai.report.page import render
-from cai.report.written import Line, Written, best_of, read_training, unscored
+from cai.report.written import PAGE, Line, Written, best_of, read_training, unscored
 from cai.store import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = "training.html"
 _TIMES = 6
 """Steps at which completions are shown, spread over the training."""
 _COLOURS = (BLUE, ORANGE, GREY)

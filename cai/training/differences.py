@@ -14,12 +14,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     there, here = (_flat(one) for one in (before, now))
     keys = sorted({*there, *here})
     found = {key: (there.get(key, _ABSENT), here.get(key, _ABSENT)) for key in keys}
-    return {key: both for key, both in found.items() if both[0] != both[1] and not _has_parts(key, keys)}
+    return {key: both for key, both in found.items() if both[0] != both[1] and not _is_named_by_parts(key, both, keys)}
 
 
-def _has_parts(key: str, keys: list[str]) -> bool:
-    """Whether it is empty on one side only: what it has on the other is named key by key."""
-    return any(one.startswith((f"{key}.", f"{key}[")) for one in keys)
+def _is_named_by_parts(key: str, both: tuple[Any, Any], keys: list[str]) -> bool:
+    """Whether it is empty on one side, and what it has on the other is named key by key."""
+    is_empty = all(one is _ABSENT or one in (None, {}, []) for one in both)
+    return is_empty and any(one.startswith((f"{key}.", f"{key}[")) for one in keys)
 
 
 def changed_code(before: dict[str, Any], now: dict[str, Any]) -> Changes:

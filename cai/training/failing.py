@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, StoreError
-from cai.training.folder import STARTS_OVER, TrainFolder, is_whole
+from cai.training.folder import STARTS_OVER, TrainFolder, from_where
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _NO_DISK = re.compile(
@@ -33,7 +33,7 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
     except CaiError:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped at once; {_CONTINUES} {_from_where(folder)}") from None
+        raise Interrupted(f"stopped at once; {_CONTINUES} {from_where(folder.path)}") from None
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _memory(arguments) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
@@ -44,13 +44,6 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
         if _NO_MEMORY.search(str(exc)):
             raise _memory(arguments) from exc
         raise
-
-
-def _from_where(folder: TrainFolder) -> str:
-    if any(map(is_whole, folder.checkpoints.glob("**/checkpoint-*"))):
-        return "from its last checkpoint"
-    trained = any(folder.path.glob("members/*/done.json"))
-    return "with the next reward model" if trained else "from the start, there being no checkpoint yet"
 
 
 def _memory(arguments: Any) -> EngineError:
@@ -87,9 +80,7 @@ def _disk(folder: TrainFolder, exc: Exception) -> StoreError:
     """What was half written is deleted, so that the last whole checkpoint is what a run goes on from."""
     folder.drop_broken_checkpoints()
     told = getattr(exc, "strerror", None) or " ".join(str(exc).split())[:200]
-    kept = folder.last_checkpoint()
-    state = f"{kept.name} is kept" if kept else "there is no checkpoint yet"
-    return StoreError(f"{folder.path}: cannot be written: {told} ({state}); make room, then {_CONTINUES}")
+    return StoreError(f"{folder.path}: cannot be written: {told}; make room, then {_CONTINUES} {from_where(folder.path)}")
 
 
 @contextmanager

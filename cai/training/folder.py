@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 
 from cai.errors import ConfigError, StoreError
+from cai.report.written import PAGE
 from cai.store import write_whole
 from cai.training.differences import Changes, changed_code, describe
 
@@ -31,7 +32,6 @@ STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed
 """What to do when settings have been changed, whichever command trains."""
 QUARANTINE = "run/quarantine.jsonl"
 """Rows that could not be used: where each stood, and why."""
-_PAGE = "training.html"
 _SECONDS = "run/seconds.json"
 _CHANGES = "run/changes.json"
 _STATE = "trainer_state.json"
@@ -49,11 +49,24 @@ def kept_in(folder: Path) -> str | None:
     """What of a training in a folder cannot be had again for nothing, in a word; None where there is nothing."""
     if any(any(folder.glob(one)) for one in ("manifest.json", "*.safetensors")):
         return "a trained model"
-    if any(folder.glob("members/*/done.json")):
+    if _has_members(folder):
         return "trained reward models"
-    if any(folder.glob("run/best/*/*.safetensors")):
-        return "the best policy so far"
-    return "checkpoints" if any(map(is_whole, folder.glob("checkpoints/**/checkpoint-*"))) else None
+    return "checkpoints" if _has_checkpoints(folder) else None
+
+
+def from_where(folder: Path) -> str:
+    """Where the training that a folder holds goes on."""
+    if _has_checkpoints(folder):
+        return "from its last checkpoint"
+    return "with the next reward model" if _has_members(folder) else "from the start, there being no checkpoint yet"
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(map(is_whole, folder.glob("checkpoints/**/checkpoint-*")))
+
+
+def _has_members(folder: Path) -> bool:
+    return any(folder.glob("members/*/done.json"))
 
 
 def _step(checkpoint: Path) -> int:
@@ -101,7 +114,7 @@ class TrainFolder:
         if before is not None and before != identity:
             changed = {} if self.finished else changed_code(before, identity)
             if not kept_in(self.path):
-                self._clear(self._run, self.path / _PAGE)
+                self._clear(self.path / PAGE)
             elif changed and mode == "changed-code":
                 self._tell_changed(changed)
             else:
@@ -114,8 +127,8 @@ class TrainFolder:
         last = self.last_checkpoint()
         step = _step(last) if last else 0
         told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
-        new = [one for one in told if one not in self.changes]  # else told before, by a process that was killed
-        self.write(_CHANGES, json.dumps([*self.changes, *new], indent=2) + "\n")
+        if self.changes[-len(told) :] != told:  # else told before, by a process that was killed
+            self.write(_CHANGES, json.dumps([*self.changes, *told], indent=2) + "\n")
 
     @property
     def changes(self) -> list[dict[str, Any]]:
@@ -135,10 +148,8 @@ class TrainFolder:
             raise ConfigError(f"{self.path} holds a run of cai generate; use another -o")
 
     def _clear(self, *entries: Path) -> None:
-        """Delete them, but of run/ not the lock."""
-        for entry in (*(one for one in entries if one != self._run), *self._run.iterdir()):
-            if entry == self._run / "lock":
-                continue
+        """Delete them, and what is in run/ but for the lock."""
+        for entry in {*entries, *self._run.iterdir()} - {self._run, self._run / "lock"}:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

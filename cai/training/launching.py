@@ -24,7 +24,7 @@ from cai import errors
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
 from cai.training.arguments import make_arguments
 from cai.training.base_settings import TrainSettings
-from cai.training.folder import Mode
+from cai.training.folder import Mode, from_where
 from cai.training.loading import check_rewards_of, find_model
 from cai.training.online.settings import OnlineSettings, PpoSettings
 from cai.training.settings import StageName
@@ -55,7 +55,10 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
         job = {"stage": stage, "settings": settings.model_dump(mode="json"), "out": str(out.absolute()), "mode": mode}
         (folder / JOB).write_text(json.dumps({**job, "parent": os.getpid()}))
         more = one_gpu(os.environ) if how is None else {}
-        code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
+        try:
+            code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped at once; the same command continues {from_where(out)}") from None
         _raise_failure(folder, code)
         if (folder / STOP).exists():
             raise Interrupted(ENDED.format(out))
@@ -164,7 +167,7 @@ def _accelerate(config: Path, processes: int | None) -> list[str]:
 def _run(command: list[str], folder: Path, show: Show, more: dict[str, str]) -> int:
     """Run the command to its end with `more` in its environment, showing what it tells.
 
-    Raises `Interrupted` at the second Ctrl-C.
+    Raises `KeyboardInterrupt` at the second Ctrl-C.
     """
     env = os.environ | more
     if best_device() == "cpu":
@@ -182,7 +185,7 @@ def _run(command: list[str], folder: Path, show: Show, more: dict[str, str]) -> 
                 time.sleep(0.1)
             except KeyboardInterrupt:
                 if (folder / STOP).exists():
-                    raise Interrupted("stopped at once; the same command continues from the last checkpoint") from None
+                    raise
                 (folder / STOP).touch()
                 show.note(STOPPING)
     finally:

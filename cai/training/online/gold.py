@@ -18,12 +18,12 @@ from scipy import stats
 
 from cai.intervals import difference
 from cai.report.written import Line, best_of
-from cai.training.online.held_out import Answer
 from cai.training.online.monitors import words
 from cai.training.online.rollouts import weighted
 
 if TYPE_CHECKING:
     from cai.intervals import Numbers
+    from cai.training.online.held_out import Answer
 
 _OUTSIDE, _LEAST = 0.05, 2e-5
 """The chance at which a training may be stopped whose gold is flat; and the least chance of a measure that is asked for, since
@@ -67,20 +67,29 @@ def comparable(lines: Sequence[dict[str, Any]], functions: dict[str, Any]) -> li
     return kept
 
 
-def gap(lines: Sequence[Line], stops: bool) -> str:
-    """What the last measure lacks, in words: any number; or, where gold is to stop the training, enough to tell a fall by of
-    enough prompts."""
+def gaps(lines: Sequence[Line], stops: bool) -> dict[str, str]:
+    """What the last measure lacks, in words by kinds: any number; and where gold is to stop the training, a proxy, or enough
+    prompts to tell a fall by of as many as there are."""
     best, last = best_of(lines), lines[-1]
     of, step = last["answers"], last["step"]
+    known = of - last["unscored"]
     if best is None or last["gold"] is None:
-        return f"gold had no number for any answer at step {step}: nothing is measured"
-    common = len(_rows(best, *lines[-_FALLS:]))
-    if not stops or of < FEW or common >= FEW:
-        return ""
-    return (
-        f"gold had a number for {of - last['unscored']} of {of} answers at step {step}, for {common} of them in the best "
-        "measure and the one before too: too few to stop the training by"
-    )
+        return {"gold": f"gold had no number for any answer at step {step}: nothing is measured"}
+    if not stops or of < FEW:
+        return {}
+    found = {}
+    if last["proxy"] is None:
+        found["proxy"] = f"no reward had a number for any held-out answer at step {step}: gold cannot stop the training"
+    two = lines[-_FALLS:]
+    is_followed = best not in two and all(one["gold"] is not None for one in two)
+    if known < FEW:
+        found["few"] = f"gold had a number for {known} of {of} answers at step {step}: too few to stop the training by"
+    elif is_followed and (common := len(_rows(best, *two))) < FEW:
+        found["few"] = (
+            f"gold had a number for {common} of {of} prompts in its best measure and in both of the last ones, at step {step}: "
+            "too few to stop the training by"
+        )
+    return found
 
 
 def proxies_of(answers: Sequence[Answer], weights: Sequence[float]) -> list[float | None]:
@@ -98,8 +107,8 @@ def _mean(names: tuple[str, str, str], values: Sequence[float | None], seed: int
 
 
 def over_optimised(lines: Sequence[Line]) -> str:
-    """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the proxy is
-    above what it was there (or, where it had no number there, at the first measure since that has one).
+    """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the interval
+    of the proxy is above what that was there (or, where it had no number there, at the first measure since that has one).
 
     The level is 0.05 / n² after n measures (up to 50): a training is tested at each of them, and the highest of n numbers is
     high by chance too. Of flat gold with independent noise (simulated: normal, or 0 and 1; 16 to 128 prompts) 1 to 5 % of
@@ -110,7 +119,8 @@ def over_optimised(lines: Sequence[Line]) -> str:
     if best is None or last["proxy"] is None:
         return ""
     since = next(one["proxy"] for one in lines if one["step"] >= best["step"] and one["proxy"] is not None)
-    if last["proxy"] <= since:
+    low = last["proxy"] if last["proxy_low"] is None else last["proxy_low"]  # None where all answers have the same
+    if low <= since:
         return ""
     two, level = lines[-_FALLS:], max(_LEAST, _OUTSIDE / len(lines) ** 2)
     if best in two or any(one["gold"] is None for one in two):

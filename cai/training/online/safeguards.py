@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from cai.report.written import best_of, unscored
+from cai.report.written import best_of, read_lines, unscored
 from cai.store import write_whole
 from cai.training.online import gold as golden
 from cai.training.online import lines
@@ -67,7 +67,8 @@ class Safeguards(TrainerCallback):
         self._golds: list[dict[str, Any]] = []
         self._stopped: dict[str, Any] | None = None
         self._trainer: Any = None
-        self._went_on = self._told_gap = False
+        self._went_on = False
+        self._told = set[str]()
         self._page_at = time.monotonic()
 
     def guard(self, trainer: Any) -> Any:
@@ -85,6 +86,8 @@ class Safeguards(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure what it begins with. Raises `AllSteps` where the checkpoint is the one that it was stopped at."""
         self._go_on(state.global_step)
+        if not self._golds:  # where a training goes on, the next measure comes when it is due
+            self._measure(state.global_step)
         if self._stopped:
             raise AllSteps
         if self._gold is None:
@@ -98,8 +101,6 @@ class Safeguards(TrainerCallback):
             self._note(
                 "limits.kl: with trl.beta 0 there is no reference, so the KL is not known and does not stop the training"
             )
-        if not self._golds:  # where a training goes on, the next measure comes when it is due
-            self._measure(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at the rollout, measure where it is time to, and stop where there is reason to."""
@@ -129,31 +130,36 @@ class Safeguards(TrainerCallback):
         if self._went_on:
             return
         self._went_on, step = True, step or -1
+        golds = list[dict[str, Any]]()
         if self._leads:
             for name in ("samples", "log"):
                 lines.keep_until(self._run / f"{name}.jsonl", step)
             self._lines = lines.keep_until(self._run / "rollouts.jsonl", step)
-            self._golds = self._comparable(lines.keep_until(self._run / "gold.jsonl", step))
-            told = self._run / "stopped.json"
-            self._stopped = json.loads(told.read_bytes()) if told.exists() else None
-            if self._stopped and (self._stopped["step"] != step or self._stopped.get("stops") != self.settings.stops):
-                told.unlink()
-                self._stopped = None
-        self._lines, self._golds, self._stopped = broadcast_object_list([self._lines, self._golds, self._stopped])
-        self._best.go_on(self._best_step)
+            golds = lines.keep_until(self._run / "gold.jsonl", step)
+            self._golds = self._comparable(golds)
+            self._stopped = self._stopped_at(step, by_gold=self._golds == golds)
+        self._lines, golds, self._golds, self._stopped = broadcast_object_list([self._lines, golds, self._golds, self._stopped])
+        self._best.go_on(_step_of(best_of(golds)))
         self._drift.new(self._lines)  # was told before
 
     def _comparable(self, golds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What is kept of them where a function was changed since, told and written."""
+        """What is kept of them where a function was changed since, told. The file is as it was until there is a new measure."""
         found = golden.comparable(golds, self._functions)
-        if found == golds:
-            return golds
-        if found:
+        if found and found != golds:
             self._note("a function that rewards has changed: gold and best/ stay, rewards are compared with those from now on")
-        else:
+        elif golds and not found:
             self._note("the function that measures gold has changed: gold is measured anew, and best/ is by that")
-        lines.write(self._run / "gold.jsonl", found)
         return found
+
+    def _stopped_at(self, step: int, by_gold: bool) -> dict[str, Any] | None:
+        """What stopped the training at that step and does so still; gold, only `by_gold`."""
+        file = self._run / "stopped.json"
+        told: dict[str, Any] | None = json.loads(file.read_bytes()) if file.exists() else None
+        is_so = told is not None and told["step"] == step and told.get("stops") == self.settings.stops
+        if told is None or not is_so or (told["reason"] == "gold" and not by_gold):
+            file.unlink(missing_ok=True)
+            return None
+        return told
 
     def _look(self, step: int) -> tuple[str, str] | None:
         """Write down what the rollout since the last step is like; why to stop, if there is a reason."""
@@ -191,10 +197,11 @@ class Safeguards(TrainerCallback):
         return step % every == 0 or step == last
 
     def _measure(self, step: int) -> tuple[str, str] | None:
-        """Measure the policy, unless that was done at this step; why to stop, if there is a reason."""
+        """Measure the policy, unless that was done at this step; in the first process, why to stop, if there is a reason."""
         if self._gold is None or any(line["step"] == step for line in self._golds):
             return None
-        if not self._golds:
+        is_first = not self._golds
+        if is_first:
             self._note(
                 f"measuring gold by answers to {len(self.held_out.prompts)} held-out prompts, as often as gold.every says"
             )
@@ -205,12 +212,17 @@ class Safeguards(TrainerCallback):
             self._best.keep(self._trainer, step)
         assert self.settings.gold is not None
         self._golds.append(line)
-        if (lack := golden.gap(self._golds, self.settings.gold.stop)) and not self._told_gap:
-            self._told_gap = True
-            self._note(f"{lack}; look at '{self.settings.gold.name}', and at answers in run/samples.jsonl")
-        if self._leads:
-            lines.append(self._run / "samples.jsonl", *self._samples(step, answers))
-            lines.append(self._run / "gold.jsonl", line)
+        for kind, lack in golden.gaps(self._golds, self.settings.gold.stop).items():
+            if kind not in self._told:
+                self._note(f"{lack}; look at answers in run/samples.jsonl")
+            self._told.add(kind)
+        if not self._leads:
+            return None
+        samples = self._run / "samples.jsonl"
+        if is_first:  # what another function said of answers is not told beside what this one says
+            lines.write(samples, [{**one, "gold": None} for one in read_lines(samples) if one["step"] != step])
+        lines.append(samples, *self._samples(step, answers))
+        lines.write(self._run / "gold.jsonl", self._golds)
         self._redraw()
         text = golden.over_optimised(self._golds) if self.settings.gold.stop else ""
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
@@ -262,8 +274,7 @@ class Safeguards(TrainerCallback):
 
     @property
     def _best_step(self) -> int | None:
-        best = best_of(self._golds)
-        return int(best["step"]) if best else None
+        return _step_of(best_of(self._golds))
 
     def _told_gold(self) -> dict[str, Any]:
         if self.settings.gold is None or not self._golds:
@@ -297,6 +308,10 @@ class Safeguards(TrainerCallback):
 def _function(source: RewardSource) -> str | None:
     """A function as NAME@VERSION."""
     return version_of(source)["function"] if source.function is not None else None
+
+
+def _step_of(line: Mapping[str, Any] | None) -> int | None:
+    return int(line["step"]) if line else None
 
 
 def _short(line: Mapping[str, Any]) -> dict[str, Any]:
