@@ -245,8 +245,23 @@ def test_it_stops_where_gold_falls_twice_with_significance_while_the_proxy_rises
     told = gold.over_optimised([*rising, *fallen])
     assert "its best, 1.95 at step 2, in 2 measures in a row (p " in told
     assert "while the reward has risen from 2 to 3" in told
-    for low, stops in ((2.0, False), (2.01, True)):
-        assert bool(gold.over_optimised([*rising, fallen[0], {**fallen[1], "proxy_low": low}])) == stops, "or risen by chance"
+    for rise, stops in ((0.0, False), (0.1, True)):
+        proxies = (2 + rise + np.random.default_rng(0).normal(0, 0.2, 32)).tolist()
+        by_chance = {**fallen[1], "proxy": 2.1, "proxies": proxies}
+        assert bool(gold.over_optimised([*rising, fallen[0], by_chance])) == stops
+
+
+def test_the_reward_has_risen_where_that_of_the_same_prompts_has():
+    easy = [0.0] * 16 + [10.0] * 16
+    for change, wanted in ((0.1, True), (-0.1, False), (0.0, False)):
+        before, later = ({"proxies": [one + times * change for one in easy]} for times in (0, 1))
+        assert gold.has_risen(before, later) == wanted
+        later["proxies"][:16] = [None] * 16
+        assert gold.has_risen(before, later) == wanted
+    noise = np.random.default_rng(0).normal(0, 1.0, 32)
+    for rise, wanted in ((0.2, False), (1.0, True)):
+        assert gold.has_risen({"proxies": easy}, {"proxies": (easy + noise + rise).tolist()}) == wanted
+    assert not gold.has_risen({"proxies": [None, 1.0]}, {"proxies": [5.0, None]})
 
 
 def is_one(draw: np.random.Generator) -> Any:
@@ -260,7 +275,7 @@ def test_flat_gold_seldom_stops_a_training_and_a_fall_soon_does(answers, fall):
         given: list[dict[str, Any]] = []
         for place in range(11):
             golds = (answers(draw) - fall * (place >= falls_at)).tolist()
-            proxy = {"proxy": float(place), "proxy_low": place - 0.5}
+            proxy = {"proxy": float(place), "proxies": [float(place)] * 64}
             given.append({"step": place, "gold": math.fsum(golds) / len(golds), **proxy, "golds": golds})
             if gold.over_optimised(given):
                 return place
@@ -324,19 +339,20 @@ def test_where_the_rewards_have_no_number_for_held_out_answers_that_is_said_sinc
     assert line["proxy"] is None
     assert gold.gaps([line], False) == {}
     assert gold.gaps([line], True) == {
-        "proxy": "no reward had a number for any held-out answer at step 0: gold cannot stop the training"
+        "proxy": "no reward had a number for any held-out answer at step 0: by this measure gold stops nothing"
     }
 
 
 def test_measures_by_another_function_are_not_compared():
-    by = {"functions": {"gold": "g@1", "reward": ["r@1"]}, "proxy_low": 0.5, "proxy_high": 2.5}
+    by = {"functions": {"gold": "g@1", "reward": ["r@1"]}, "proxy_low": 0.5, "proxy_high": 2.5, "proxies": [1.0, 2.0]}
     lines = [{**one, **by} for one in series((1, noisy(1)), (2, noisy(0)))]
     assert gold.comparable(lines, {"gold": "g@1", "reward": ["r@1"]}) == lines
     assert gold.comparable(lines, {"gold": "g@2", "reward": ["r@1"]}) == []
     now = {"gold": "g@1", "reward": ["r@2"]}
     mended = gold.comparable(lines, now)
     assert [(one["gold"], one["golds"]) for one in mended] == [(one["gold"], one["golds"]) for one in lines]
-    assert [(one["proxy"], one.get("proxy_low"), one["functions"]) for one in mended] == [(None, None, now)] * 2
+    told = [(one["proxy"], one.get("proxy_low"), one.get("proxies"), one["functions"]) for one in mended]
+    assert told == [(None, None, None, now)] * 2
     assert gold.comparable(mended, now) == mended
 
 
@@ -345,7 +361,7 @@ def test_where_the_reward_was_another_one_at_the_best_it_is_compared_with_the_fi
     lines = [{**best, "proxy": None}, *rest]
     assert gold.over_optimised(lines[:2]) == ""
     assert "while the reward has risen from 1 to 3" in gold.over_optimised(lines)
-    assert gold.over_optimised([*lines[:3], {**lines[3], "proxy": 1.5, "proxy_low": 1.0}]) == ""
+    assert gold.over_optimised([*lines[:3], {**lines[3], "proxies": [1.0] * 32}]) == ""
     unknown = [{**one, "proxy": None} for one in lines]
     assert gold.over_optimised(unknown) == gold.over_optimised([*unknown[:3], lines[3]]) == "", "nothing to compare with"
 

@@ -333,6 +333,11 @@ def test_gold_is_not_forgotten_for_a_function_that_fails(tiny, rows, functions, 
         train("grpo", settings, out, "changed-code")
     assert before == [written(out, name) for name in ("gold", "samples")]
     assert sorted((out / "run" / "best").iterdir()) == best
+    file.write_text(FUNCTIONS.replace("def raising(", "raising = nothing\n\ndef other("))
+    with pytest.raises(EngineError, match=r"^gold by the changed 'raising' has no number for any answer at step 1; mend it"):
+        train("grpo", settings, out, "changed-code")
+    assert before == [written(out, name) for name in ("gold", "samples")]
+    assert sorted((out / "run" / "best").iterdir()) == best
     file.write_text(FUNCTIONS.replace('raise ValueError("no such word")', "return [0.0] * len(completions)"))
     manifest = train("grpo", settings, out, "changed-code")
     assert [line["step"] for line in written(out, "gold")] == [1, 2, 3]
@@ -341,7 +346,35 @@ def test_gold_is_not_forgotten_for_a_function_that_fails(tiny, rows, functions, 
     assert (golds[0], golds[2]) == (None, 0.0)
     assert golds[1] > 0
     assert Counter(line["step"] for line in written(out, "samples")) == dict.fromkeys(range(4), 8)
-    assert len(manifest["changes"]) == 2
+    assert len(manifest["changes"]) == 3
+
+
+def test_what_is_best_by_another_function_outlasts_a_kill_before_the_next_checkpoint(
+    tiny, rows, functions, tmp_path, monkeypatch
+):
+    """It goes on from step 2, with the best at step 0 by the old function, and by the new one first at 2, then at 3."""
+    trl = {"max_steps": 4, "save_steps": 2}
+    settings, out = settings_of("grpo", tiny, rows, functions, "length", "rising_gold", trl=trl), tmp_path / "out"
+    usual = Safeguards.on_step_end
+
+    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        usual(self, args, state, control, **given)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
+    with pytest.raises(Interrupted):
+        train("grpo", settings, out)
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", lambda told: told[-1] if told else None)
+    monkeypatch.setattr("cai.training.online.versions._digest", lambda file: "another")
+    with pytest.raises(Interrupted):
+        train("grpo", settings, out, "changed-code")
+    assert [line["step"] for line in written(out, "gold")] == [2, 3]
+    monkeypatch.setattr(Safeguards, "on_step_end", usual)
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(2))
+    assert train("grpo", settings, out, "changed-code")["best"]["step"] == 2
+    assert same(weights(out / "best"), weights(out / "checkpoints" / "checkpoint-2"))
 
 
 def test_a_signal_while_gold_is_measured_stops_after_that_step(tiny, rows, functions, tmp_path, monkeypatch):
@@ -461,7 +494,7 @@ def test_gold_is_measured_where_a_limit_stops_and_the_card_says_what_the_model_i
     settings = settings.model_copy(update={"gold": settings.gold and settings.gold.model_copy(update={"every": 5})})
     manifest = train("grpo", settings, tmp_path)
     assert (manifest["steps"], [line["step"] for line in written(tmp_path, "gold")]) == (2, [0, 2] if by else [])
-    kept = "best/ holds step 2" if by else "earlier ones are in checkpoints/ if any were saved"
+    kept = "best/ holds the best one by gold" if by else "earlier ones are in checkpoints/ if any were saved"
     card = " ".join((tmp_path / "README.md").read_text().split())
     assert f"stopped after step 2: all alike; the model is the policy after that, past the limit, and {kept}." in card
 

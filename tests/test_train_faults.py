@@ -410,6 +410,27 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows
     assert not (tmp_path / "out" / "run" / "changes.json").exists()
 
 
+def test_starting_over_that_is_interrupted_leaves_what_the_rest_is_of(tmp_path, monkeypatch):
+    before, now = {"stage": "sft", "seed": 1}, {"stage": "sft", "seed": 2}
+    with TrainFolder(tmp_path, before) as folder:
+        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    for name in ("manifest.json", *map(str, range(9))):
+        (tmp_path / name).write_text("{}")
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TrainFolder(tmp_path, now, "fresh")
+    with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
+        TrainFolder(tmp_path, now)
+    with TrainFolder(tmp_path, now, "fresh") as folder:
+        assert not folder.checkpoints.exists()
+
+
 @pytest.mark.parametrize(("stage", "module"), [("sft", "running"), ("reward", "members")])
 def test_a_signal_while_the_model_is_saved_loses_nothing(stage, module, tiny, rows, tmp_path, monkeypatch):
     from cai.training import saving

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -108,6 +109,27 @@ def test_a_ctrl_c_stops_all_processes_after_the_same_step_and_the_same_command_g
     grown = len(losses(out))
     time.sleep(1)
     assert len(losses(out)) == grown
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_second_ctrl_c_ends_the_processes_and_says_where_it_goes_on(tiny, tmp_path, monkeypatch, begun):
+    def impatient(command: list[str], *given: Any) -> int:
+        (out / "members" / "0").mkdir(parents=True)
+        if begun:
+            (out / "members" / "0" / "done.json").write_text("{}")
+        return usual(["sleep", "60"], *given)
+
+    def interrupt(*given: Any) -> int:
+        raise KeyboardInterrupt
+
+    usual, out = launching._run, tmp_path / "out"
+    monkeypatch.setattr(launching, "_run", impatient)
+    monkeypatch.setattr(launching, "_show_events", interrupt)
+    settings, show = make_settings("sft", tiny, write_rows(tmp_path / "rows.jsonl", [dialogue(n) for n in range(8)])), Shown()
+    where = "with the next reward model" if begun else "from the start, there being no checkpoint yet"
+    with pytest.raises(Interrupted, match=f"^stopped at once; the same command continues {where}$"):
+        launching.launch("sft", settings, out, "continue", None, show)
+    assert len(show.notes) == 1, "at the first one"
 
 
 def test_configurations_that_come_with_the_package():

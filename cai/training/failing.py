@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
     except CaiError:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped at once; {_CONTINUES} {from_where(folder.path)}") from None
+        raise stopped_at_once(folder.path) from None
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise _memory(arguments) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
@@ -44,6 +45,11 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
         if _NO_MEMORY.search(str(exc)):
             raise _memory(arguments) from exc
         raise
+
+
+def stopped_at_once(folder: Path) -> Interrupted:
+    """What is raised where nothing more is saved."""
+    return Interrupted(f"stopped at once; {_CONTINUES} {from_where(folder)}")
 
 
 def _memory(arguments: Any) -> EngineError:

@@ -149,7 +149,9 @@ class TrainFolder:
 
     def _clear(self, *entries: Path) -> None:
         """Delete them, and what is in run/ but for the lock."""
-        for entry in {*entries, *self._run.iterdir()} - {self._run, self._run / "lock"}:
+        for entry in (*entries, *self._run.iterdir()):  # the identity is in run/, and goes after what is known by it
+            if entry in (self._run, self._run / "lock"):
+                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

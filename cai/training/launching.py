@@ -24,7 +24,8 @@ from cai import errors
 from cai.errors import CaiError, ConfigError, EngineError, Interrupted, nearest
 from cai.training.arguments import make_arguments
 from cai.training.base_settings import TrainSettings
-from cai.training.folder import Mode, from_where
+from cai.training.failing import stopped_at_once
+from cai.training.folder import Mode
 from cai.training.loading import check_rewards_of, find_model
 from cai.training.online.settings import OnlineSettings, PpoSettings
 from cai.training.settings import StageName
@@ -58,7 +59,7 @@ def launch(stage: StageName, settings: TrainSettings, out: Path, mode: Mode, how
         try:
             code = _run([*launcher, "-m", "cai.training.worker", str(folder)], folder, show, more)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped at once; the same command continues {from_where(out)}") from None
+            raise stopped_at_once(out) from None
         _raise_failure(folder, code)
         if (folder / STOP).exists():
             raise Interrupted(ENDED.format(out))

@@ -4,7 +4,8 @@ Rewards that are trained on rise whether answers get better or not: from some KL
 2210.10760). Lines of run/gold.jsonl:
 
 {"step": 60, "gold": 0.41, "low": 0.33, "high": 0.48, "proxy": 1.9, "proxy_low": 1.7, "proxy_high": 2.1, "kl": 12.3,
- "words": 71.5, "answers": 64, "unscored": 0, "golds": [0.5, ...], "functions": {"gold": "honest@5e1f...", "reward": [null]}}
+ "words": 71.5, "answers": 64, "unscored": 0, "golds": [0.5, ...], "proxies": [1.2, ...],
+ "functions": {"gold": "honest@5e1f...", "reward": [null]}}
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FALLS = 2
 """So many measures in a row have to be below the best."""
 FEW = 16
 """Held-out prompts from which on a fall of gold by a deviation or so is told from chance; by fewer nothing is stopped."""
-_ENDS_OF_PROXY = ("proxy_low", "proxy_high")
+_OF_PROXY = ("proxy_low", "proxy_high", "proxies")
 _FIRST, _FAR, _RESAMPLES = 999, 0.02, 4
 """So many permutations first; if by them the chance is not far above any level, so many times one over the level."""
 _NUMBERS_AT_ONCE = 1_000_000
@@ -52,6 +53,7 @@ def measured(step: int, answers: Sequence[Answer], weights: Sequence[float], see
         "answers": len(answers),
         "unscored": golds.count(None),
         "golds": golds,
+        "proxies": proxies,
     }
 
 
@@ -62,7 +64,7 @@ def comparable(lines: Sequence[dict[str, Any]], functions: dict[str, Any]) -> li
     for line in lines:
         if line["functions"]["gold"] == functions["gold"]:
             is_same = line["functions"] == functions
-            rest = {name: one for name, one in line.items() if name not in _ENDS_OF_PROXY}
+            rest = {name: one for name, one in line.items() if name not in _OF_PROXY}
             kept.append(line if is_same else {**rest, "proxy": None, "functions": functions})
     return kept
 
@@ -79,7 +81,7 @@ def gaps(lines: Sequence[Line], stops: bool) -> dict[str, str]:
         return {}
     found = {}
     if last["proxy"] is None:
-        found["proxy"] = f"no reward had a number for any held-out answer at step {step}: gold cannot stop the training"
+        found["proxy"] = f"no reward had a number for any held-out answer at step {step}: by this measure gold stops nothing"
     two = lines[-_FALLS:]
     is_followed = best not in two and all(one["gold"] is not None for one in two)
     if known < FEW:
@@ -107,8 +109,8 @@ def _mean(names: tuple[str, str, str], values: Sequence[float | None], seed: int
 
 
 def over_optimised(lines: Sequence[Line]) -> str:
-    """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the interval
-    of the proxy is above what that was there (or, where it had no number there, at the first measure since that has one).
+    """Why to stop, or an empty text: the last two measures are below the best, together with significance, and the proxy is
+    above what it was there (or, where it had no number there, at the first measure since that has one), by an interval.
 
     The level is 0.05 / n² after n measures (up to 50): a training is tested at each of them, and the highest of n numbers is
     high by chance too. Of flat gold with independent noise (simulated: normal, or 0 and 1; 16 to 128 prompts) 1 to 5 % of
@@ -118,20 +120,27 @@ def over_optimised(lines: Sequence[Line]) -> str:
     best, last = best_of(lines), lines[-1]
     if best is None or last["proxy"] is None:
         return ""
-    since = next(one["proxy"] for one in lines if one["step"] >= best["step"] and one["proxy"] is not None)
-    low = last["proxy"] if last["proxy_low"] is None else last["proxy_low"]  # None where all answers have the same
-    if low <= since:
-        return ""
+    since = next(one for one in lines if one["step"] >= best["step"] and one["proxy"] is not None)
     two, level = lines[-_FALLS:], max(_LEAST, _OUTSIDE / len(lines) ** 2)
     if best in two or any(one["gold"] is None for one in two):
         return ""
     fallen, chance = fall(best, two, level)
-    if chance >= level:
+    if chance >= level or not has_risen(since, last):
         return ""
     return (
         f"gold has changed by {fallen:+.3g} since its best, {best['gold']:.3g} at step {best['step']}, in {_FALLS} measures in "
-        f"a row (p {chance:.1g}), while the reward has risen from {since:.3g} to {last['proxy']:.3g}"
+        f"a row (p {chance:.1g}), while the reward has risen from {since['proxy']:.3g} to {last['proxy']:.3g}"
     )
+
+
+def has_risen(before: Line, later: Line) -> bool:
+    """Whether the proxy has, over the prompts that both measures have a number for: the interval of the change is above 0."""
+    both = zip(before["proxies"], later["proxies"], strict=True)
+    changes = np.array([new - old for old, new in both if old is not None and new is not None])
+    if not len(changes):
+        return False
+    change = difference(changes, np.arange(len(changes)), 0)
+    return (change.value if change.low is None else change.low) > 0  # None where all have changed alike
 
 
 def fall(best: Line, later: Sequence[Line], level: float) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from cai.errors import EngineError
 from cai.report.written import best_of, read_lines, unscored
 from cai.store import write_whole
 from cai.training.online import gold as golden
@@ -40,6 +41,7 @@ _UNSEEN = (
     "under gold, a judge or a reward model that is not trained on"
 )
 _NO_LANGUAGES = "py3langid is not installed: whether completions change their language is not watched"
+_STOPPED = "stopped.json"
 _SHOWINGS = 10
 """How often completions are kept to be shown where no held-out prompts are answered."""
 _PAGE_EVERY = 30.0
@@ -68,6 +70,7 @@ class Safeguards(TrainerCallback):
         self._stopped: dict[str, Any] | None = None
         self._trainer: Any = None
         self._went_on = False
+        self._is_changed = False
         self._told = set[str]()
         self._page_at = time.monotonic()
 
@@ -86,10 +89,19 @@ class Safeguards(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure what it begins with. Raises `AllSteps` where the checkpoint is the one that it was stopped at."""
         self._go_on(state.global_step)
+        if not self._stopped:
+            self._note_unseen(args)
         if not self._golds:  # where a training goes on, the next measure comes when it is due
             self._measure(state.global_step)
+            if state.global_step:
+                self._best.go_on(self._best_step)
         if self._stopped:
             raise AllSteps
+        if self._leads:
+            (self._run / _STOPPED).unlink(missing_ok=True)
+
+    def _note_unseen(self, args: Any) -> None:
+        """What nothing watches or stops."""
         if self._gold is None:
             self._note(_UNSEEN)
         elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < golden.FEW:
@@ -138,12 +150,15 @@ class Safeguards(TrainerCallback):
             golds = lines.keep_until(self._run / "gold.jsonl", step)
             self._golds = self._comparable(golds)
             self._stopped = self._stopped_at(step, by_gold=self._golds == golds)
+            if self._golds:
+                lines.write(self._run / "gold.jsonl", self._golds)
         self._lines, golds, self._golds, self._stopped = broadcast_object_list([self._lines, golds, self._golds, self._stopped])
+        self._is_changed = bool(golds) and not self._golds  # and what the other function measured is kept until this one has
         self._best.go_on(_step_of(best_of(golds)))
         self._drift.new(self._lines)  # was told before
 
     def _comparable(self, golds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What is kept of them where a function was changed since, told. The file is as it was until there is a new measure."""
+        """What is kept of them where a function was changed since, told. If nothing is, they lie there until there are new."""
         found = golden.comparable(golds, self._functions)
         if found and found != golds:
             self._note("a function that rewards has changed: gold and best/ stay, rewards are compared with those from now on")
@@ -153,13 +168,11 @@ class Safeguards(TrainerCallback):
 
     def _stopped_at(self, step: int, by_gold: bool) -> dict[str, Any] | None:
         """What stopped the training at that step and does so still; gold, only `by_gold`."""
-        file = self._run / "stopped.json"
+        file = self._run / _STOPPED
         told: dict[str, Any] | None = json.loads(file.read_bytes()) if file.exists() else None
-        is_so = told is not None and told["step"] == step and told.get("stops") == self.settings.stops
-        if told is None or not is_so or (told["reason"] == "gold" and not by_gold):
-            file.unlink(missing_ok=True)
+        if told is None or told["step"] != step or told.get("stops") != self.settings.stops:
             return None
-        return told
+        return told if by_gold or told["reason"] != "gold" else None
 
     def _look(self, step: int) -> tuple[str, str] | None:
         """Write down what the rollout since the last step is like; why to stop, if there is a reason."""
@@ -200,6 +213,7 @@ class Safeguards(TrainerCallback):
         """Measure the policy, unless that was done at this step; in the first process, why to stop, if there is a reason."""
         if self._gold is None or any(line["step"] == step for line in self._golds):
             return None
+        assert self.settings.gold is not None
         is_first = not self._golds
         if is_first:
             self._note(
@@ -208,9 +222,14 @@ class Safeguards(TrainerCallback):
         seed = self.settings.seed
         answers = answer(self._trainer, self.held_out.prompts, self.rewards, self._gold, seed)
         line = {**golden.measured(step, answers, self._rollouts.weights, seed), "functions": self._functions}
+        if is_first and self._is_changed and line["gold"] is None:
+            name = self.settings.gold.name
+            raise EngineError(
+                f"gold by the changed '{name}' has no number for any answer at step {step}; mend it: what was measured before "
+                "is kept until it has"
+            )
         if best_of([*self._golds, line]) is line:
             self._best.keep(self._trainer, step)
-        assert self.settings.gold is not None
         self._golds.append(line)
         for kind, lack in golden.gaps(self._golds, self.settings.gold.stop).items():
             if kind not in self._told:
@@ -235,13 +254,13 @@ class Safeguards(TrainerCallback):
 
     def _stop(self, step: int, reason: str, text: str) -> None:
         if reason in ("kl", "collapse"):
-            best = self._best_step
-            kept = "earlier ones are in checkpoints/ if any were saved" if best is None else f"best/ holds step {best}"
+            unmeasured = self._best_step is None
+            kept = "earlier ones are in checkpoints/ if any were saved" if unmeasured else "best/ holds the best one by gold"
             text += f"; the model is the policy after that, past the limit, and {kept}"
         self._stopped = {"reason": reason, "step": step, "why": text, "stops": self.settings.stops}
         self._note(f"stopped after step {step}: {text}")
         if self._leads:
-            write_whole(self._run / "stopped.json", json.dumps(self._stopped) + "\n")
+            write_whole(self._run / _STOPPED, json.dumps(self._stopped) + "\n")
 
     def _note(self, text: str) -> None:
         if self._leads:

@@ -102,7 +102,8 @@ class GoldSettings(RewardSource):
     prompts: PositiveInt = 64
     """How many held-out prompts are answered each time; the same ones."""
     stop: bool = True
-    """Whether training stops where two measures in a row are below the best, with significance, while the reward has risen."""
+    """Whether training stops where two measures in a row are below the best while the reward has risen, both with
+    significance."""
 
 
 class LimitSettings(Part):
