@@ -366,7 +366,7 @@ def test_what_is_best_by_another_function_outlasts_a_kill_before_the_next_checkp
     monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
     with pytest.raises(Interrupted):
         train("grpo", settings, out)
-    monkeypatch.setattr("cai.training.online.safeguards.best_of", lambda told: told[-1] if told else None)
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", lambda told: the_one_at(0)(told) or (told or [None])[-1])
     monkeypatch.setattr("cai.training.online.versions._digest", lambda file: "another")
     with pytest.raises(Interrupted):
         train("grpo", settings, out, "changed-code")
