@@ -11,8 +11,8 @@ of `cai train ppo`, and what it keeps is put aside; the same training then goes 
 Another is guarded by an ensemble (mean less variance) and the stop. Then answers to prompts that neither training nor measuring
 has seen, four to each, are measured: of the model that they begin with, of the best and the last step without safeguards, of
 what the stop keeps (which is that best one unless gold rises again), and of what ensemble and stop keep; with 95 % intervals
-over prompts, also of differences by prompt. A picture of gold and reward over the square root of the KL (Gao et al. 2022,
-arXiv 2210.10760, figure 1) is written into the folder.
+over prompts, also of differences by prompt. A picture of gold and reward over steps and over the square root of the KL
+(Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """
@@ -20,9 +20,11 @@ arXiv 2210.10760, figure 1) is written into the folder.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -177,26 +179,34 @@ def tell(name: str, golds: Golds, more: str = "") -> None:
     print(f"{name:<38} gold {whole.value:+.2f} ({whole.low:+.2f} to {whole.high:+.2f}){more}")
 
 
+def root_of_kl(point: Point) -> float:
+    """Of the KL to the reference, in nats a completion; an estimate can be below 0."""
+    return math.sqrt(max(0.0, point["kl"]))
+
+
 def draw(folder: Path, seeds: list[int], file: Path) -> None:
-    """Gold and reward over the square root of the KL to the reference, a line for each seed; a point at the best."""
+    """Gold and reward over steps and over the root of the KL to the reference, a line for each seed, a point at its best."""
     from matplotlib.figure import Figure
 
     from cai.report.figures import BLUE, GREY, ORANGE
 
-    figure = Figure((8, 3.6), layout="constrained")
-    panels = {"one": "one reward model to the end", "stopped": "until the stop", "guarded": "ensemble and stop"}
-    for axes, (name, title) in zip(figure.subplots(1, len(panels), sharex=True, sharey=True), panels.items(), strict=True):
-        for seed in seeds:
-            found = points(folder / f"{name}-{seed}")
-            root = [max(0.0, one["kl"]) ** 0.5 for one in found]
-            axes.plot(root, [one["gold"] for one in found], color=BLUE, label="gold")
-            axes.plot(root, [one["proxy"] for one in found], color=ORANGE, alpha=0.7, label="reward")
-            best = max(range(len(found)), key=lambda place: found[place]["gold"])
-            axes.plot(root[best], found[best]["gold"], "o", color=BLUE)
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set(title=title, xlabel="square root of the KL")
+    figure = Figure((8, 5.6), layout="constrained")
+    columns = {"one": "one reward model to the end", "stopped": "until the stop", "guarded": "ensemble and stop"}
+    rows: dict[str, Callable[[Point], float]] = {"steps": lambda one: one["step"], "square root of the KL": root_of_kl}
+    grid = figure.subplots(len(rows), len(columns), sharex="row", sharey=True)
+    for (label, place), panels in zip(rows.items(), grid, strict=True):
+        for (name, title), axes in zip(columns.items(), panels, strict=True):
+            for seed in seeds:
+                found = points(folder / f"{name}-{seed}")
+                x = [place(one) for one in found]
+                axes.plot(x, [one["gold"] for one in found], color=BLUE, label="gold")
+                axes.plot(x, [one["proxy"] for one in found], color=ORANGE, alpha=0.7, label="reward")
+                best = max(range(len(found)), key=lambda one: found[one]["gold"])
+                axes.plot(x[best], found[best]["gold"], "o", color=BLUE)
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            axes.set(title=title if axes in grid[0] else "", xlabel=label)
     axes.legend(*(one[:2] for one in axes.get_legend_handles_labels()), frameon=False)
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
