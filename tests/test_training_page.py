@@ -147,7 +147,7 @@ def test_it_is_made_of_what_lies_beside_the_training(tmp_path: Path):
     assert found.log[1] == LOG[1] | again[0]
     assert found.log[4] == LOG[4] | again[1], "at its end a training logs the last step again"
     assert found.gold == GOLD
-    write_page(tmp_path)
+    write_page(tmp_path / "training.html")
     page = (tmp_path / "training.html").read_text()
     assert texts(page).startswith(tmp_path.name)
     assert "0.777 (0.677 to 0.877)" in texts(page)

@@ -17,9 +17,9 @@ from rich.table import Table
 from cai.cli.terminal import console, counted, duration, printable, time_left
 from cai.intervals import gathered
 from cai.models import best_model
-from cai.report.written import PAGE, named
+from cai.report.written import named
 from cai.training import ONLINE
-from cai.training.folder import QUARANTINE
+from cai.training.folder import PAGE, QUARANTINE
 
 if TYPE_CHECKING:
     from cai.training.watching import Show

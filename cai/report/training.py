@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cai.report import figures
 from cai.report.figures import BLUE, GREY, ORANGE, Series
 from cai.report.page import render
-from cai.report.written import PAGE, Line, Written, best_of, read_training, unscored
+from cai.report.written import Line, Written, best_of, read_training, unscored
 from cai.store import write_whole
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ _ENDS = {"gold": ("low", "high"), "proxy": ("proxy_low", "proxy_high")}
 """Of the intervals of both."""
 
 
-def write_page(out: Path, all_steps: int | None = None) -> None:
-    """Write OUT/training.html, whole or not at all. Raises `StoreError`."""
-    write_whole(out / PAGE, render_training(read_training(out), out.name, all_steps))
+def write_page(file: Path, all_steps: int | None = None) -> None:
+    """Write the page of the training in whose folder `file` is, whole or not at all. Raises `StoreError`."""
+    out = file.parent
+    write_whole(file, render_training(read_training(out), out.name, all_steps))
 
 
 def render_training(written: Written, title: str, all_steps: int | None = None) -> str:

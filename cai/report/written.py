@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-PAGE = "training.html"
-"""Where it is shown, in the training's folder."""
 Line = Mapping[str, Any]
 _OF_ROLLOUT = ("reward", "objective/scores", "kl")
 """Measures in a manifest that are of the last rollout."""

@@ -22,7 +22,6 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 
 from cai.errors import ConfigError, StoreError
-from cai.report.written import PAGE
 from cai.store import write_whole
 from cai.training.differences import Changes, changed_code, describe
 
@@ -32,6 +31,8 @@ STARTS_OVER = "run again, where cai train needs --fresh (cai run makes a changed
 """What to do when settings have been changed, whichever command trains."""
 QUARANTINE = "run/quarantine.jsonl"
 """Rows that could not be used: where each stood, and why."""
+PAGE = "training.html"
+"""Pictures of an online stage."""
 _SECONDS = "run/seconds.json"
 _CHANGES = "run/changes.json"
 _STATE = "trainer_state.json"

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from cai.errors import EngineError
 from cai.report.written import best_of, read_lines, unscored
 from cai.store import write_whole
+from cai.training.folder import PAGE
 from cai.training.online import gold as golden
 from cai.training.online import lines
 from cai.training.online.best import Best
@@ -318,7 +319,7 @@ class Safeguards(TrainerCallback):
         try:
             from cai.report.training import write_page
 
-            write_page(self._out, self._trainer.state.max_steps)
+            write_page(self._out / PAGE, self._trainer.state.max_steps)
         except Exception as exc:  # a picture is no reason to end a training
             cause = exc.__cause__ or exc
             self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
