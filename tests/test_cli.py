@@ -77,6 +77,7 @@ def test_every_example_in_the_help_is_a_command_that_parses():
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore")  # of TRL, as it is imported
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])
 def test_every_key_of_the_trainer_in_the_help_is_one_of_that_trainer(stage):
     from cai.training.arguments import check_arguments
