@@ -13,6 +13,7 @@ import json
 import math
 import runpy
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -185,7 +186,7 @@ class JudgeReward:
         self._principles, self._config = _principles(constitution, config), config
         self._judge = _pointwise(config)
         self._runner = asyncio.Runner()  # one loop for all calls: an engine's sessions belong to the loop that they began in
-        weakref.finalize(self, self._runner.close)
+        weakref.finalize(self, _close, self._runner)
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """One reward each."""
@@ -203,6 +204,16 @@ class JudgeReward:
         weights = [one.weight for one in self._principles]
         mean = sum(rating * weight for rating, weight in zip(ratings, weights, strict=True)) / sum(weights)
         return (mean - 5.5) / 4.5 if self._config.method == "score" else mean
+
+
+def _close(runner: asyncio.Runner) -> None:
+    """In a thread of its own where this one runs another loop, in which none can be closed."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        runner.close()
+    else:
+        threading.Thread(target=runner.close).start()
 
 
 def _pointwise(config: JudgeConfig) -> PointwiseJudge:
