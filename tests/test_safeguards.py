@@ -114,6 +114,18 @@ def the_one_at(step: int) -> Any:
     return lambda told: next((one for one in told if one["step"] == step), None)
 
 
+def killed_after(step: int) -> Any:
+    """In place of what safeguards do after each step."""
+    usual = Safeguards.on_step_end
+
+    def look(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        usual(self, args, state, control, **given)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    return look
+
+
 def written(out: Path, name: str) -> list[dict[str, Any]]:
     return read_lines(out / "run" / f"{name}.jsonl")
 
@@ -251,13 +263,7 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train("grpo", settings, whole)
     usual = Safeguards.on_step_end
-
-    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-        usual(self, args, state, control, **given)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    monkeypatch.setattr(Safeguards, "on_step_end", killed_after(3))
     with pytest.raises(Interrupted):
         train("grpo", settings, killed)
     monkeypatch.setattr(Safeguards, "on_step_end", usual)
@@ -280,12 +286,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows
     trl = {"max_steps": 3, "save_strategy": "no"}
     settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl=trl), tmp_path / "out"
     usual = Safeguards.on_step_end
-
-    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-        usual(self, args, state, control, **given)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    monkeypatch.setattr(Safeguards, "on_step_end", killed_after(1))
     with pytest.raises(Interrupted):
         train("grpo", settings, out)
     assert [path.name for path in (out / "run" / "best").iterdir()] == ["1"]
@@ -356,13 +357,7 @@ def test_what_is_best_by_another_function_outlasts_a_kill_before_the_next_checkp
     trl = {"max_steps": 4, "save_steps": 2}
     settings, out = settings_of("grpo", tiny, rows, functions, "length", "rising_gold", trl=trl), tmp_path / "out"
     usual = Safeguards.on_step_end
-
-    def die(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
-        usual(self, args, state, control, **given)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Safeguards, "on_step_end", die)
+    monkeypatch.setattr(Safeguards, "on_step_end", killed_after(3))
     monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
     with pytest.raises(Interrupted):
         train("grpo", settings, out)

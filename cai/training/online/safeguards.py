@@ -151,8 +151,6 @@ class Safeguards(TrainerCallback):
             golds = lines.keep_until(self._run / "gold.jsonl", step)
             self._golds = self._comparable(golds)
             self._stopped = self._stopped_at(step, by_gold=self._golds == golds)
-            if self._golds:
-                lines.write(self._run / "gold.jsonl", self._golds)
         self._lines, golds, self._golds, self._stopped = broadcast_object_list([self._lines, golds, self._golds, self._stopped])
         self._is_changed = bool(golds) and not self._golds  # and what the other function measured is kept until this one has
         self._best.go_on(_step_of(best_of(golds)))
@@ -163,6 +161,7 @@ class Safeguards(TrainerCallback):
         found = golden.comparable(golds, self._functions)
         if found and found != golds:
             self._note("a function that rewards has changed: gold and best/ stay, rewards are compared with those from now on")
+            lines.write(self._run / "gold.jsonl", found)
         elif golds and not found:
             self._note("the function that measures gold has changed: gold is measured anew, and best/ is by that")
         return found
@@ -238,11 +237,13 @@ class Safeguards(TrainerCallback):
             self._told.add(kind)
         if not self._leads:
             return None
-        samples = self._run / "samples.jsonl"
-        if is_first:  # what another function said of answers is not told beside what this one says
+        samples, measures = self._run / "samples.jsonl", self._run / "gold.jsonl"
+        if is_first:  # what another function said is not told beside what this one says
             lines.write(samples, [{**one, "gold": None} for one in read_lines(samples) if one["step"] != step])
+            lines.write(measures, [line])
+        else:
+            lines.append(measures, line)
         lines.append(samples, *self._samples(step, answers))
-        lines.write(self._run / "gold.jsonl", self._golds)
         self._redraw()
         text = golden.over_optimised(self._golds) if self.settings.gold.stop else ""
         return ("gold", f"{text}; best/ holds step {self._best_step}") if text else None
