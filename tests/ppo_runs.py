@@ -154,7 +154,8 @@ def train_some(tiny: Path, out: Path, batch: int) -> None:
         )  # fmt: skip
         trainer.train()
         told = {"kl_coefficient": torch.tensor(trainer.kl.coefficient)}
-        told |= {"value/explained_variance": torch.tensor(logged(trainer, "value/explained_variance"))}
+        names = ("value/explained_variance", "value/grad_norm", "grad_norm")  # weights do not tell the size of what was clipped
+        told |= {name: torch.tensor(logged(trainer, name)) for name in names}
         policy = {f"policy.{name}": one for name, one in policy_weights(trainer).items()}
         value = {f"value.{name}": one for name, one in value_weights(trainer).items()}
         if trainer.accelerator.is_main_process:
