@@ -23,12 +23,13 @@ def measure(completions: int, folder: Path, tokens: int, seed: int, place: str) 
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     from cai.config import ModelConfig
     from cai.weights import resolve_dtype
 
+    set_seed(seed)  # which its trainer sets too late for what the value model begins with
     tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
     rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
