@@ -479,6 +479,16 @@ def test_the_kl_is_that_of_all_completions(tiny, tmp_path):
     assert kl(low) == kl(low_or_none) == kl(none)
 
 
+def test_the_reward_less_the_kl_is_that_of_completions_with_a_reward(tiny, tmp_path):
+    trainer = make(tiny, tmp_path, reward=low_or_none, rollout_func=Script(), lam=1.0)
+    disturb(trainer)
+    out = rollout(trainer)
+    scored = out["completion_mask"].sum(dim=1) % 2 == 1
+    [found] = trainer._metrics["train"]["objective/rlhf_reward"]
+    assert found == pytest.approx(float(out["returns"][scored, 0].mean()), abs=1e-5)
+    assert abs(found - trainer._metrics["train"]["objective/score"][0]) > 1e-4
+
+
 def test_the_table_of_completions_has_advantages_of_ppo(tiny, tmp_path):
     for group in (1, 2):
         trainer = make(tiny, tmp_path, rollout_func=Script(), num_generations=group)

@@ -217,6 +217,11 @@ class TrunkHead:
         finally:
             handle.remove()
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Nothing is to be done."""
+        yield
+
     def weights(self) -> dict[str, nn.Parameter]:
         """The layer's."""
         return {f"layer.{name}": one for name, one in self.layer.named_parameters()}

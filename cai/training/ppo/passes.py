@@ -41,11 +41,10 @@ class PassingTrainer(GRPOTrainer):
         self._has_adapters = self._base is not self._policy
         self._reference = None if self.ref_model is None else base_of(self.accelerator.unwrap_model(self.ref_model))
 
-    @contextmanager
-    def _of_critic(self) -> Iterator[None]:
-        """In here the critic's weights are those in use, where it shares them with the policy."""
-        with nullcontext() if isinstance(self.value, TrunkHead) else self.value.working():
-            yield
+    @property
+    def _head(self) -> TrunkHead | None:
+        """The value function, where it is a layer on what the policy's own passes leave."""
+        return self.value if isinstance(self.value, TrunkHead) else None
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -74,9 +73,9 @@ class PassingTrainer(GRPOTrainer):
         ):
             return self._plain_logps(model, ids, mask, length, *given, **named)
         ask = super()._get_per_token_logps_and_entropies
-        if not isinstance(self.value, TrunkHead) or model is self.ref_model:
+        if self._head is None or model is self.ref_model:
             return ask(model, ids, mask, length, *given, **named)
-        with self.value.watching(ids, length) as seen:
+        with self._head.watching(ids, length) as seen:
             found = ask(model, ids, mask, length, *given, **named)
         self._watched.append(torch.cat(seen))
         return found
@@ -108,8 +107,8 @@ class PassingTrainer(GRPOTrainer):
                 logp, entropy = token_logprobs(features, head, tokens, counted, self.temperature, compute_entropy)
                 logps.append(logp)
                 entropies.append(entropy)
-                if isinstance(self.value, TrunkHead) and model is not self.ref_model:
-                    values.append(self.value.values(features, part))
+                if self._head is not None and model is not self.ref_model:
+                    values.append(self._head.values(features, part))
         if values:
             self._watched.append(torch.cat(values))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -138,9 +137,9 @@ class PassingTrainer(GRPOTrainer):
         """(B, `length`), 0 for padding."""
         assert self._drawn is not None
         (drawn,) = self._drawn
-        if isinstance(self.value, TrunkHead):
+        if self._head is not None:
             assert drawn.states is not None
-            self._watched.append(self.value.values(drawn.states[:, :length], ids))
+            self._watched.append(self._head.values(drawn.states[:, :length], ids))
         return drawn.logps[:, :length].masked_fill(mask[:, -length:] == 0, 0.0)
 
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
@@ -149,9 +148,8 @@ class PassingTrainer(GRPOTrainer):
         if self.use_vllm or self.use_transformers_continuous_batching or self.accelerator.device.type != "cpu":
             return super()._generate_single_turn(*given, **named)
         keep = self._drawn is not None and self._says_as_it_draws
-        with_states = isinstance(self.value, TrunkHead)
         merging = merged(self._policy) if self._has_adapters else nullcontext()
-        with drawing(self, self._policy, keep, with_states) as drawn, merging:
+        with drawing(self, self._policy, keep, with_states=self._head is not None) as drawn, merging:
             found = super()._generate_single_turn(*given, **named)
         if self._drawn is not None:
             self._drawn += drawn
@@ -179,7 +177,7 @@ class PassingTrainer(GRPOTrainer):
                 logps = self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size=size)[0]
                 watched = self._watched[-1] if self._watched else None
             if watched is None:
-                with self._of_critic():
+                with self.value.working():
                     rows = rows_at_once(ids, size)
                     parts = zip(ids.split(rows), attention.split(rows), strict=True)
                     watched = torch.cat([self._critic_values(*part, length) for part in parts])

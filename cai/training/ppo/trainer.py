@@ -24,7 +24,7 @@ from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
 from cai.training.adapters import quicken
 from cai.training.ppo.config import PPOConfig
-from cai.training.ppo.critic import CRITIC, AdapterCritic, TrunkHead, is_critics
+from cai.training.ppo.critic import CRITIC, AdapterCritic, is_critics
 from cai.training.ppo.estimation import (
     KLControl,
     Moments,
@@ -80,7 +80,7 @@ class PPOTrainer(PassingTrainer):
         if self.accelerator.device.type == "cpu":
             tune_for_cpu(self._policy)
             quicken(self._policy)  # with the critic's adapters
-        with self._of_critic():
+        with self.value.working():
             self._trained = self.value.weights()
         self._value_optimizer = self._make_value_optimizer(args)
 
@@ -175,12 +175,13 @@ class PPOTrainer(PassingTrainer):
 
     def _tell_kl(self, kl: Tensor, score: Tensor, scored: Tensor, sampled: Tensor) -> None:
         """Log the KL of all completions, those without a reward too, and steer it."""
-        nats = self._mean(kl.sum(dim=1), sampled.any(dim=1))
+        of_each = kl.sum(dim=1)
+        nats = self._mean(of_each, sampled.any(dim=1))
         told = {
             "kl": self._mean(kl, sampled),
             "objective/kl": nats,
             "objective/kl_coef": self.kl.coefficient,
-            "objective/rlhf_reward": self._mean(score, scored) - self.kl.coefficient * nats,
+            "objective/rlhf_reward": self._mean(score - self.kl.coefficient * of_each, scored),
         }
         self._log(told)
         paid = int(self._total(scored.sum()))
@@ -199,16 +200,16 @@ class PPOTrainer(PassingTrainer):
     # ------------------------------------------------------------------------------------------------ losses
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The clipped surrogate by TRL, without its KL, which is in the reward. The value function takes its gradients here."""
-        if not isinstance(self.value, TrunkHead):
+        if self._head is None:
             ids, attention = whole(inputs)
-            with self._of_critic():
+            with self.value.working():
                 self._learn_values(self._critic_values(ids, attention, inputs["completion_ids"].size(1)), inputs)
         beta, self.beta, self._watched = self.args.beta, 0.0, []
         try:
             surrogate: Tensor = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        if isinstance(self.value, TrunkHead):
+        if self._head is not None:
             self._learn_values(self._watched[-1], inputs)
         return surrogate * 0.0 if torch.is_grad_enabled() and self._warms_up else surrogate
 
