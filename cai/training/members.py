@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ def train_members(settings: RewardSettings, data: StageData, folder: TrainFolder
             folder.write(SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
     losses = {f"train_loss{one.name and '/'}{one.name}": told["loss"] for one, told in zip(members, done, strict=True)}
     known = {name: loss for name, loss in losses.items() if loss is not None}
+    known = {"train_loss": fmean(known.values()), **known} if known else {}
     return Outcome(sum(one["steps"] for one in done), known | measures, left_out, effective(arguments))
 
 
