@@ -6,13 +6,12 @@ all of them, a quarter of them against the gold. The reward model learns that sh
 paragraphs with which PPO begins, and wrong from 30 words on. That is a bias which the members of an ensemble share, so it is
 the stop that has to see it.
 
-With each seed one reward model is optimised with the safeguards that are on by default and the stop when gold falls, as `gold:`
-of `cai train ppo`, and what it keeps is put aside; the same training then goes on to its last step without any safeguard.
-Another is guarded by an ensemble (mean less variance) and the stop. Then answers to prompts that neither training nor measuring
-has seen, four to each, are measured: of the model that they begin with, of the best and the last step without safeguards, of
-what the stop keeps (which is that best one unless gold rises again), and of what ensemble and stop keep; with 95 % intervals
-over prompts, also of differences by prompt. A picture of gold and reward over steps and over the square root of the KL
-(Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
+With each seed one reward model is optimised, and an ensemble of three (mean less variance), each with the safeguards that are
+on by default and the stop when gold falls, as `gold:` of `cai train ppo`. What the stop keeps is put aside, and the same
+training goes on to its last step without any safeguard. Then answers to prompts that neither training nor measuring has seen,
+four to each, are measured: of the model that they begin with, of what each stop keeps, and of the best by gold and the last
+step of the whole trainings; with 95 % intervals over prompts, also of differences by prompt. A picture of gold and reward
+over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """
@@ -42,6 +41,10 @@ MODEL, WANTED, WIDTH, TOKENS = "smollm2-135m", 30, 20, 96
 PAIRS, FLIPPED = 64, 0.25
 HELD_OUT, FRESH = 36, 32
 ROLLOUTS, BATCH = 16, 32
+REWARDS: dict[str, dict[str, Any]] = {
+    "one": {"lora": {"merge": False}},
+    "several": {"members": 3, "combine": "mean-variance", "variance_weight": 0.1},  # as Coste et al. 2023 with PPO
+}
 Point = dict[str, float]
 Golds = numpy.ndarray[Any, Any]
 """Prompts x 4: of each answer."""
@@ -103,8 +106,8 @@ def run(stage: StageName, settings: dict[str, Any], out: Path) -> Path:
     return out
 
 
-def optimise(folder: Path, seed: int, name: str, reward: Path, safe: bool = True) -> Path:
-    """PPO on a reward model."""
+def optimise(folder: Path, seed: int, name: str, reward: Path, safe: bool) -> Path:
+    """PPO on a reward model; without safeguards a training that they have stopped goes on."""
     measure = {"function": f"{Path(__file__).resolve()}:gold_rewards", "every": 2, "prompts": HELD_OUT, "stop": safe}
     settings = {
         "data": {"source": str(folder / "train.jsonl"), "test_split": None},
@@ -128,25 +131,27 @@ def optimise(folder: Path, seed: int, name: str, reward: Path, safe: bool = True
     return run("ppo", settings, folder / f"{name}-{seed}")
 
 
+def stopped(folder: Path, name: str, seed: int) -> Path:
+    """Where a training is kept as the stop left it."""
+    return folder / f"{name}-{seed}-stopped"
+
+
 def one_seed(folder: Path, seed: int) -> None:
-    """All trainings. That on a single reward model goes to where the stop acts, and after a copy on to its end."""
-    pairs = {"source": str(write_pairs(folder, seed)), "test_split": None}
+    """Both trainings, each to where the stop acts, of which a copy is kept, and on to its end."""
     fitting = {
-        "data": pairs,
+        "data": {"source": str(write_pairs(folder, seed)), "test_split": None},
         "seed": seed,
         "trl": {"num_train_epochs": 3, "learning_rate": 2e-4, "per_device_train_batch_size": 8},
     }
-    single = run("reward", {**fitting, "lora": {"merge": False}}, folder / f"reward-{seed}")
-    kept = folder / f"stopped-{seed}"
-    if not kept.exists():
-        part = kept.with_suffix(".part")
-        stopped = optimise(folder, seed, "one", single)
-        shutil.copytree(stopped, part, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
-        part.rename(kept)
-    optimise(folder, seed, "one", single, safe=False)
-    several = {**fitting, "members": 3, "combine": "mean-variance", "variance_weight": 0.1}  # as Coste et al. 2023 with PPO
-    ensemble = run("reward", several, folder / f"ensemble-{seed}")
-    optimise(folder, seed, "guarded", ensemble)
+    for name, more in REWARDS.items():
+        reward = run("reward", {**fitting, **more}, folder / f"reward-{name}-{seed}")
+        kept = stopped(folder, name, seed)
+        if not kept.exists():
+            part = kept.with_suffix(".part")
+            training = optimise(folder, seed, name, reward, safe=True)
+            shutil.copytree(training, part, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+            part.rename(kept)
+        optimise(folder, seed, name, reward, safe=False)
 
 
 def points(training: Path) -> list[Point]:
@@ -156,21 +161,24 @@ def points(training: Path) -> list[Point]:
 
 def show(folder: Path, seed: int) -> None:
     """A line for each model and each difference, measured on fresh prompts; and why trainings stopped."""
-    one, stopped, guarded = (folder / f"{name}-{seed}" for name in ("one", "stopped", "guarded"))
-    models = {"start": MODEL, "one, best": one / "best", "one, last": one}
-    models |= {"stopped, kept": stopped / "best", "guarded, kept": guarded / "best"}
+    models = {"start": Path(MODEL)}
+    for name in REWARDS:
+        kept, whole = stopped(folder, name, seed) / "best", folder / f"{name}-{seed}"
+        models |= {f"{name}, kept": kept, f"{name}, best": whole / "best", f"{name}, last": whole}
     golds: dict[str, Golds] = {}
-    for name, model in models.items():
-        found = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{name.replace(', ', '-')}")
-        golds[name] = numpy.array([[gold(text) for text in texts] for _, texts in found])
+    for label, model in models.items():
+        found = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
+        golds[label] = numpy.array([[gold(text) for text in texts] for _, texts in found])
         words = numpy.mean([len(text.split()) for _, texts in found for text in texts])
-        tell(f"seed {seed}, {name}", golds[name], f", {words:.0f} words")
-    for better, worse in (("one, best", "one, last"), ("stopped, kept", "one, last"), ("guarded, kept", "one, best")):
-        tell(f"seed {seed}, {better} less {worse}", golds[better] - golds[worse])
-    for training in (one, stopped, guarded):
-        told = json.loads((training / "manifest.json").read_bytes())
-        best = max(points(training), key=lambda point: point["gold"])
-        print(f"seed {seed}, {training.name}: best at step {best['step']}; {told.get('stopped', 'ran to its end')}", flush=True)
+        tell(f"seed {seed}, {label}", golds[label], f", {words:.0f} words")
+    for name in REWARDS:
+        for better, worse in (("best", "last"), ("kept", "best"), ("kept", "last")):
+            tell(f"seed {seed}, {name}: {better} less {worse}", golds[f"{name}, {better}"] - golds[f"{name}, {worse}"])
+    tell(f"seed {seed}, several, kept less one, best", golds["several, kept"] - golds["one, best"])
+    for name in REWARDS:
+        best = max(points(folder / f"{name}-{seed}"), key=lambda point: point["gold"])
+        told = json.loads((stopped(folder, name, seed) / "manifest.json").read_bytes())
+        print(f"seed {seed}, {name}: best at step {best['step']}; {told.get('stopped', 'not stopped')}", flush=True)
 
 
 def tell(name: str, golds: Golds, more: str = "") -> None:
@@ -185,13 +193,14 @@ def root_of_kl(point: Point) -> float:
 
 
 def draw(folder: Path, seeds: list[int], file: Path) -> None:
-    """Gold and reward over steps and over the root of the KL to the reference, a line for each seed, a point at its best."""
+    """Gold and reward over steps and over the root of the KL to the reference, a line for each seed: a point at what
+    the stop keeps, a cross where it acts."""
     from matplotlib.figure import Figure
 
     from cai.report.figures import BLUE, GREY, ORANGE
 
-    figure = Figure((8, 5.6), layout="constrained")
-    columns = {"one": "one reward model to the end", "stopped": "until the stop", "guarded": "ensemble and stop"}
+    figure = Figure((8, 6), layout="constrained")
+    columns = {"one": "one reward model", "several": "three, mean less variance"}
     rows: dict[str, Callable[[Point], float]] = {"steps": lambda one: one["step"], "square root of the KL": root_of_kl}
     grid = figure.subplots(len(rows), len(columns), sharex="row", sharey=True)
     for (label, place), panels in zip(rows.items(), grid, strict=True):
@@ -201,11 +210,15 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
                 x = [place(one) for one in found]
                 axes.plot(x, [one["gold"] for one in found], color=BLUE, label="gold")
                 axes.plot(x, [one["proxy"] for one in found], color=ORANGE, alpha=0.7, label="reward")
-                best = max(range(len(found)), key=lambda one: found[one]["gold"])
-                axes.plot(x[best], found[best]["gold"], "o", color=BLUE)
+                seen = points(stopped(folder, name, seed))
+                best = max(range(len(seen)), key=lambda one: seen[one]["gold"])
+                axes.plot(x[best], found[best]["gold"], "o", color=BLUE, label="kept")
+                if len(seen) < len(found):
+                    axes.plot(x[len(seen) - 1], found[len(seen) - 1]["gold"], "x", color=BLUE, label="the stop acts")
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.set(title=title if axes in grid[0] else "", xlabel=label)
-    axes.legend(*(one[:2] for one in axes.get_legend_handles_labels()), frameon=False)
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
+    axes.legend(named.values(), named.keys(), frameon=False)
     figure.savefig(file, metadata={"Date": None})
 
 
