@@ -9,9 +9,10 @@ the stop that has to see it.
 With each seed one reward model is optimised, and an ensemble of three (mean less variance), each with the safeguards that are
 on by default and the stop when gold falls, as `gold:` of `cai train ppo`. What the stop keeps is put aside, and the same
 training goes on to its last step without any safeguard. Then answers to prompts that neither training nor measuring has seen,
-four to each, are measured: of the model that they begin with, of what each stop keeps, and of the best by gold and the last
-step of the whole trainings; with 95 % intervals over prompts, also of differences by prompt. A picture of gold and reward
-over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
+four to each, are measured: of the model that they begin with, of what each stop keeps, of the last step of the whole
+trainings, and of their best by gold where it comes after the stop; with 95 % intervals over prompts, also of differences by
+prompt. A picture of gold and reward over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure
+1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 """
@@ -159,32 +160,38 @@ def points(training: Path) -> list[Point]:
     return [json.loads(line) for line in (training / "run" / "gold.jsonl").read_text().splitlines()]
 
 
+def best(training: Path) -> Point:
+    """The measure that `best/` is of."""
+    return max(points(training), key=lambda one: one["gold"])
+
+
 def show(folder: Path, seed: int) -> None:
     """A line for each model and each difference, measured on fresh prompts; and why trainings stopped."""
     models = {"start": Path(MODEL)}
     for name in REWARDS:
-        kept, whole = stopped(folder, name, seed) / "best", folder / f"{name}-{seed}"
-        models |= {f"{name}, kept": kept, f"{name}, best": whole / "best", f"{name}, last": whole}
+        whole, kept = folder / f"{name}-{seed}", stopped(folder, name, seed)
+        models |= {f"{name}, kept": kept / "best", f"{name}, last": whole}
+        if best(whole)["step"] != best(kept)["step"]:
+            models[f"{name}, best"] = whole / "best"
+        found = json.loads((kept / "manifest.json").read_bytes()).get("stopped")
+        why = f"stopped at step {found['step']}: {found['why']}" if found else "not stopped"
+        print(f"seed {seed}, {name}: {why}; best of the whole at step {best(whole)['step']}")
     golds: dict[str, Golds] = {}
     for label, model in models.items():
-        found = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
-        golds[label] = numpy.array([[gold(text) for text in texts] for _, texts in found])
-        words = numpy.mean([len(text.split()) for _, texts in found for text in texts])
+        given = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
+        golds[label] = numpy.array([[gold(text) for text in texts] for _, texts in given])
+        words = numpy.mean([len(text.split()) for _, texts in given for text in texts])
         tell(f"seed {seed}, {label}", golds[label], f", {words:.0f} words")
-    for name in REWARDS:
-        for better, worse in (("best", "last"), ("kept", "best"), ("kept", "last")):
-            tell(f"seed {seed}, {name}: {better} less {worse}", golds[f"{name}, {better}"] - golds[f"{name}, {worse}"])
-    tell(f"seed {seed}, several, kept less one, best", golds["several, kept"] - golds["one, best"])
-    for name in REWARDS:
-        best = max(points(folder / f"{name}-{seed}"), key=lambda point: point["gold"])
-        told = json.loads((stopped(folder, name, seed) / "manifest.json").read_bytes())
-        print(f"seed {seed}, {name}: best at step {best['step']}; {told.get('stopped', 'not stopped')}", flush=True)
+    pairs = [(f"{name}, kept", f"{name}, {other}") for name in REWARDS for other in ("last", "best")]
+    for better, worse in [*pairs, ("several, kept", "one, kept")]:
+        if worse in golds:
+            tell(f"seed {seed}, {better} less {worse}", golds[better] - golds[worse])
 
 
 def tell(name: str, golds: Golds, more: str = "") -> None:
     """A mean with its interval over prompts."""
     whole = difference(golds.mean(axis=1), numpy.arange(len(golds)), 0)
-    print(f"{name:<38} gold {whole.value:+.2f} ({whole.low:+.2f} to {whole.high:+.2f}){more}")
+    print(f"{name:<42} gold {whole.value:+.2f} ({whole.low:+.2f} to {whole.high:+.2f}){more}")
 
 
 def root_of_kl(point: Point) -> float:
@@ -211,10 +218,10 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
                 axes.plot(x, [one["gold"] for one in found], color=BLUE, label="gold")
                 axes.plot(x, [one["proxy"] for one in found], color=ORANGE, alpha=0.7, label="reward")
                 seen = points(stopped(folder, name, seed))
-                best = max(range(len(seen)), key=lambda one: seen[one]["gold"])
-                axes.plot(x[best], found[best]["gold"], "o", color=BLUE, label="kept")
+                kept = seen.index(best(stopped(folder, name, seed)))
+                axes.plot(x[kept], seen[kept]["gold"], "o", color=BLUE, label="kept")
                 if len(seen) < len(found):
-                    axes.plot(x[len(seen) - 1], found[len(seen) - 1]["gold"], "x", color=BLUE, label="the stop acts")
+                    axes.plot(x[len(seen) - 1], seen[-1]["gold"], "x", color=BLUE, label="the stop acts")
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.set(title=title if axes in grid[0] else "", xlabel=label)
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
