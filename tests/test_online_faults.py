@@ -19,7 +19,7 @@ from cai.training.failing import refusals
 from cai.training.online.rewards import ModelReward, Reward, check_function, find_function
 from cai.training.running import train
 from tests import runs
-from tests.stages import resolve_settings, write_rows
+from tests.stages import Shown, resolve_settings, write_rows
 from tests.test_online import CHECKED, HERE, settings
 from tests.test_reward_model import make_reward_model
 from tests.tiny_model import make_tiny_model
@@ -263,8 +263,11 @@ def test_a_critic_begins_with_a_reward_model_that_reads_the_policys_tokens(tiny,
     for name, started in (("same", True), ("other", False)):
         if name == "other":
             swap_tokens(make_reward_model(tmp_path / "other"))
-        train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / name), trl={"max_steps": 1}), tmp_path / f"out-{name}")
+        trl = {"max_steps": 1, "value_warmup_steps": 1}
+        show = Shown()
+        train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / name), trl=trl), tmp_path / f"out-{name}", show=show)
         assert (built[-1].critic_note is None) is started
+        assert "to step 1 the value function alone learns (trl.value_warmup_steps)" in show.notes
 
 
 @pytest.mark.parametrize(
@@ -427,7 +430,8 @@ def test_a_vllm_server_that_does_not_answer(tiny, rows, tmp_path):
     pytest.importorskip("vllm")
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0.1, "vllm_server_base_url": "http://127.0.0.1:9"}
     with pytest.raises(EngineError, match=r"no vLLM server answers at http://127.0.0.1:9: start one \(.*vllm serve MODEL"):
-        train("ppo", settings("ppo", tiny, rows, trl=server), tmp_path / "out")
+        train("ppo", settings("ppo", tiny, rows, trl=server), tmp_path / "out", show=(shown := Shown()))
+    assert any("waiting for the vLLM server at http://127.0.0.1:9 (at most 0.1 s, trl.vllm_s" in one for one in shown.notes)
 
 
 def test_online_dpo_has_no_vllm_in_its_process_on_a_cpu(tiny, rows, tmp_path):

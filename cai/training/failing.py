@@ -73,12 +73,16 @@ def _is_of_network(exc: BaseException) -> bool:
     return any(one.__name__ in ("ConnectionError", "Timeout", "TimeoutError") for one in type(exc).__mro__)
 
 
+def server_of(arguments: Any) -> str:
+    """Where TRL looks for the vLLM server."""
+    return arguments.vllm_server_base_url or f"http://{arguments.vllm_server_host}:{arguments.vllm_server_port}"
+
+
 def _no_server(arguments: Any) -> EngineError:
-    named = arguments.vllm_server_base_url or f"http://{arguments.vllm_server_host}:{arguments.vllm_server_port}"
     return EngineError(
-        f"no vLLM server answers at {named}: start one (VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config "
-        """'{"backend": "nccl"}'), or """
-        f"set trl.vllm_server_base_url; without a server, trl.vllm_mode: colocate; then {_CONTINUES}"
+        f"no vLLM server answers at {server_of(arguments)}: start one (VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "
+        """--weight-transfer-config '{"backend": "nccl"}'), or set trl.vllm_server_base_url; without a server, """
+        f"trl.vllm_mode: colocate; then {_CONTINUES}"
     )
 
 

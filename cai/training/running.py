@@ -26,7 +26,7 @@ from cai.training.arguments import effective, keeps_own_pace, make_arguments, ro
 from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
 from cai.training.data import StageData, load_data, neutral_row
-from cai.training.failing import failures, refusals
+from cai.training.failing import failures, refusals, server_of
 from cai.training.folder import QUARANTINE, Mode, TrainFolder
 from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
 from cai.training.online.held_out import tell_sources
@@ -262,6 +262,9 @@ def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, mani
 
 def _loading(settings: TrainSettings, arguments: Any) -> str:
     more = " and computing what it says of each row, as the reference" if _precomputes(arguments) else ""
+    if getattr(arguments, "use_vllm", False) and arguments.vllm_mode == "server":
+        longest = f"{arguments.vllm_server_timeout:g} s, trl.vllm_server_timeout"
+        more += f" and waiting for the vLLM server at {server_of(arguments)} (at most {longest})"
     return f"loading {Path(settings.model).name}{more}"
 
 
