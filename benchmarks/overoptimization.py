@@ -15,6 +15,9 @@ prompt. A picture of gold and reward over steps and over the square root of the 
 1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
+
+Seeds are trained one after the other; give each to a process of its own where there are cores, and at last all of them, which
+draws the picture of what is there.
 """
 
 from __future__ import annotations
@@ -24,21 +27,24 @@ import math
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from benchmarks import thirty_words
 from benchmarks.effect import answer
 from benchmarks.ppo import THINGS, VALUE_RATE
+from benchmarks.thirty_words import gold
 from cai.intervals import difference
 from cai.pipeline import read_records
+from cai.report.written import Line, best_of, read_lines
 from cai.training import SETTINGS, StageName
 from cai.training.running import train
 
-MODEL, WANTED, WIDTH, TOKENS = "smollm2-135m", 30, 20, 96
+MODEL, TOKENS = "smollm2-135m", 96
 PAIRS, FLIPPED = 64, 0.25
 HELD_OUT, FRESH = 36, 32
 ROLLOUTS, BATCH = 16, 32
@@ -46,19 +52,8 @@ REWARDS: dict[str, dict[str, Any]] = {
     "one": {"lora": {"merge": False}},
     "several": {"members": 3, "combine": "mean-variance", "variance_weight": 0.1},  # as Coste et al. 2023 with PPO
 }
-Point = dict[str, float]
 Golds = numpy.ndarray[Any, Any]
 """Prompts x 4: of each answer."""
-
-
-def gold(text: str) -> float:
-    """1 at 30 words, 0 at 10 and at 50, never below -1."""
-    return max(-1.0, 1 - abs(len(text.split()) - WANTED) / WIDTH)
-
-
-def gold_rewards(completions: Any, **columns: Any) -> list[float]:
-    """What `gold: {function: ...}` asks."""
-    return [gold(one[-1]["content"]) for one in completions]
 
 
 def write_prompts(folder: Path) -> None:
@@ -109,7 +104,7 @@ def run(stage: StageName, settings: dict[str, Any], out: Path) -> Path:
 
 def optimise(folder: Path, seed: int, name: str, reward: Path, safe: bool) -> Path:
     """PPO on a reward model; without safeguards a training that they have stopped goes on."""
-    measure = {"function": f"{Path(__file__).resolve()}:gold_rewards", "every": 2, "prompts": HELD_OUT, "stop": safe}
+    measure = {"function": f"{thirty_words.__file__}:gold_rewards", "every": 2, "prompts": HELD_OUT, "stop": safe}
     settings = {
         "data": {"source": str(folder / "train.jsonl"), "test_split": None},
         "seed": seed,
@@ -155,35 +150,37 @@ def one_seed(folder: Path, seed: int) -> None:
         optimise(folder, seed, name, reward, safe=False)
 
 
-def points(training: Path) -> list[Point]:
+def points(training: Path) -> Sequence[Line]:
     """The measures on held-out prompts."""
-    return [json.loads(line) for line in (training / "run" / "gold.jsonl").read_text().splitlines()]
+    return read_lines(training / "run" / "gold.jsonl")
 
 
-def best(training: Path) -> Point:
+def best(training: Path) -> Line:
     """The measure that `best/` is of."""
-    return max(points(training), key=lambda one: one["gold"])
+    found = best_of(points(training))
+    assert found is not None, "this gold has a number for every answer"
+    return found
 
 
 def show(folder: Path, seed: int) -> None:
     """A line for each model and each difference, measured on fresh prompts; and why trainings stopped."""
-    models = {"start": Path(MODEL)}
+    models = {"start": MODEL}
     for name in REWARDS:
         whole, kept = folder / f"{name}-{seed}", stopped(folder, name, seed)
-        models |= {f"{name}, kept": kept / "best", f"{name}, last": whole}
+        models |= {f"{name}, kept": str(kept / "best"), f"{name}, last": str(whole)}
         if best(whole)["step"] != best(kept)["step"]:
-            models[f"{name}, best"] = whole / "best"
+            models[f"{name}, best"] = str(whole / "best")
         found = json.loads((kept / "manifest.json").read_bytes()).get("stopped")
         why = f"stopped at step {found['step']}: {found['why']}" if found else "not stopped"
-        print(f"seed {seed}, {name}: {why}; best of the whole at step {best(whole)['step']}")
+        print(f"seed {seed}, {name}: {why}; best of the whole at step {best(whole)['step']}", flush=True)
     golds: dict[str, Golds] = {}
     for label, model in models.items():
-        given = answers(folder, str(model), "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
+        given = answers(folder, model, "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
         golds[label] = numpy.array([[gold(text) for text in texts] for _, texts in given])
         words = numpy.mean([len(text.split()) for _, texts in given for text in texts])
         tell(f"seed {seed}, {label}", golds[label], f", {words:.0f} words")
     pairs = [(f"{name}, kept", f"{name}, {other}") for name in REWARDS for other in ("last", "best")]
-    for better, worse in [*pairs, ("several, kept", "one, kept")]:
+    for better, worse in [*pairs, ("several, kept", "one, kept"), ("several, kept", "one, best")]:
         if worse in golds:
             tell(f"seed {seed}, {better} less {worse}", golds[better] - golds[worse])
 
@@ -191,10 +188,11 @@ def show(folder: Path, seed: int) -> None:
 def tell(name: str, golds: Golds, more: str = "") -> None:
     """A mean with its interval over prompts."""
     whole = difference(golds.mean(axis=1), numpy.arange(len(golds)), 0)
-    print(f"{name:<42} gold {whole.value:+.2f} ({whole.low:+.2f} to {whole.high:+.2f}){more}")
+    interval = "the same for each prompt" if whole.low is None else f"{whole.low:+.2f} to {whole.high:+.2f}"
+    print(f"{name:<42} gold {whole.value:+.2f} ({interval}){more}", flush=True)
 
 
-def root_of_kl(point: Point) -> float:
+def root_of_kl(point: Line) -> float:
     """Of the KL to the reference, in nats a completion; an estimate can be below 0."""
     return math.sqrt(max(0.0, point["kl"]))
 
@@ -208,7 +206,7 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
 
     figure = Figure((8, 6), layout="constrained")
     columns = {"one": "one reward model", "several": "three, mean less variance"}
-    rows: dict[str, Callable[[Point], float]] = {"steps": lambda one: one["step"], "square root of the KL": root_of_kl}
+    rows: dict[str, Callable[[Line], float]] = {"steps": lambda one: one["step"], "square root of the KL": root_of_kl}
     grid = figure.subplots(len(rows), len(columns), sharex="row", sharey=True)
     for (label, place), panels in zip(rows.items(), grid, strict=True):
         for (name, title), axes in zip(columns.items(), panels, strict=True):
@@ -224,8 +222,9 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
                     axes.plot(x[len(seen) - 1], seen[-1]["gold"], "x", color=BLUE, label="the stop acts")
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.set(title=title if axes in grid[0] else "", xlabel=label)
-    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each once
-    axes.legend(named.values(), named.keys(), frameon=False)
+    shown = [one for axes in grid.flat for one in zip(*axes.get_legend_handles_labels(), strict=True)]
+    named = {label: handle for handle, label in shown}  # each once
+    grid[-1, -1].legend(named.values(), named.keys(), frameon=False)
     figure.savefig(file, metadata={"Date": None})
 
 

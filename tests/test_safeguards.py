@@ -480,6 +480,16 @@ def test_steps_and_collapse_stop_a_run(tiny, rows, functions, tmp_path, monkeypa
     assert (manifest["steps"], manifest.get("stopped", {}).get("reason")) == (steps, reason)
 
 
+def test_a_value_function_that_learns_alone_is_told_while_it_does(tiny, rows, functions, tmp_path):
+    first, then = Shown(), Shown()
+    trl = {"value_warmup_steps": 1, "max_steps": 2}
+    for limits, show in (({"steps": 1}, first), ({}, then)):
+        train("ppo", settings_of("ppo", tiny, rows, functions, "length", limits=limits, trl=trl), tmp_path / "out", show=show)
+    line = "to step 1 the value function alone learns (trl.value_warmup_steps)"
+    assert (first.notes.count(line), then.notes.count(line)) == (1, 0)
+    assert "training goes on from checkpoint-1" in then.notes
+
+
 @pytest.mark.parametrize("by", ["rising_gold", None])
 def test_gold_is_measured_where_a_limit_stops_and_the_card_says_what_the_model_is(
     by, tiny, rows, functions, tmp_path, monkeypatch

@@ -36,8 +36,6 @@ def build(parts: Parts) -> Any:
         trainer = _ppo(settings, given) if isinstance(settings, PpoSettings) else _of_trl(settings, given)
     if note := getattr(trainer, "critic_note", None):
         parts.show.note(note)
-    if warming := getattr(parts.arguments, "value_warmup_steps", 0):
-        parts.show.note(f"to step {warming} the value function alone learns (trl.value_warmup_steps)")
     reload_where_packed(trainer)
     Order(trainer)
     return guards.guard(trainer)

@@ -98,6 +98,8 @@ class Safeguards(TrainerCallback):
                 self._best.go_on(self._best_step)
         if self._stopped:
             raise AllSteps
+        if state.global_step < (warming := getattr(args, "value_warmup_steps", 0)):
+            self._note(f"to step {warming} the value function alone learns (trl.value_warmup_steps)")
         if self._leads:
             (self._run / _STOPPED).unlink(missing_ok=True)
 
