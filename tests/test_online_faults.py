@@ -507,20 +507,28 @@ def test_what_vllm_lacks_names_the_key_that_gives_it(told, advice):
 
 
 @pytest.mark.parametrize(
-    ("stage", "message"),
+    ("stage", "changes", "message"),
     [
         (
             "ppo",
+            {"trl": {"gradient_checkpointing": False}},
             r"out of memory: lower trl.max_completion_length \(6 here\) or trl.per_device_train_batch_size \(4 here; .*, a "
-            r"multiple of trl.num_generations\), .*, set trl.value_function: head, or lora: true to train adapters; then",
+            r"multiple of trl.num_generations\), or set trl.gradient_checkpointing: true, or set trl.value_function: head, or "
+            r"lora: true to train adapters; then",
+        ),
+        (
+            "ppo",
+            {"lora": True, "trl": {"value_function": "head", "gradient_checkpointing": True}},
+            r"trl.num_generations\); then",
         ),
         (
             "online-dpo",
+            {},
             r"out of memory: lower trl.max_new_tokens \(6 here\) or trl.per_device_train_batch_size \(4 .*lora: true",
         ),
     ],
 )
-def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, stage, message):
+def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, stage, changes, message):
     def raising(completions: Any, **columns: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -529,7 +537,7 @@ def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, stage, message):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rewards.Reward, "__call__", lambda self, prompts, completions, **columns: raising(completions))
         with pytest.raises(EngineError, match=message):
-            train(stage, settings(stage, tiny, rows), tmp_path / "out")
+            train(stage, settings(stage, tiny, rows, **changes), tmp_path / "out")
 
 
 def test_a_constitution_with_a_check_needs_no_judge(tiny, rows, tmp_path):

@@ -26,7 +26,7 @@ _CONTINUES = "the same command continues"
 
 
 @contextmanager
-def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
+def failures(folder: TrainFolder, arguments: Any, has_adapters: bool) -> Iterator[None]:
     """Raises `EngineError` where memory runs out or a vLLM server does not answer, `StoreError` where the disk is full,
     `Interrupted` for a `KeyboardInterrupt`."""
     try:
@@ -36,14 +36,14 @@ def failures(folder: TrainFolder, arguments: Any) -> Iterator[None]:
     except KeyboardInterrupt:
         raise stopped_at_once(folder.path) from None
     except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise _memory(arguments) from exc
+        raise _memory(arguments, has_adapters) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
         if _is_of_network(exc) and getattr(arguments, "use_vllm", False):
             raise _no_server(arguments) from exc
         if getattr(exc, "errno", None) in _DISK_ERRORS or _NO_DISK.search(str(exc)):
             raise _disk(folder, exc) from exc
         if _NO_MEMORY.search(str(exc)):
-            raise _memory(arguments) from exc
+            raise _memory(arguments, has_adapters) from exc
         raise
 
 
@@ -52,7 +52,7 @@ def stopped_at_once(folder: Path) -> Interrupted:
     return Interrupted(f"stopped at once; {_CONTINUES} {from_where(folder)}")
 
 
-def _memory(arguments: Any) -> EngineError:
+def _memory(arguments: Any, has_adapters: bool) -> EngineError:
     batch = f"trl.per_device_train_batch_size ({arguments.per_device_train_batch_size} here; "
     length = next((name for name in ("max_completion_length", "max_new_tokens") if hasattr(arguments, name)), None)
     if length is None:
@@ -61,11 +61,13 @@ def _memory(arguments: Any) -> EngineError:
         groups = ", a multiple of trl.num_generations" if hasattr(arguments, "num_generations") else ""
         what = f"lower trl.{length} ({getattr(arguments, length)} here) or {batch}trl.gradient_accumulation_steps keeps what a "
         what += f"step sees{groups})"
-    more = ", set trl.value_function: head" if getattr(arguments, "value_function", None) == "critic" else ""
-    return EngineError(
-        f"out of memory: {what}, set trl.gradient_checkpointing: true{more}, or lora: true to train adapters; then "
-        f"{STARTS_OVER}"
-    )
+    ways = {
+        "set trl.gradient_checkpointing: true": not arguments.gradient_checkpointing,
+        "set trl.value_function: head": getattr(arguments, "value_function", None) == "critic",
+        "lora: true to train adapters": not has_adapters,
+    }
+    more = "".join(f", or {way}" for way, is_left in ways.items() if is_left)
+    return EngineError(f"out of memory: {what}{more}; then {STARTS_OVER}")
 
 
 def _is_of_network(exc: BaseException) -> bool:

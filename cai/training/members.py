@@ -70,7 +70,7 @@ def train_members(settings: RewardSettings, data: StageData, folder: TrainFolder
     """
     members, processes = list(_members(settings, folder.path)), PartialState()
     arguments = make_arguments("reward", settings, folder.checkpoints, context=context_of(settings))
-    with failures(folder, arguments):
+    with failures(folder, arguments, settings.lora is not None):
         tokenizers = {
             one.settings.model: DialogueTokenizer(load_tokenizer(one.settings), one.settings.model) for one in members
         }

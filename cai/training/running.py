@@ -216,7 +216,7 @@ def _train_one(
     processes = PartialState()
     context = context_of(settings)
     arguments = make_arguments(stage, settings, folder.checkpoints, data.test is not None, context)
-    with failures(folder, arguments):
+    with failures(folder, arguments, settings.lora is not None):
         tokenizer = load_tokenizer(settings)
         show.note("preparing the rows")
         if processes.is_main_process:
