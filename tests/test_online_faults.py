@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def no_list(completions, **columns):
     return None
 def words(completions, **columns):
     return ["good"] * len(completions)
+def mapping(completions, **columns):
+    return {place: 0.5 for place in range(len(completions))}
+def numerals(completions, **columns):
+    return "1" * len(completions)
+def too_large(completions, **columns):
+    return [10**400] * len(completions)
+def broken_off(completions, **columns):
+    yield 1.0
+    raise KeyError("score")
 """
 
 
@@ -63,11 +73,37 @@ def functions(tmp_path) -> Path:
         ("too_few", "reward 'too_few' returned 1 numbers, and there are 4 completions"),
         ("no_list", "reward 'no_list' returned None; expected a list with a number for each completion"),
         ("words", r"reward 'words' returned \['good', .*; expected a list with a number for each"),
+        ("mapping", "reward 'mapping' returned {0: 0.5, 1: 0.5, .*; expected a list with a number for each"),
+        ("numerals", "reward 'numerals' returned '1111'; expected a list with a number for each"),
+        ("too_large", r"reward 'too_large' returned \[10000.*; expected a list with a number for each"),
+        ("broken_off", r"^reward 'broken_off' raised KeyError: 'score' \(fun.py:19\)$"),
     ],
 )
 def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, message):
     with pytest.raises(EngineError, match=message):
         train("ppo", settings("ppo", tiny, rows, reward=f"{functions}:{name}"), tmp_path / "out")
+
+
+def test_what_a_function_does_to_its_arguments_and_the_process_stays_with_it(tmp_path):
+    def careless(prompts: Any, completions: Any, log_metric: Any, **columns: Any) -> list[float]:
+        os.chdir(tmp_path)
+        torch.set_grad_enabled(False)
+        log_metric("seen", 1.0)
+        for one in (*prompts, *completions):
+            one[-1]["content"] = "hacked"
+        prompts.clear()
+        return [0.5]
+
+    def honest(completions: Any, **columns: Any) -> list[float]:
+        return [float(completions[0][-1]["content"] == "four")]
+
+    before, told = os.getcwd(), []
+    prompts, completions = ([[{"role": role, "content": text}]] for role, text in (("user", "2 + 2?"), ("assistant", "four")))
+    rewards = [Reward(one.__name__, one, lambda *given: told.append(given)) for one in (careless, honest)]
+    columns = {"columns": [json.dumps({"log_metric": "of a row"})]}
+    assert [one(prompts, completions, **columns) for one in rewards] == [[0.5], [1.0]]
+    assert (os.getcwd(), torch.is_grad_enabled()) == (before, True)
+    assert [given[1:] for given in told] == [(prompts, ["four"], [0.5]), (prompts, ["four"], [1.0])]
 
 
 def test_gold_that_raises_is_called_gold_and_its_place_is_in_the_users_file(tiny, rows, tmp_path):
@@ -415,6 +451,10 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ),
         ("ppo", {"max_completion_length": None}, "trl.max_completion_length: expected a whole number, found None"),
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
+        ("ppo", {"value_learning_rate": -1.0}, "value_learning_rate: expected a number from 0 on, found -1.0"),
+        ("ppo", {"temperature": 0.0}, "trl.temperature: expected a number above 0, found 0.0"),
+        ("grpo", {"top_p": 2.0}, "trl.top_p: expected a number up to 1, found 2.0"),
+        ("online-dpo", {"beta": [0.1, -1]}, "trl.beta: expected a number from 0 on, found -1"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
     ],
 )

@@ -21,7 +21,7 @@ from cai.errors import ConfigError, EngineError
 from cai.models import folder_version
 from cai.rewards.combining import combine
 from cai.rewards.model import RewardModel
-from cai.training.folder import is_whole
+from cai.training.checkpoints import is_whole
 from cai.training.launching import find_config
 from tests import ppo_runs
 from tests.ppo_runs import (

@@ -282,6 +282,23 @@ def test_a_killed_run_goes_on_drops_later_lines_and_keeps_the_best_of_its_checkp
     assert same(weights(tmp_path / "again" / "best"), weights(whole / "checkpoints" / "checkpoint-2"))
 
 
+def test_a_best_policy_that_was_deleted_is_not_said_to_be_there(tiny, rows, functions, tmp_path, monkeypatch):
+    trl = {"max_steps": 4, "save_steps": 2}
+    settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl=trl), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Safeguards, "on_step_end", killed_after(3))
+        patch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
+        with pytest.raises(Interrupted):
+            train("grpo", settings, out)
+        shutil.rmtree(out / "run" / "best")
+        patch.undo()
+        patch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
+        manifest = train("grpo", settings, out, show=(show := Shown()))
+    assert "run/best/0, which had the best gold, is not there any more, so there is no best/" in show.notes
+    assert ("best" in manifest, manifest["gold"]["first"]["step"], (out / "best").exists()) == (False, 0, False)
+    assert "`best/`" not in (out / "README.md").read_text()
+
+
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows, functions, tmp_path, monkeypatch):
     trl = {"max_steps": 3, "save_strategy": "no"}
     settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl=trl), tmp_path / "out"

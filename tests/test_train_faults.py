@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def at_step(monkeypatch, number, do):
         ({"max_length": 3}, r"all 16 rows are longer than 3 tokens; raise trl.max_length, or use shorter rows"),
         ({"num_train_epochs": "two"}, "trl.num_train_epochs: expected a number, found 'two'"),
         ({"num_train_epochs": None}, "trl.num_train_epochs: expected a number, found None"),
-        ({"num_train_epochs": float("nan")}, "trl.num_train_epochs: expected a number, found nan"),
+        ({"num_train_epochs": float("nan")}, "trl.num_train_epochs: expected a finite number, found nan"),
+        ({"max_grad_norm": float("inf")}, "trl.max_grad_norm: expected a finite number, found inf"),
+        ({"max_grad_norm": -1}, "trl.max_grad_norm: expected a number from 0 on, found -1"),
         ({"max_steps": "3"}, "trl.max_steps: expected a whole number, found '3'"),
         ({"max_length": "long"}, "trl.max_length: expected a whole number or null, found 'long'"),
         ({"learning_rate": True}, "trl.learning_rate: expected a number, found True"),
@@ -328,6 +331,40 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_goes_on_when_there_is_r
     assert checkpoints(out)[-1] == "checkpoint-2"
     monkeypatch.undo()
     assert train("sft", settings, out, show=show)["steps"] == 4
+    assert "training goes on from checkpoint-2" in show.notes
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, tmp_path_factory):
+    """A training that was stopped after its third step, and the same one uninterrupted."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    settings = make_settings(
+        "sft", tiny, write_rows(folder / "rows.jsonl", [dialogue(n) for n in range(16)]), trl=EACH | {"save_total_limit": 2}
+    )
+    whole = train("sft", settings, folder / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 4, lambda loss: loss * float("nan"))
+        with pytest.raises(EngineError):
+            train("sft", settings, folder / "part")
+    return settings, folder / "part", whole["measures"]["train_loss"]
+
+
+@pytest.mark.parametrize("length", [0, 0.5, None], ids=["empty", "half", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_that_was_cut_off_is_left_out_and_told(interrupted, tmp_path, name, length):
+    settings, part, loss = interrupted
+    shutil.copytree(part, tmp_path / "out")
+    file, show = tmp_path / "out" / "checkpoints" / "checkpoint-3" / name, Shown()
+    if length is None:
+        file.unlink()
+    else:
+        os.truncate(file, int(file.stat().st_size * length))
+    manifest = train("sft", settings, tmp_path / "out", show=show)
+    assert (manifest["steps"], manifest["measures"]["train_loss"]) == (4, loss)
+    told = [one for one in show.notes if "checkpoint-3" in one]
+    assert len(told) == 1
+    assert told[0].startswith("checkpoint-3 was not written whole (")
+    assert file.stem.partition(".")[0] in told[0] or (name, length) == ("model.safetensors", None)
     assert "training goes on from checkpoint-2" in show.notes
 
 

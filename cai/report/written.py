@@ -41,7 +41,7 @@ def read_training(out: Path) -> Written:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole lines; none where there is no file."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:
             found.append(json.loads(line))
         except ValueError:

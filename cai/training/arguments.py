@@ -86,8 +86,7 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[
     types = typing.get_type_hints(config)
     for key, value in _without_truth(given).items():
         _check_value(where(key), value, types[key])
-        if key in _LEAST and value is not None and value < _LEAST[key]:
-            raise ConfigError(f"{where(key)}: expected a number from {_LEAST[key]} on, found {value!r}")
+        _check_range(where(key), key, value)
     _check_losses(stage, given.get("loss_type"), where("loss_type"))
 
 
@@ -123,6 +122,9 @@ LOSSES: dict[str, tuple[str, ...]] = {
 """What `loss_type` may be, of trainers that look at it only when they compute a loss."""
 _LEAST = {
     "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "beta": 0,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -131,16 +133,32 @@ _LEAST = {
     "steps_per_generation": 1,
     "max_completion_length": 1,
     "max_new_tokens": 1,
+    "top_k": 0,
 }
-"""What TRL finds out only when the data has been read and the model loaded."""
+_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0, "epsilon": 0, "epsilon_high": 0}
+_MOST = {"top_p": 1, "min_p": 1}
+"""Ranges of numbers that TRL looks at only when the data has been read and the model loaded, or learns wrongly with."""
+
+
+def _check_range(where: str, key: str, value: Any) -> None:
+    """Raises `ConfigError` for a number, or one of a list of numbers, that is none of the key's."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            continue
+        if key in _LEAST and one < _LEAST[key]:
+            raise ConfigError(f"{where}: expected a number from {_LEAST[key]} on, found {one!r}")
+        if key in _ABOVE and one <= _ABOVE[key]:
+            raise ConfigError(f"{where}: expected a number above {_ABOVE[key]}, found {one!r}")
+        if key in _MOST and one > _MOST[key]:
+            raise ConfigError(f"{where}: expected a number up to {_MOST[key]}, found {one!r}")
 
 
 def _check_value(where: str, value: Any, kind: Any) -> None:
     """Raises `ConfigError` for a value of another type, and for a number that is none."""
     found = f"found {value!r:.60}"
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{where}: expected a number, {found}")
-    allowed = str | kind if kind == list[str] else kind  # TRL takes the only one of a list as it is
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, {found}")
+    allowed = {list[str]: str | list[str], list[float]: float | list[float]}.get(kind, kind)  # TRL takes the only one as it is
     try:
         TypeAdapter(allowed).validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError, ValueError) as exc:

@@ -26,7 +26,7 @@ _CONTINUES = "the same command continues"
 
 
 @contextmanager
-def failures(folder: TrainFolder, arguments: Any, has_adapters: bool) -> Iterator[None]:
+def failures(folder: TrainFolder, arguments: Any, has_adapters: bool = False) -> Iterator[None]:
     """Raises `EngineError` where memory runs out or a vLLM server does not answer, `StoreError` where the disk is full,
     `Interrupted` for a `KeyboardInterrupt`."""
     try:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
+from cai.training.checkpoints import is_whole, last_whole, step_of
 from cai.training.differences import Changes, changed_code, describe
 
 Mode = Literal["continue", "fresh", "changed-code"]
@@ -35,15 +36,6 @@ PAGE = "training.html"
 """Pictures of an online stage."""
 _SECONDS = "run/seconds.json"
 _CHANGES = "run/changes.json"
-_STATE = "trainer_state.json"
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end, where the trainer's state is."""
-    try:
-        return isinstance(json.loads((checkpoint / _STATE).read_bytes()), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def kept_in(folder: Path) -> str | None:
@@ -68,10 +60,6 @@ def _has_checkpoints(folder: Path) -> bool:
 
 def _has_members(folder: Path) -> bool:
     return any(folder.glob("members/*/done.json"))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 class TrainFolder:
@@ -125,8 +113,8 @@ class TrainFolder:
         self._before = float(told) if isinstance(told, int | float) else 0.0
 
     def _tell_changed(self, changed: Changes) -> None:
-        last = self.last_checkpoint()
-        step = _step(last) if last else 0
+        last = last_whole(self.checkpoints)
+        step = step_of(last) if last else 0
         told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
         if self.changes[-len(told) :] != told:  # else told before, by a process that was killed
             self.write(_CHANGES, json.dumps([*self.changes, *told], indent=2) + "\n")
@@ -173,10 +161,6 @@ class TrainFolder:
         """A training that had ended goes on: its manifest tells of it no more."""
         if self._lock is not None:
             (self.path / "manifest.json").unlink(missing_ok=True)
-
-    def last_checkpoint(self, member: str = "") -> Path | None:
-        """The newest checkpoint that was written whole; of one of several reward models, where it has its own."""
-        return max(filter(is_whole, (self.checkpoints / member).glob("checkpoint-*")), key=_step, default=None)
 
     def drop_broken_checkpoints(self) -> None:
         """Delete those that were not written whole: they take room and nothing can go on from them."""

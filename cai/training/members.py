@@ -165,7 +165,7 @@ def _train(
     parts = Parts(settings, _own_rows(data, place, settings), tokenizers[place].tokenizer, arguments, (watch,))
     with refusals("reward"):
         trainer = build_trainer("reward", parts)
-    fit(trainer, watch, folder.last_checkpoint(member.name), show)
+    fit(trainer, watch, folder.checkpoints / member.name, show)
     done = {"steps": trainer.state.global_step, "loss": _last_loss(trainer)}
     with watch.on_signals(SAVING):
         _save(member, trainer, done, folder)

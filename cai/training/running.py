@@ -25,6 +25,7 @@ from cai.training.adapters import quicken
 from cai.training.arguments import effective, keeps_own_pace, make_arguments, room_for_prompts
 from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
+from cai.training.checkpoints import last_whole, left_out
 from cai.training.data import StageData, load_data, neutral_row
 from cai.training.failing import failures, refusals, server_of
 from cai.training.folder import QUARANTINE, Mode, TrainFolder
@@ -231,7 +232,7 @@ def _train_one(
         with refusals(stage):
             trainer = build_trainer(stage, Parts(settings, data, tokenizer, arguments, (watch,), folder.path, show))
         try:
-            fit(trainer, watch, folder.last_checkpoint(), show)
+            fit(trainer, watch, folder.checkpoints, show)
         except BaseException:  # a Ctrl-C too
             if isinstance(settings, OnlineSettings):
                 trainer.safeguards.draw()
@@ -272,8 +273,8 @@ def _precomputes(arguments: Any) -> bool:
     return bool(getattr(arguments, "precompute_ref_log_probs", False))
 
 
-def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None:
-    """Train to the end, from a checkpoint where there is one. Raises as `train` does."""
+def fit(trainer: Any, watch: Watch, checkpoints: Path, show: Show) -> None:
+    """Train to the end, from the last whole one of the checkpoints where there are any. Raises as `train` does."""
     check_losses(trainer)
     if trainer.accelerator.device.type == "cpu":
         quicken(trainer.model)
@@ -281,6 +282,9 @@ def fit(trainer: Any, watch: Watch, checkpoint: Path | None, show: Show) -> None
         trainer.remove_callback(callback)
     trainer.remove_callback(watch)
     trainer.add_callback(watch)  # as the last one
+    checkpoint = last_whole(checkpoints)
+    for text in left_out(checkpoints):
+        show.note(text)
     show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")
     with watch.on_signals(), suppress(AllSteps):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -33,6 +33,10 @@ class Best:
         keep_weights(trainer, self._place / str(step))
         self._drop_all_but(step, self._of_checkpoint)
 
+    def holds(self, step: int) -> bool:
+        """Whether the policy at `step` is kept."""
+        return (self._place / str(step)).is_dir()
+
     def save(self, trainer: Any, settings: TrainSettings, step: int) -> None:
         """Write OUT/best."""
         if PartialState().is_main_process:

@@ -16,8 +16,9 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import chdir, contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,15 @@ class Reward:
         self._called = f"{kind} '{name}'"
 
     def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
-        """A number or None for each completion. Raises `EngineError` for any other answer."""
+        """A number or None for each completion, of which functions get copies. Raises `EngineError` for any other answer."""
+        columns = {"log_metric": _nowhere, "log_extra": _nowhere, **columns}
         rows = [json.loads(one) for one in columns.pop("columns", ())]
         names = {name for row in rows for name in row} - columns.keys() - {"prompts", "completions"}
         columns |= {name: [row.get(name) for row in rows] for name in names}
-        columns = {"log_metric": _nowhere, "log_extra": _nowhere, **columns}
         try:
-            answer = self._score(prompts=prompts, completions=completions, **columns)
+            with _as_before():
+                answer = self._score(prompts=deepcopy(prompts), completions=deepcopy(completions), **columns)
+                answer = [*answer] if isinstance(answer, Iterator) else answer
         except CaiError:
             raise
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
@@ -69,8 +72,10 @@ class Reward:
 
     def _checked(self, answer: Any, completions: Sequence[Dialogue]) -> Rewards:
         try:
+            if isinstance(answer, str | bytes | Mapping | Set):
+                raise TypeError("not a list, though its items can be numbers")
             rewards = [None if one is None else float(one) for one in answer]
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, OverflowError) as exc:
             raise EngineError(
                 f"{self._called} returned {answer!r:.80}; expected a list with a number for each completion"
             ) from exc
@@ -87,6 +92,15 @@ class Reward:
 
 def _nowhere(*given: Any, **named: Any) -> None:
     """What functions log by where nothing is logged, as while a policy is measured."""
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """What a function may change for the whole process is put back: the working folder, and whether gradients are taken."""
+    import torch
+
+    with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
 
 
 def _where(exc: BaseException) -> str:

@@ -277,8 +277,10 @@ class Safeguards(TrainerCallback):
         processes call this."""
         self._go_on(self._trainer.state.global_step)
         best = self._best_step
-        if best is not None and (self._run / "best" / str(best)).exists():  # else OUT/best has been it since an earlier stop
+        if best is not None and self._best.holds(best):
             self._best.save(self._trainer, self.settings, best)
+        elif best is not None and not (self._out / "best").is_dir():  # else that has been it since an earlier stop
+            self._note(f"run/best/{best}, which had the best gold, is not there any more, so there is no best/")
         self.draw()
         kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
         return {
@@ -305,7 +307,7 @@ class Safeguards(TrainerCallback):
         best, first, last = best_of(self._golds), self._golds[0], self._golds[-1]
         counted = {"prompts": last["answers"], "unscored": sum(line["unscored"] for line in self._golds)}
         told = {"by": self.settings.gold.name, **counted, "first": _short(first), "last": _short(last)}
-        return {"gold": told, **({"best": _short(best)} if best else {})}
+        return {"gold": told, **({"best": _short(best)} if best and (self._out / "best").is_dir() else {})}
 
     def _redraw(self) -> None:
         if time.monotonic() - self._page_at >= _PAGE_EVERY:

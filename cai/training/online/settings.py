@@ -97,7 +97,7 @@ def source_of(value: Any) -> Any:
 class GoldSettings(RewardSource):
     """A measure that is not trained on, taken of answers to held-out prompts."""
 
-    every: float = Field(default=0.1, gt=0)
+    every: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """After so many steps, or below 1 after such a share of all steps, answers are measured."""
     prompts: PositiveInt = 64
     """How many held-out prompts are answered each time; the same ones."""

@@ -26,6 +26,15 @@ _OF_GROUPS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Keys of GRPO that PPO would ignore or bend: what they may be, and why."""
 
+_LEAST = {
+    "beta": 0,
+    "value_learning_rate": 0,
+    "critic_learning_rate": 0,
+    "value_warmup_steps": 0,
+    "cliprange_value": 0,
+    "kl_horizon": 1,
+}
+
 
 @dataclass
 class PPOConfig(GRPOConfig):
@@ -87,6 +96,9 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: expected {known}, found {getattr(self, name)!r}: {why}")
         if self.critic_learning_rate is not None and self.value_function == "head":
             raise ValueError("critic_learning_rate: with value_function: head there is no critic; remove one of them")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}: expected a number from {least} on, found {value}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
