@@ -25,6 +25,7 @@ from cai.training.card import render_card
 from cai.training.data import load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
+from cai.training.online.best import Best
 from cai.training.online.distance import log_ratios
 from cai.training.online.rollouts import Logged, Rollout, Rollouts
 from cai.training.online.safeguards import Safeguards
@@ -294,9 +295,34 @@ def test_a_best_policy_that_was_deleted_is_not_said_to_be_there(tiny, rows, func
         patch.undo()
         patch.setattr("cai.training.online.safeguards.best_of", the_one_at(0))
         manifest = train("grpo", settings, out, show=(show := Shown()))
-    assert "run/best/0, which had the best gold, is not there any more, so there is no best/" in show.notes
+    assert "run/best/0, the policy with the best gold, is not there any more: best/ will be of a better one" in show.notes
     assert ("best" in manifest, manifest["gold"]["first"]["step"], (out / "best").exists()) == (False, 0, False)
     assert "`best/`" not in (out / "README.md").read_text()
+
+
+def test_where_the_last_checkpoint_is_cut_off_the_best_of_the_one_before_is_there(tiny, rows, functions, tmp_path, monkeypatch):
+    trl = {"max_steps": 6, "save_steps": 2}
+    settings, out = settings_of("grpo", tiny, rows, functions, "rising", "rising_gold", trl=trl), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Safeguards, "on_step_end", killed_after(5))
+        with pytest.raises(Interrupted):
+            train("grpo", settings, out)
+    assert sorted(path.name for path in (out / "run" / "best").iterdir()) == ["2", "4", "5"]
+    at_2 = weights(out / "checkpoints" / "checkpoint-2")
+    (out / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    monkeypatch.setattr("cai.training.online.safeguards.best_of", the_one_at(2))
+    assert train("grpo", settings, out, show=(show := Shown()))["best"]["step"] == 2
+    assert "training goes on from checkpoint-2" in show.notes
+    assert same(weights(out / "best"), at_2)
+
+
+@pytest.mark.parametrize(("step", "is_there"), [(5, True), (15, False), (None, False)])
+def test_what_was_saved_as_best_is_told_as_that_alone(tmp_path, step, is_there):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.json").write_text('{"step": 5}')
+    assert Best(tmp_path).save(None, None, step) is is_there  # type: ignore[arg-type]
+    assert (tmp_path / "best").exists() is is_there
 
 
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tiny, rows, functions, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from cai.engines.transformers import TransformersEngine
 from cai.errors import ConfigError, EngineError, Interrupted, StoreError
 from cai.training import check_installed, watching
 from cai.training.arguments import make_arguments
+from cai.training.checkpoints import broken_file, find_last
 from cai.training.differences import describe
 from cai.training.failing import failures
 from cai.training.folder import TrainFolder
@@ -77,8 +78,8 @@ def at_step(monkeypatch, number, do):
         ({"num_train_epochs": "two"}, "trl.num_train_epochs: expected a number, found 'two'"),
         ({"num_train_epochs": None}, "trl.num_train_epochs: expected a number, found None"),
         ({"num_train_epochs": float("nan")}, "trl.num_train_epochs: expected a finite number, found nan"),
-        ({"max_grad_norm": float("inf")}, "trl.max_grad_norm: expected a finite number, found inf"),
-        ({"max_grad_norm": -1}, "trl.max_grad_norm: expected a number from 0 on, found -1"),
+        ({"weight_decay": float("inf")}, "trl.weight_decay: expected a finite number, found inf"),
+        ({"weight_decay": -1}, "trl.weight_decay: expected a number from 0 on, found -1"),
         ({"max_steps": "3"}, "trl.max_steps: expected a whole number, found '3'"),
         ({"max_length": "long"}, "trl.max_length: expected a whole number or null, found 'long'"),
         ({"learning_rate": True}, "trl.learning_rate: expected a number, found True"),
@@ -366,6 +367,57 @@ def test_a_checkpoint_that_was_cut_off_is_left_out_and_told(interrupted, tmp_pat
     assert told[0].startswith("checkpoint-3 was not written whole (")
     assert file.stem.partition(".")[0] in told[0] or (name, length) == ("model.safetensors", None)
     assert "training goes on from checkpoint-2" in show.notes
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_broken_one(interrupted, tmp_path, monkeypatch):
+    """So that a disk which fails for a while costs no checkpoint."""
+    _, part, _ = interrupted
+    shutil.copytree(part, tmp_path / "out")
+    usual = Path.open
+
+    def fails(self, *given, **named):
+        if self.name == "optimizer.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        return usual(self, *given, **named)
+
+    monkeypatch.setattr(Path, "open", fails)
+    last, left_out = find_last(tmp_path / "out" / "checkpoints")
+    assert (last and last.name, left_out) == ("checkpoint-3", [])
+
+
+def test_names_and_parts_of_checkpoints(tmp_path):
+    """What transformers, PEFT and accelerate write, and what others leave beside it."""
+    for name in ("checkpoint-2", "checkpoint-10.tmp", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+    for name, files in {
+        "checkpoint-1": ["model.safetensors.index.json", "optimizer_0", "scheduler.pt", "rng_state_0.pth"],
+        "checkpoint-3": ["pytorch_model_fsdp_0", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"],
+        "checkpoint-4": ["global_step4", "adapter_config.json", "zero_to_fp32.py", "latest", "rng_state_0.pth"],
+        "checkpoint-5": ["adapter_config.json", "training_args.bin", "critic_optimizer.pt"],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in ("trainer_state.json", *files):
+            path = tmp_path / name / file
+            if file.startswith("model."):
+                path.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+            elif file.endswith((".pt", ".pth")):
+                torch.save({}, path)
+            elif file.endswith((".json", ".py", ".bin")) or file == "latest":
+                path.write_text("{}")
+            else:
+                path.mkdir()
+    found = {path.name: broken_file(path) for path in sorted(tmp_path.glob("checkpoint-?"))}
+    assert found == {
+        "checkpoint-1": "model-1.safetensors",
+        "checkpoint-2": "trainer_state.json",
+        "checkpoint-3": None,
+        "checkpoint-4": None,
+        "checkpoint-5": "critic.safetensors",
+    }
+    assert find_last(tmp_path) == (
+        tmp_path / "checkpoint-4",
+        ["checkpoint-5 was not written whole (critic.safetensors is missing or cut off) and is left out"],
+    )
 
 
 def test_what_is_no_fault_of_the_disk_is_not_told_as_one(tmp_path):

@@ -123,7 +123,6 @@ LOSSES: dict[str, tuple[str, ...]] = {
 _LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
-    "max_grad_norm": 0,
     "beta": 0,
     "gradient_accumulation_steps": 1,
     "per_device_train_batch_size": 1,
@@ -133,10 +132,14 @@ _LEAST = {
     "steps_per_generation": 1,
     "max_completion_length": 1,
     "max_new_tokens": 1,
-    "top_k": 0,
+    "top_k": -1,
+    "min_p": 0,
+    "epsilon": 0,
+    "epsilon_high": 0,
 }
-_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0, "epsilon": 0, "epsilon_high": 0}
+_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0}
 _MOST = {"top_p": 1, "min_p": 1}
+_MAY_BE_INFINITE = ("epsilon_high",)
 """Ranges of numbers that TRL looks at only when the data has been read and the model loaded, or learns wrongly with."""
 
 
@@ -145,6 +148,8 @@ def _check_range(where: str, key: str, value: Any) -> None:
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, bool) or not isinstance(one, int | float):
             continue
+        if math.isnan(one) or (math.isinf(one) and key in _LEAST | _ABOVE and key not in _MAY_BE_INFINITE):
+            raise ConfigError(f"{where}: expected a finite number, found {one!r}")
         if key in _LEAST and one < _LEAST[key]:
             raise ConfigError(f"{where}: expected a number from {_LEAST[key]} on, found {one!r}")
         if key in _ABOVE and one <= _ABOVE[key]:
@@ -154,10 +159,8 @@ def _check_range(where: str, key: str, value: Any) -> None:
 
 
 def _check_value(where: str, value: Any, kind: Any) -> None:
-    """Raises `ConfigError` for a value of another type, and for a number that is none."""
+    """Raises `ConfigError` for a value of another type."""
     found = f"found {value!r:.60}"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: expected a finite number, {found}")
     allowed = {list[str]: str | list[str], list[float]: float | list[float]}.get(kind, kind)  # TRL takes the only one as it is
     try:
         TypeAdapter(allowed).validate_json(json.dumps(value), strict=True)

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from cai.errors import ConfigError, StoreError
 from cai.store import write_whole
-from cai.training.checkpoints import is_whole, last_whole, step_of
+from cai.training.checkpoints import find_last, is_whole, is_written, step_of
 from cai.training.differences import Changes, changed_code, describe
 
 Mode = Literal["continue", "fresh", "changed-code"]
@@ -113,7 +113,7 @@ class TrainFolder:
         self._before = float(told) if isinstance(told, int | float) else 0.0
 
     def _tell_changed(self, changed: Changes) -> None:
-        last = last_whole(self.checkpoints)
+        last, _ = find_last(self.checkpoints)
         step = step_of(last) if last else 0
         told = [{"step": step, "key": key, "before": before, "after": after} for key, (before, after) in changed.items()]
         if self.changes[-len(told) :] != told:  # else told before, by a process that was killed
@@ -165,7 +165,7 @@ class TrainFolder:
     def drop_broken_checkpoints(self) -> None:
         """Delete those that were not written whole: they take room and nothing can go on from them."""
         for path in self.checkpoints.glob("**/checkpoint-*"):
-            if self._lock is not None and not is_whole(path):
+            if self._lock is not None and not is_written(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cai.documents import dump
@@ -25,7 +26,7 @@ from cai.training.adapters import quicken
 from cai.training.arguments import effective, keeps_own_pace, make_arguments, room_for_prompts
 from cai.training.base_settings import QUIET, TrainSettings
 from cai.training.card import render_card
-from cai.training.checkpoints import last_whole, left_out
+from cai.training.checkpoints import find_last
 from cai.training.data import StageData, load_data, neutral_row
 from cai.training.failing import failures, refusals, server_of
 from cai.training.folder import QUARANTINE, Mode, TrainFolder
@@ -282,8 +283,9 @@ def fit(trainer: Any, watch: Watch, checkpoints: Path, show: Show) -> None:
         trainer.remove_callback(callback)
     trainer.remove_callback(watch)
     trainer.add_callback(watch)  # as the last one
-    checkpoint = last_whole(checkpoints)
-    for text in left_out(checkpoints):
+    found = find_last(checkpoints) if PartialState().is_main_process else (None, [])
+    checkpoint, left_out = broadcast_object_list([*found])  # one process decides for all
+    for text in left_out:
         show.note(text)
     show.note(f"training goes on from {checkpoint.name}" if checkpoint else "training")
     with watch.on_signals(), suppress(AllSteps):

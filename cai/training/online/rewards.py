@@ -11,13 +11,14 @@ import asyncio
 import importlib
 import json
 import math
+import os
 import runpy
 import sys
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import chdir, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Reward:
         rows = [json.loads(one) for one in columns.pop("columns", ())]
         names = {name for row in rows for name in row} - columns.keys() - {"prompts", "completions"}
         columns |= {name: [row.get(name) for row in rows] for name in names}
+        if "completion_ids" in columns:
+            columns["completion_ids"] = deepcopy(columns["completion_ids"])
         try:
             with _as_before():
                 answer = self._score(prompts=deepcopy(prompts), completions=deepcopy(completions), **columns)
@@ -99,8 +102,16 @@ def _as_before() -> Iterator[None]:
     """What a function may change for the whole process is put back: the working folder, and whether gradients are taken."""
     import torch
 
-    with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
-        yield
+    folder = None
+    with suppress(OSError):  # it may be gone, which is no function's fault
+        folder = os.getcwd()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        if folder is not None:
+            with suppress(OSError):
+                os.chdir(folder)
 
 
 def _where(exc: BaseException) -> str:

@@ -155,7 +155,10 @@ class Safeguards(TrainerCallback):
             self._stopped = self._stopped_at(step, by_gold=self._golds == golds)
         self._lines, golds, self._golds, self._stopped = broadcast_object_list([self._lines, golds, self._golds, self._stopped])
         self._is_changed = bool(golds) and not self._golds  # and what the other function measured is kept until this one has
-        self._best.go_on(_step_of(best_of(golds)))
+        best = _step_of(best_of(golds))
+        if best is not None and not self._best.is_there(best):
+            self._note(f"run/best/{best}, the policy with the best gold, is not there any more: best/ will be of a better one")
+        self._best.go_on(best)
         self._drift.new(self._lines)  # was told before
 
     def _comparable(self, golds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -276,11 +279,7 @@ class Safeguards(TrainerCallback):
         completion, how many rollouts there were, and as `rollout` the step of the last one, which measures are of. All
         processes call this."""
         self._go_on(self._trainer.state.global_step)
-        best = self._best_step
-        if best is not None and self._best.holds(best):
-            self._best.save(self._trainer, self.settings, best)
-        elif best is not None and not (self._out / "best").is_dir():  # else that has been it since an earlier stop
-            self._note(f"run/best/{best}, which had the best gold, is not there any more, so there is no best/")
+        has_best = self._best.save(self._trainer, self.settings, self._best_step)
         self.draw()
         kls, found = [line["kl"] for line in self._lines if "kl" in line], unscored(self._lines)
         return {
@@ -288,7 +287,7 @@ class Safeguards(TrainerCallback):
             **self._told_rollouts(),
             **({"stopped": self._stopped} if self._stopped else {}),
             **({"unscored": {name: {"none": none, "of": of} for name, (none, of) in found.items()}} if found else {}),
-            **self._told_gold(),
+            **self._told_gold(has_best),
         }
 
     def _told_rollouts(self) -> dict[str, Any]:
@@ -301,13 +300,13 @@ class Safeguards(TrainerCallback):
     def _best_step(self) -> int | None:
         return _step_of(best_of(self._golds))
 
-    def _told_gold(self) -> dict[str, Any]:
+    def _told_gold(self, has_best: bool) -> dict[str, Any]:
         if self.settings.gold is None or not self._golds:
             return {}
         best, first, last = best_of(self._golds), self._golds[0], self._golds[-1]
         counted = {"prompts": last["answers"], "unscored": sum(line["unscored"] for line in self._golds)}
         told = {"by": self.settings.gold.name, **counted, "first": _short(first), "last": _short(last)}
-        return {"gold": told, **({"best": _short(best)} if best and (self._out / "best").is_dir() else {})}
+        return {"gold": told, **({"best": _short(best)} if best and has_best else {})}
 
     def _redraw(self) -> None:
         if time.monotonic() - self._page_at >= _PAGE_EVERY:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cai.errors import EngineError
+from cai.training.checkpoints import OF_PPO
 
-_WEIGHTS, _OPTIMIZER, _STATE = "critic.safetensors", "critic_optimizer.pt", "ppo_state.json"
+_WEIGHTS, _OPTIMIZER, _STATE = OF_PPO
 
 
 def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, coefficient: float) -> None:
@@ -24,7 +25,7 @@ def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.opt
 
 def check_whole(checkpoint: Path) -> None:
     """Raises `EngineError` where some of it is not there."""
-    missing = [one for one in (_WEIGHTS, _OPTIMIZER, _STATE) if not (checkpoint / one).is_file()]
+    missing = [one for one in OF_PPO if not (checkpoint / one).is_file()]
     if missing:
         raise EngineError(
             f"{checkpoint} was not written whole ({missing[0]} is not there): delete it, then the same command continues "

@@ -247,7 +247,8 @@ class PPOTrainer(PassingTrainer):
         weights = [one for one in self._trained.values() if one.grad is not None]
         for one in weights if self.accelerator.num_processes > 1 else ():
             one.grad = self.accelerator.reduce(one.grad, reduction="mean")
-        norm = float(nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm or math.inf))
+        limit = self.args.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(weights, limit if limit and limit > 0 else math.inf))  # as TRL's reads it
         if not math.isfinite(norm):
             raise EngineError(
                 f"a gradient of the value function is not a finite number at step {self.state.global_step + 1}; "
