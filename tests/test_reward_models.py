@@ -33,6 +33,7 @@ from cai.rewards.spec import LengthLine, MemberSpec, RewardSpec
 from cai.training import members, objectives
 from cai.training.arguments import make_arguments
 from cai.training.base_settings import SourceSettings
+from cai.training.checkpoints import find_last
 from cai.training.data import StageData, load_data
 from cai.training.length_effect import length_correlation, length_line
 from cai.training.loading import load_tokenizer
@@ -267,9 +268,10 @@ def test_members_differ_in_their_rows_and_go_on_where_they_were_stopped(trained,
     begun = []
     fit = members.fit
 
-    def counted(trainer, watch, checkpoint, show):
-        begun.append((Path(trainer.args.output_dir).name, checkpoint and checkpoint.name, len(trainer.train_dataset)))
-        fit(trainer, watch, checkpoint, show)
+    def counted(trainer, watch, checkpoints, show):
+        last, _ = find_last(checkpoints)
+        begun.append((checkpoints.name, last and last.name, len(trainer.train_dataset)))
+        fit(trainer, watch, checkpoints, show)
 
     def stop(self, args, state, control, **given):
         self.stopping = "member-1" in args.output_dir
