@@ -75,7 +75,8 @@ def _is_readable(file: Path) -> bool:
 
 def _is_json(file: Path) -> bool:
     try:
-        return isinstance(json.loads(file.read_bytes()), dict)
+        json.loads(file.read_bytes())
+        return True
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:
