@@ -26,7 +26,7 @@ from cai.training.arguments import make_arguments
 from cai.training.checkpoints import broken_file, find_last
 from cai.training.differences import describe
 from cai.training.failing import failures
-from cai.training.folder import TrainFolder
+from cai.training.folder import TrainFolder, from_where, kept_in
 from cai.training.loading import check_reference, find_model, load_tokenizer
 from cai.training.running import train
 from tests import runs
@@ -654,6 +654,15 @@ def test_starting_over_asks_where_something_would_be_lost(tmp_path, monkeypatch,
     assert asked == []
     choose_mode(tmp_path, True, False)
     assert asked == [f"{tmp_path} holds {what}. Delete and start over?"]
+
+
+def test_a_damaged_checkpoint_is_asked_about_too(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    assert kept_in(tmp_path) == "checkpoints"
+    assert from_where(tmp_path) == "from the start, there being no checkpoint yet"
 
 
 def test_settings_of_a_recipe_are_checked_with_file_and_line(tmp_path):

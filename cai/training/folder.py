@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -44,18 +45,18 @@ def kept_in(folder: Path) -> str | None:
         return "a trained model"
     if _has_members(folder):
         return "trained reward models"
-    return "checkpoints" if _has_checkpoints(folder) else None
+    return "checkpoints" if any(map(is_written, _checkpoints(folder))) else None  # of a damaged one a person may still make use
 
 
 def from_where(folder: Path) -> str:
     """Where the training that a folder holds goes on."""
-    if _has_checkpoints(folder):
+    if any(map(is_whole, _checkpoints(folder))):
         return "from its last checkpoint"
     return "with the next reward model" if _has_members(folder) else "from the start, there being no checkpoint yet"
 
 
-def _has_checkpoints(folder: Path) -> bool:
-    return any(map(is_whole, folder.glob("checkpoints/**/checkpoint-*")))
+def _checkpoints(folder: Path) -> Iterable[Path]:
+    return folder.glob("checkpoints/**/checkpoint-*")
 
 
 def _has_members(folder: Path) -> bool:
@@ -164,7 +165,7 @@ class TrainFolder:
 
     def drop_broken_checkpoints(self) -> None:
         """Delete those that were not written whole: they take room and nothing can go on from them."""
-        for path in self.checkpoints.glob("**/checkpoint-*"):
+        for path in _checkpoints(self.path):
             if self._lock is not None and not is_written(path):
                 shutil.rmtree(path, ignore_errors=True)
 
