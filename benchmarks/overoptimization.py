@@ -11,8 +11,8 @@ on by default and the stop when gold falls, as `gold:` of `cai train ppo`. What 
 training goes on to its last step without any safeguard. Then answers to prompts that neither training nor measuring has seen,
 four to each, are measured: of the model that they begin with, of what each stop keeps, of the last step of the whole
 trainings, and of their best by gold where it comes after the stop; with 95 % intervals over prompts, also of differences by
-prompt. A picture of gold and reward over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure
-1) is written into the folder.
+prompt; and, since one training says little, the differences of several seeds with intervals over seeds. A picture of gold and
+reward over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from scipy import stats
 
 from benchmarks import thirty_words
 from benchmarks.effect import answer
@@ -162,8 +163,8 @@ def best(training: Path) -> Line:
     return found
 
 
-def show(folder: Path, seed: int) -> None:
-    """A line for each model and each difference, measured on fresh prompts; and why trainings stopped."""
+def show(folder: Path, seed: int) -> dict[str, float]:
+    """A line for each model and each difference, measured on fresh prompts; and why trainings stopped. Gives differences."""
     models = {"start": MODEL}
     for name in REWARDS:
         whole, kept = folder / f"{name}-{seed}", stopped(folder, name, seed)
@@ -179,10 +180,17 @@ def show(folder: Path, seed: int) -> None:
         golds[label] = numpy.array([[gold(text) for text in texts] for _, texts in given])
         words = numpy.mean([len(text.split()) for _, texts in given for text in texts])
         tell(f"seed {seed}, {label}", golds[label], f", {words:.0f} words")
-    pairs = [(f"{name}, kept", f"{name}, {other}") for name in REWARDS for other in ("last", "best")]
-    for better, worse in [*pairs, ("several, kept", "one, kept"), ("several, kept", "one, best")]:
-        if worse in golds:
-            tell(f"seed {seed}, {better} less {worse}", golds[better] - golds[worse])
+    peak = "one, best" if "one, best" in golds else "one, kept"
+    differences = {f"{name}, kept less last": golds[f"{name}, kept"] - golds[f"{name}, last"] for name in REWARDS}
+    differences["several, kept less the peak of one"] = golds["several, kept"] - golds[peak]
+    differences |= {
+        f"{name}, kept less best": golds[f"{name}, kept"] - golds[f"{name}, best"]
+        for name in REWARDS
+        if f"{name}, best" in golds
+    }
+    for label, values in differences.items():
+        tell(f"seed {seed}, {label}", values)
+    return {label: float(values.mean()) for label, values in differences.items()}
 
 
 def tell(name: str, golds: Golds, more: str = "") -> None:
@@ -190,6 +198,16 @@ def tell(name: str, golds: Golds, more: str = "") -> None:
     whole = difference(golds.mean(axis=1), numpy.arange(len(golds)), 0)
     interval = "the same for each prompt" if whole.low is None else f"{whole.low:+.2f} to {whole.high:+.2f}"
     print(f"{name:<42} gold {whole.value:+.2f} ({interval}){more}", flush=True)
+
+
+def tell_over_seeds(found: Sequence[dict[str, float]]) -> None:
+    """The mean of each difference that all seeds have, with Student's interval: a seed is one observation."""
+    for label in found[0]:
+        values = [one[label] for one in found if label in one]
+        if len(values) == len(found):
+            ends = stats.ttest_1samp(values, 0).confidence_interval()
+            label = f"{len(values)} seeds, {label}"
+            print(f"{label:<42} gold {numpy.mean(values):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})", flush=True)
 
 
 def root_of_kl(point: Line) -> float:
@@ -234,10 +252,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder)
     seeds = [int(one) for one in given.get(0, "0,1,2").split(",")]
+    found = list[dict[str, float]]()
     for number, seed in enumerate(seeds, 1):
         one_seed(folder, seed)
-        show(folder, seed)
+        found.append(show(folder, seed))
         draw(folder, seeds[:number], folder / "overoptimization.svg")
+    if len(seeds) > 1:
+        tell_over_seeds(found)
 
 
 if __name__ == "__main__":
