@@ -20,6 +20,7 @@ Exit codes: 2 for a `ConfigError`, 130 for `Interrupted` but for a budget, 1 for
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -85,3 +86,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def raised(exc: BaseException) -> str:
+    """`Type: text` on one line, of what a user's own code has raised, whose text may itself raise."""
+    text = " ".join(str(traceback.TracebackException.from_exception(exc, limit=0)).split())
+    return f"{type(exc).__name__}: {text}"

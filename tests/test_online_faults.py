@@ -46,6 +46,11 @@ def too_large(completions, **columns):
 def broken_off(completions, **columns):
     yield 1.0
     raise KeyError("score")
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+def mute(completions, **columns):
+    raise Mute
 """
 
 
@@ -76,6 +81,7 @@ def functions(tmp_path) -> Path:
         ("mapping", "reward 'mapping' returned {0: 0.5, 1: 0.5, .*; expected a list with a number for each"),
         ("numerals", "reward 'numerals' returned '1111'; expected a list with a number for each"),
         ("too_large", r"reward 'too_large' returned \[10000.*; expected a list with a number for each"),
+        ("mute", r"^reward 'mute' raised Mute: <exception str\(\) failed> \(fun.py:24\)$"),
         ("broken_off", r"^reward 'broken_off' raised KeyError: 'score' \(fun.py:19\)$"),
     ],
 )
@@ -453,6 +459,14 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
         ("ppo", {"value_learning_rate": -1.0}, "value_learning_rate: expected a number from 0 on, found -1.0"),
         ("ppo", {"temperature": 0.0}, "trl.temperature: expected a number above 0, found 0.0"),
+        ("ppo", {"max_steps": 0}, "trl.max_steps: expected 1 or more, or -1 for whole epochs, found 0: nothing"),
+        ("ppo", {"num_train_epochs": 0}, "trl.num_train_epochs: expected a number above 0, found 0"),
+        ("ppo", {"generation_kwargs": {"num_return_sequences": 2}}, "trl.generation_kwargs: num_return_sequences changes what"),
+        (
+            "grpo",
+            {"generation_kwargs": {"return_dict_in_generate": True}},
+            "generation_kwargs: return_dict_in_generate changes",
+        ),
         ("grpo", {"top_p": 2.0}, "trl.top_p: expected a number up to 1, found 2.0"),
         ("online-dpo", {"beta": [0.1, -1]}, "trl.beta: expected a number from 0 on, found -1"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),

@@ -28,7 +28,7 @@ from cai.engines.base import (
     Reward,
     RewardRequest,
 )
-from cai.errors import ConfigError, RequestError, nearest
+from cai.errors import ConfigError, RequestError, nearest, raised
 from cai.types import Completion, Messages
 
 Request = GenerateRequest | ChoiceRequest | LoglikelihoodRequest | RewardRequest
@@ -52,7 +52,7 @@ class ScriptedEngine:
             answer = self._function(request)
             return await answer if inspect.isawaitable(answer) else answer
         except (SystemExit, GeneratorExit) as exc:  # a script may not end the run that asks it
-            raise RequestError(f"the scripted function raised {type(exc).__name__}: {exc}") from exc
+            raise RequestError(f"the scripted function raised {raised(exc)}") from exc
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """The function's text; tokens are counted as words."""
@@ -113,7 +113,7 @@ def load_scripted(target: str) -> ScriptedEngine:
     try:
         namespace = runpy.run_path(str(path))
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything at import
-        raise ConfigError(f"scripted:{target}: {path} failed to run: {type(exc).__name__}: {exc}") from exc
+        raise ConfigError(f"scripted:{target}: {path} failed to run: {raised(exc)}") from exc
     function = namespace.get(name)
     if not callable(function):
         names = [key for key, value in namespace.items() if inspect.isfunction(value)]

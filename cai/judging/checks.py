@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import regex
 
 from cai.constitution import Check, Principle
-from cai.errors import ConfigError, VerdictError
+from cai.errors import ConfigError, VerdictError, raised
 from cai.judging.base import Reading
 from cai.judging.pointwise import PointwiseJudge
 from cai.store import content_hash
@@ -136,7 +136,7 @@ def _python(target: str, prompt: Messages, text: str) -> float:
     except ConfigError:
         raise
     except (Exception, SystemExit) as exc:  # the boundary of one completion: the user's own code
-        raise VerdictError(f"check {target} raised {type(exc).__name__}: {exc}") from exc
+        raise VerdictError(f"check {target} raised {raised(exc)}") from exc
     if not 0 <= value <= 1:
         raise VerdictError(f"check {target} returned {value}; expected a bool or a number from 0 to 1")
     return value
@@ -148,7 +148,7 @@ def find_function(target: str) -> Any:
     try:
         function = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything at import
-        problem = f"{type(exc).__name__}: {exc}; expected package.module:function, installed or in a folder of PYTHONPATH"
+        problem = f"{raised(exc)}; expected package.module:function, installed or in a folder of PYTHONPATH"
         raise ConfigError(f"check {target}: {problem}") from exc
     if not callable(function):
         raise ConfigError(f"check {target}: this is no function")

@@ -87,7 +87,14 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[
     for key, value in _without_truth(given).items():
         _check_value(where(key), value, types[key])
         _check_range(where(key), key, value)
+    for key in _FORMS.intersection(given.get("generation_kwargs") or {}):
+        raise ConfigError(f"{where('generation_kwargs')}: {key} changes what the trainer gets back, which it has no use for")
     _check_losses(stage, given.get("loss_type"), where("loss_type"))
+
+
+_FORMS = {"num_return_sequences", "n", "best_of", "return_dict_in_generate", "streamer", "stream"}
+"""Keys of generation by transformers or vLLM under which more, or something else, is written than a completion for each prompt;
+`num_generations` says how many there are."""
 
 
 def _check_losses(stage: StageName, named: Any, where: str) -> None:
@@ -137,7 +144,7 @@ _LEAST = {
     "epsilon": 0,
     "epsilon_high": 0,
 }
-_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0}
+_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0, "num_train_epochs": 0}
 _MOST = {"top_p": 1, "min_p": 1}
 _MAY_BE_INFINITE = ("epsilon_high",)
 """Ranges of numbers that TRL looks at only when the data has been read and the model loaded, or learns wrongly with."""
@@ -150,6 +157,8 @@ def _check_range(where: str, key: str, value: Any) -> None:
             continue
         if math.isnan(one) or (math.isinf(one) and key in _LEAST | _ABOVE and key not in _MAY_BE_INFINITE):
             raise ConfigError(f"{where}: expected a finite number, found {one!r}")
+        if key == "max_steps" and one == 0:
+            raise ConfigError(f"{where}: expected 1 or more, or -1 for whole epochs, found 0: nothing would be trained")
         if key in _LEAST and one < _LEAST[key]:
             raise ConfigError(f"{where}: expected a number from {_LEAST[key]} on, found {one!r}")
         if key in _ABOVE and one <= _ABOVE[key]:

@@ -26,7 +26,7 @@ from typing import Any
 from cai.config import JudgeConfig, Recipe
 from cai.constitution import Constitution, Principle, load_constitution
 from cai.engines import build_engine
-from cai.errors import CaiError, CapabilityError, ConfigError, ContextLengthError, EngineError, VerdictError, nearest
+from cai.errors import CaiError, CapabilityError, ConfigError, ContextLengthError, EngineError, VerdictError, nearest, raised
 from cai.judging import NEEDS
 from cai.judging.checks import ChecksJudge, prepare
 from cai.judging.likelihood import LikelihoodJudge
@@ -66,7 +66,7 @@ class Reward:
         except CaiError:
             raise
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
-            raise EngineError(f"{self._called} raised {type(exc).__name__}: {' '.join(str(exc).split())}{_where(exc)}") from exc
+            raise EngineError(f"{self._called} raised {raised(exc)}{_where(exc)}") from exc
         rewards = self._checked(answer, completions)
         columns["log_metric"](f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
@@ -273,7 +273,7 @@ def check_function(target: str) -> None:
     try:
         known = set(_bound(ast.parse(file.read_bytes(), str(file))))
     except (SyntaxError, ValueError) as exc:
-        raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
+        raise ConfigError(f"function '{target}': {raised(exc)}") from exc
     if name not in known and not known & {"*", "__getattr__"}:
         raise ConfigError(f"function '{target}': {file.name} has no such function{nearest(name, known)}")
 
@@ -300,7 +300,7 @@ def find_function(target: str) -> Callable[..., Any]:
     try:
         names = _run(file) if place.endswith(".py") else vars(importlib.import_module(place))
     except (Exception, SystemExit) as exc:  # the user's own code may raise anything
-        raise ConfigError(f"function '{target}': {type(exc).__name__}: {exc}") from exc
+        raise ConfigError(f"function '{target}': {raised(exc)}") from exc
     if not callable(function := names.get(name)):
         known = [one for one, value in names.items() if callable(value)]
         what = f"is {function!r:.60}, and no function" if name in names else f"has no such function{nearest(name, known)}"
