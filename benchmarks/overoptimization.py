@@ -197,7 +197,7 @@ def tell(name: str, golds: Golds, more: str = "") -> None:
     """A mean with its interval over prompts."""
     whole = difference(golds.mean(axis=1), numpy.arange(len(golds)), 0)
     interval = "the same for each prompt" if whole.low is None else f"{whole.low:+.2f} to {whole.high:+.2f}"
-    print(f"{name:<42} gold {whole.value:+.2f} ({interval}){more}", flush=True)
+    print(f"{name:<45} gold {whole.value:+.2f} ({interval}){more}", flush=True)
 
 
 def tell_over_seeds(found: Sequence[dict[str, float]]) -> None:
@@ -207,7 +207,7 @@ def tell_over_seeds(found: Sequence[dict[str, float]]) -> None:
         if len(values) == len(found):
             ends = stats.ttest_1samp(values, 0).confidence_interval()
             label = f"{len(values)} seeds, {label}"
-            print(f"{label:<42} gold {numpy.mean(values):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})", flush=True)
+            print(f"{label:<45} gold {numpy.mean(values):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})", flush=True)
 
 
 def root_of_kl(point: Line) -> float:
