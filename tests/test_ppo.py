@@ -17,6 +17,8 @@ from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 each_form = pytest.mark.parametrize("form", FORMS)
+PLAIN = {"whiten_advantages": False, "center_values": False}
+"""Nothing that goes by all rows of a rollout."""
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_what_stands_beside_a_completion_changes_none_of_its_numbers(tiny, tmp_p
         same = ppo_runs.prompts(4)["prompt"]
         texts = [*same, *data["prompt"][-4:]]
         trainer = make(
-            tiny, tmp_path, form, rollout_func=Script(tools=True), whiten_advantages=False, shuffle_dataset=False,
+            tiny, tmp_path, form, rollout_func=Script(tools=True), shuffle_dataset=False, **PLAIN,
             data=data.from_dict({"prompt": texts}),
         )  # fmt: skip
         disturb(trainer)
@@ -149,6 +151,33 @@ def test_what_stands_beside_a_completion_changes_none_of_its_numbers(tiny, tmp_p
         for place, row in enumerate(rows_of(first)[:4]):
             ones = (out[name][place, : len(row.ids)] for out in found)
             torch.testing.assert_close(*ones, atol=1e-4, rtol=1e-4)
+
+
+@each_form
+def test_a_constant_added_to_all_rewards_changes_no_advantage(tiny, tmp_path, form):
+    """Else the first rollouts of low rewards would teach not to end, and those of high ones to end at once."""
+
+    def raised(*given: Any, **columns: Any) -> list[float | None]:
+        return [None if one is None else one + 5 for one in low_or_none(*given, **columns)]
+
+    trainers = [
+        make(tiny, tmp_path, form, reward=one, rollout_func=Script(tools=True), whiten_advantages=False)
+        for one in (low_or_none, raised)
+    ]
+    for one in trainers:
+        disturb(one)
+    low, high = map(rollout, trainers)
+    mask = low["value_mask"] > 0
+    assert low["advantages"][mask].abs().mean() > 0.01
+    torch.testing.assert_close(high["advantages"], low["advantages"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(high["values"], low["values"] + 5 * mask, atol=1e-4, rtol=1e-4)
+    for trainer, out in zip(trainers, (low, high), strict=True):
+        ends = [one[of > 0][-1] for one, of in zip(out["values"], out["value_mask"], strict=True) if of.any()]
+        assert 0 < len(ends) < len(out["values"]), "some have no reward"
+        assert float(sum(ends) / len(ends)) == pytest.approx(trainer._metrics["train"]["objective/score"][0], abs=1e-4)
+        bias = trainer.value.layer.state.bias.clone()
+        rollout(trainer)
+        assert trainer.value.layer.state.bias == bias, "it is of the first rollout"
 
 
 def test_whitening_is_over_what_counts(tiny, tmp_path):
@@ -238,7 +267,7 @@ def test_the_loss_is_the_clipped_surrogate_and_the_clipped_value_loss_and_no_kl(
 
 @each_form
 def test_without_values_and_with_lambda_1_the_gradient_is_that_of_reinforce(tiny, tmp_path, form):
-    trainer = make(tiny, tmp_path, form, rollout_func=Script(tools=True), lam=1.0, gamma=1.0, whiten_advantages=False)
+    trainer = make(tiny, tmp_path, form, rollout_func=Script(tools=True), lam=1.0, gamma=1.0, **PLAIN)
     with torch.no_grad():
         for name, one in trainer.model.named_parameters():
             if "lora_B.default" in name or form != "adapters":
@@ -316,7 +345,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, form):
 @each_form
 def test_the_value_function_does_not_touch_the_policy(tiny, tmp_path, form):
     """Within a rollout, whose advantages are known."""
-    told = {"num_iterations": 3, "max_steps": 3, "max_grad_norm": 0.05}
+    told = {"num_iterations": 3, "max_steps": 3, "max_grad_norm": 0.05, "center_values": False}
 
     def at(rate: float) -> Any:
         rest = {} if form == "head" else {"critic_learning_rate": rate}

@@ -223,13 +223,14 @@ def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_pa
     other = AutoTokenizer.from_pretrained(tiny).train_new_from_iterator(["some other words"] * 9, 290)
     other.save_pretrained(folder)
     told = "the critic begins with values of 0, not with reward model '{}': {}"
-    trainer = make(tiny, tmp_path, value_model=folder, rollout_func=Script())
+    trainer = make(tiny, tmp_path, value_model=folder, rollout_func=Script(), center_values=False)
     assert trainer.critic_note == told.format(folder, "its tokenizer is not the policy's")
     assert (rollout(trainer)["values"] == 0).all()
 
     members = make_reward_model(tiny, tmp_path / "members", members=1)
     for version in ("another", None):
-        trainer = make(tiny, tmp_path, "adapters", value_model=members, base_version=version, rollout_func=Script())
+        told_of = {"value_model": members, "base_version": version, "center_values": False}
+        trainer = make(tiny, tmp_path, "adapters", rollout_func=Script(), **told_of)
         reason = "it is not adapters on the weights that the policy's adapters are on; train it on those, with lora: "
         reason += "{merge: false}"
         assert trainer.critic_note == told.format(members, reason)

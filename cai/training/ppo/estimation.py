@@ -33,9 +33,13 @@ def token_rewards(score: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -
     Ziegler et al. 2019 (arXiv 1909.08593, equation 2). A completion of which no token counts is paid nothing.
     """
     rewards = torch.where(mask > 0, -coefficient * kl, 0.0)
-    place = torch.arange(mask.size(1), device=mask.device)
-    is_last = (place == (mask * place).amax(dim=1, keepdim=True)) & (mask > 0)
+    is_last = (torch.arange(mask.size(1), device=mask.device) == last_places(mask)) & (mask > 0)
     return rewards + torch.where(is_last, score.unsqueeze(1), 0.0)
+
+
+def last_places(mask: Tensor) -> Tensor:
+    """(B, 1): where the last token of each row's mask stands, 0 where none does."""
+    return (mask * torch.arange(mask.size(1), device=mask.device)).amax(dim=1, keepdim=True)
 
 
 def advantages_and_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from cai.training.ppo.estimation import (
     advantages_and_returns,
     explained_variance,
     kl_estimate,
+    last_places,
     token_rewards,
     value_errors,
     whiten,
@@ -70,6 +71,7 @@ class PPOTrainer(PassingTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self._scores = torch.empty(0)
+        self._is_level = not args.center_values
         super().__init__(model, reward_funcs, args, *given, **named)
         if isinstance(self.processing_class, ProcessorMixin) or hasattr(self.model.config, "vision_config"):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
@@ -123,6 +125,8 @@ class PPOTrainer(PassingTrainer):
         kl = kl_estimate(logps, logps if reference is None else reference, self.args.kl_estimator)
         kl = torch.where(sampled > 0, kl, 0.0)
         rewards = token_rewards(score, kl, mask, self.kl.coefficient)
+        if self.model.training and not self._is_level:
+            values = values + self._set_level(score, scored, values, mask)
         values = values * mask
         advantages, returns = advantages_and_returns(rewards, values, mask, self.args.gamma, self.args.lam)
         self._tell(score, scored, values, returns, mask)
@@ -142,11 +146,25 @@ class PPOTrainer(PassingTrainer):
         score = (table * self.reward_weights.to(table.device)).nansum(dim=1)
         if self.args.missing_eos_penalty is not None:
             mask = out["completion_mask"]
-            place = (mask * torch.arange(mask.size(1), device=mask.device)).amax(dim=1, keepdim=True)
-            last = out["completion_ids"].gather(1, place)[:, 0]
+            last = out["completion_ids"].gather(1, last_places(mask))[:, 0]
             ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
             score = score - self.args.missing_eos_penalty * ~ended
         return score * scored, scored
+
+    def _set_level(self, score: Tensor, scored: Tensor, values: Tensor, mask: Tensor) -> float:
+        """Add to all values what those before last tokens lack of the scores on average, and say how much it was.
+
+        Where scores are below what values begin at, every end is a disappointment and every token far from it is none, so that
+        the policy would learn not to end, until the values have come down; where they are above, to end at once.
+        """
+        last = values.gather(1, last_places(mask)).squeeze(1)
+        lacks = self._mean(score - last, scored)
+        self._is_level = math.isfinite(lacks)
+        if not self._is_level:
+            return 0.0
+        with torch.no_grad():
+            self.value.layer.state.bias += lacks
+        return lacks
 
     def _total(self, tensor: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
@@ -295,7 +313,7 @@ class PPOTrainer(PassingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        folder, device = Path(checkpoint), self.accelerator.device
+        self._is_level, folder, device = True, Path(checkpoint), self.accelerator.device
         self.kl.coefficient = load_value(folder, self._trained, self._value_optimizer, device)
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
         there = self._total(torch.tensor(int(rollout.is_file()), device=device))
