@@ -415,7 +415,7 @@ def test_a_signal_before_the_run_begins_ends_it_quietly(tmp_path, number):
     process = start("generate", "benign", "-m", model(tmp_path, source), "-o", tmp_path / "run")
     wait_until(begun.exists)
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert (process.returncode, "Traceback" in err) == (130, False)
     assert not (tmp_path / "run").exists()
 
