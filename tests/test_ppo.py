@@ -175,6 +175,9 @@ def test_a_constant_added_to_all_rewards_changes_no_advantage(tiny, tmp_path, fo
         ends = [one[of > 0][-1] for one, of in zip(out["values"], out["value_mask"], strict=True) if of.any()]
         assert 0 < len(ends) < len(out["values"]), "some have no reward"
         assert float(sum(ends) / len(ends)) == pytest.approx(trainer._metrics["train"]["objective/score"][0], abs=1e-4)
+        unread = {name: one for name, one in out.items() if name != "old_per_token_logps"}
+        read = trainer._passed(unread).values
+        torch.testing.assert_close(read[mask], out["values"][mask], atol=1e-4, rtol=1e-4)  # the value function has learned it
         bias = trainer.value.layer.state.bias.clone()
         rollout(trainer)
         assert trainer.value.layer.state.bias == bias, "it is of the first rollout"

@@ -313,7 +313,8 @@ class PPOTrainer(PassingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._is_level, folder, device = True, Path(checkpoint), self.accelerator.device
+        self._is_level = True  # before the checkpoint was written
+        folder, device = Path(checkpoint), self.accelerator.device
         self.kl.coefficient = load_value(folder, self._trained, self._value_optimizer, device)
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
         there = self._total(torch.tensor(int(rollout.is_file()), device=device))
