@@ -145,22 +145,32 @@ def logged(trainer: PPOTrainer, key: str) -> list[float]:
 
 
 def train_some(tiny: Path, out: Path, batch: int) -> None:
-    """Four steps of each form with a global batch of 8, `batch` of them in one process; what was trained is saved."""
+    """Four steps of each form with a global batch of 8, `batch` of them in one process; what was trained is saved, and again
+    after going on from the third, inside of a rollout."""
     for form in FORMS:
-        trainer = make(
-            tiny, out / "run", form, low_or_none, rollout_func=Script(tools=True), per_device_train_batch_size=batch,
-            max_steps=4, num_iterations=2, target_kl=0.5, kl_horizon=50, adam_epsilon=1.0, max_grad_norm=0.05,
-            learning_rate=0.5, value_learning_rate=0.5,
-        )  # fmt: skip
-        trainer.train()
-        told = {"kl_coefficient": torch.tensor(trainer.kl.coefficient)}
-        names = ("value/explained_variance", "value/grad_norm", "grad_norm")  # weights do not tell the size of what was clipped
-        told |= {name: torch.tensor(logged(trainer, name)) for name in names}
-        policy = {f"policy.{name}": one for name, one in policy_weights(trainer).items()}
-        value = {f"value.{name}": one for name, one in value_weights(trainer).items()}
-        if trainer.accelerator.is_main_process:
-            save_file(told | policy | value, out / f"{form}.safetensors")
-        trainer.accelerator.wait_for_everyone()
+        trainers = [
+            make(
+                tiny, out / form, form, low_or_none, rollout_func=Script(tools=True), per_device_train_batch_size=batch,
+                max_steps=4, num_iterations=2, target_kl=0.5, kl_horizon=50, adam_epsilon=1.0, max_grad_norm=0.05,
+                learning_rate=0.5, value_learning_rate=0.5, save_strategy="steps", save_steps=3,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        first, again = trainers
+        first.train()
+        again.train(resume_from_checkpoint=str(out / form / "checkpoint-3"))
+        told = of_training(first) | {f"again.{name}": one for name, one in of_training(again).items()}
+        if first.accelerator.is_main_process:
+            save_file(told, out / f"{form}.safetensors")
+        first.accelerator.wait_for_everyone()
+
+
+def of_training(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """What was trained, and what is logged of how: weights do not tell the size of what was clipped."""
+    told = {"kl_coefficient": torch.tensor(trainer.kl.coefficient)}
+    told |= {name: torch.tensor(logged(trainer, name)) for name in ("value/explained_variance", "value/grad_norm", "grad_norm")}
+    policy = {f"policy.{name}": one for name, one in policy_weights(trainer).items()}
+    return told | policy | {f"value.{name}": one for name, one in value_weights(trainer).items()}
 
 
 if __name__ == "__main__":

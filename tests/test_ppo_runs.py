@@ -88,6 +88,21 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, for
     assert found["step"] == 6
 
 
+def test_a_level_that_no_score_had_set_is_set_after_a_resume(tiny, tmp_path):
+    def late(completion_ids: Any, trainer_state: Any, **_: Any) -> list[float | None]:
+        return [None if trainer_state.global_step < 2 else -3.0 for _ in completion_ids]
+
+    def trainer() -> Any:
+        told = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+        return make(tiny, tmp_path, "head", late, rollout_func=Script(), learning_rate=0.0, value_learning_rate=0.0, **told)
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for one in (whole, again):
+        assert logged(one, "value/mean")[-1] == pytest.approx(-3)
+
+
 def test_a_checkpoint_counts_as_whole_only_when_the_value_function_is_in_it(tiny, tmp_path, monkeypatch):
     def fail(*given: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -151,6 +166,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny, tmp_path):
             torch.testing.assert_close(
                 together[name], weight, atol=5e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
             )
+        for name, weight in alone.items():
+            if name.startswith("again."):
+                torch.testing.assert_close(weight, alone[name.removeprefix("again.")], atol=0, rtol=0)
         begun = make(tiny, tmp_path / "run", form)
         for kind, weights in (("policy", policy_weights(begun)), ("value", value_weights(begun))):
             assert max(float((alone[f"{kind}.{name}"] - one).abs().max()) for name, one in weights.items()) > 1e-3
@@ -222,7 +240,7 @@ def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_pa
     folder = make_reward_model(tiny, tmp_path / "reward")
     other = AutoTokenizer.from_pretrained(tiny).train_new_from_iterator(["some other words"] * 9, 290)
     other.save_pretrained(folder)
-    told = "the critic begins with values of 0, not with reward model '{}': {}"
+    told = "the critic begins with the policy's own weights, not with reward model '{}': {}"
     trainer = make(tiny, tmp_path, value_model=folder, rollout_func=Script(), center_values=False)
     assert trainer.critic_note == told.format(folder, "its tokenizer is not the policy's")
     assert (rollout(trainer)["values"] == 0).all()
@@ -631,6 +649,22 @@ def test_a_value_function_on_weights_that_are_spread_over_processes(tiny, tmp_pa
     setattr(trainer, sharded, True)
     with pytest.raises(ConfigError, match=r"^value_function: one that shares the policy's weights cannot be trained while"):
         trainer._check_value_function()
+
+
+@each_form
+def test_a_value_function_is_where_the_policy_will_be(tiny, tmp_path, form):
+    """Weights that are to be spread are put there later than the trainer is made."""
+    from cai.training.ppo.critic import CRITIC
+    from cai.training.ppo.starting import build_value
+
+    trainer = make(tiny, tmp_path, form)
+    policy, there = trainer.model, torch.device("meta")
+    if form == "adapters":
+        policy.delete_adapter(CRITIC)
+    value, _ = build_value(policy, trainer.args, trainer.processing_class, None, there)
+    assert {one.device for one in value.layer.parameters()} == {there}
+    if form == "critic":
+        assert {one.device for one in value.weights().values()} == {there}
 
 
 def test_a_model_that_sees_is_refused(tmp_path):

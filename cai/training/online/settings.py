@@ -167,7 +167,7 @@ class PpoSettings(OnlineSettings):
 
     critic: Text | None = None
     """The reward model that the critic begins with; null: the first of `reward` with the policy's tokenizer. Where there is
-    none, or under adapters its base is another, the policy's own weights and values of 0."""
+    none, or under adapters its base is another, the policy's own weights."""
 
 
 class RlooSettings(OnlineSettings):

@@ -60,7 +60,7 @@ class PPOConfig(GRPOConfig):
     critic_learning_rate: float | None = _field(
         None, "Of a critic's backbone or adapters and of a reward model's output; null: that of the policy."
     )
-    center_values: bool = _field(True, "The scores of the first rollout set the level that values begin at.")
+    center_values: bool = _field(True, "The first scores set the level that values begin at; exact with gamma 1.")
     value_warmup_steps: int = _field(0, "Steps at the beginning that train the value function alone.")
     cliprange_value: float | None = _field(0.2, "How far a value may move from the rollout's; null: any way.")
     kl_estimator: str = _field("k1", "k1 (unbiased) or k3 (never negative) for the KL in the reward.")

@@ -1,10 +1,11 @@
-"""What a checkpoint has of PPO beside what TRL writes: the value function, its optimizer, and the coefficient of the KL."""
+"""What a checkpoint has of PPO beside what TRL writes: the value function, its optimizer, and its counters."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,19 @@ from cai.training.checkpoints import OF_PPO
 _WEIGHTS, _OPTIMIZER, _STATE = OF_PPO
 
 
-def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, coefficient: float) -> None:
+class Counters(NamedTuple):
+    """What is neither a weight nor an optimizer's."""
+
+    kl_coefficient: float
+    is_level: bool
+    """Whether scores have set the level that values begin at."""
+
+
+def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, counters: Counters) -> None:
     """Write all of it."""
     save_file({name: one.detach().contiguous() for name, one in weights.items()}, folder / _WEIGHTS)
     torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
-    (folder / _STATE).write_text(json.dumps({"kl_coefficient": coefficient}))
+    (folder / _STATE).write_text(json.dumps(counters._asdict()))
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -33,13 +42,13 @@ def check_whole(checkpoint: Path) -> None:
         )
 
 
-def load_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Read it into `weights` and `optimizer`; returns the coefficient. Raises `EngineError` where it has other weights."""
-    saved = load_file(folder / _WEIGHTS, device=str(device))
+def load_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Counters:
+    """Read it into `weights` and `optimizer`, wherever they are. Raises `EngineError` where it has other weights."""
+    saved = load_file(folder / _WEIGHTS)
     if saved.keys() != weights.keys():
         raise EngineError(f"{folder} is of another value function; --fresh starts over")
     with torch.no_grad():
         for name, one in weights.items():
             one.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location=device, weights_only=True))
-    return float(json.loads((folder / _STATE).read_bytes())["kl_coefficient"])
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
+    return Counters(**json.loads((folder / _STATE).read_bytes()))

@@ -1,5 +1,5 @@
 """What a value function begins with: a reward model, whose reward of what is written so far is the first guess of what it will
-be, or the policy's trunk and values of 0."""
+be, or the policy's trunk and values that are all the same."""
 
 from __future__ import annotations
 
@@ -47,34 +47,40 @@ class UnfitError(ValueError):
 
 
 def build_value(
-    policy: Any, arguments: PPOConfig, tokenizer: Any, beginning: Beginning | None
+    policy: Any, arguments: PPOConfig, tokenizer: Any, beginning: Beginning | None, device: torch.device
 ) -> tuple[Critic | TrunkHead, str | None]:
-    """The value function of `policy`, which may have adapters; and why a critic does not begin with the reward model, where so.
-    Raises `EngineError` for one that does not load."""
+    """The value function of `policy`, which may have adapters, on `device`, where the policy will be; and why a critic does not
+    begin with the reward model, where so. Raises `EngineError` for one that does not load."""
     shares, note, start = isinstance(policy, PeftModel), None, None
     base: Any = policy.get_base_model() if shares else policy
     if arguments.value_function == "head":
-        return TrunkHead(base), None
+        return _on(device, TrunkHead(base)), None
     if beginning is not None:
         try:
             start = start_from(beginning.folder, base.dtype, beginning.version if shares else None, tokenizer, beginning.weight)
         except UnfitError as exc:
-            note = f"the critic begins with values of 0, not with reward model '{beginning.folder}': {exc}"
+            note = f"the critic begins with the policy's own weights, not with reward model '{beginning.folder}': {exc}"
     if shares:
-        return AdapterCritic(policy, start and start.adapters, start and start.output), note
-    return SeparateCritic(_backbone(base, start, arguments), start and start.output), note
+        return _on(device, AdapterCritic(policy, start and start.adapters, start and start.output)), note
+    return SeparateCritic(_backbone(base, start, arguments, device), start and start.output), note
 
 
-def _backbone(base: Any, start: Start | None, arguments: PPOConfig) -> Any:
+def _on(device: torch.device, value: Any) -> Any:
+    """The same, with its layer there: a policy that something else places is not there yet."""
+    value.layer.to(device)
+    return value
+
+
+def _backbone(base: Any, start: Start | None, arguments: PPOConfig, device: torch.device) -> Any:
     """Of a critic of its own: the reward model's, or a copy of the policy's trunk."""
     backbone = start.backbone if start else AutoModel.from_config(base.config, dtype=base.dtype)
     if start is None:
         backbone.load_state_dict(base.base_model.state_dict())
-    if base.device.type == "cpu":
+    if device.type == "cpu":
         tune_for_cpu(backbone)
     if arguments.gradient_checkpointing:
         backbone.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
-    return backbone.to(base.device).train()
+    return backbone.to(device).train()
 
 
 def reads(reward_model: str | Path, tokenizer: Any) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,7 +38,7 @@ from cai.training.ppo.estimation import (
     whiten,
 )
 from cai.training.ppo.passes import PassingTrainer, whole
-from cai.training.ppo.saving import check_whole, load_value, save_value
+from cai.training.ppo.saving import Counters, check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
 
 _ROLLOUT = "rollout-{}.pt"
@@ -61,9 +62,10 @@ class PPOTrainer(PassingTrainer):
         **named: Any,
     ) -> None:
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
-        policy's trunk, and values of 0. `base_version`: of the weights under the policy's adapters, by `cai.models.locate`;
-        adapters of a reward model on the same version are what the critic's begin with. `value_weight`: that of `value_model`
-        in the sum of rewards. The trainer's `critic_note` says why a critic does not begin with `value_model`, if so.
+        policy's trunk, and values that are all the same. `base_version`: of the weights under the policy's adapters, by
+        `cai.models.locate`; adapters of a reward model on the same version are what the critic's begin with. `value_weight`:
+        that of `value_model` in the sum of rewards. The trainer's `critic_note` says why a critic does not begin with
+        `value_model`, if so.
         """
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -78,7 +80,7 @@ class PPOTrainer(PassingTrainer):
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
-        self.value, self.critic_note = build_value(self._policy, args, self._tokenizer, begin)
+        self.value, self.critic_note = build_value(self._policy, args, self._tokenizer, begin, self.accelerator.device)
         if self.accelerator.device.type == "cpu":
             tune_for_cpu(self._policy)
             quicken(self._policy)  # with the critic's adapters
@@ -155,7 +157,8 @@ class PPOTrainer(PassingTrainer):
         """Add to all values what those before last tokens lack of the scores on average, and say how much it was.
 
         Where scores are below what values begin at, every end is a disappointment and every token far from it is none, so that
-        the policy would learn not to end, until the values have come down; where they are above, to end at once.
+        the policy would learn not to end, until the values have come down; where they are above, to end at once. With `gamma`
+        below 1, by which scores count less far from the end, this is made smaller and not undone.
         """
         last = values.gather(1, last_places(mask)).squeeze(1)
         lacks = self._mean(score - last, scored)
@@ -302,7 +305,7 @@ class PPOTrainer(PassingTrainer):
         rollout = {"step": self._step, "batches": self._buffered_inputs}
         torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
         if self.args.should_save:
-            save_value(folder, self._trained, self._value_optimizer, self.kl.coefficient)
+            save_value(folder, self._trained, self._value_optimizer, Counters(self.kl.coefficient, self._is_level))
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
@@ -313,14 +316,13 @@ class PPOTrainer(PassingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._is_level = True  # before the checkpoint was written
         folder, device = Path(checkpoint), self.accelerator.device
-        self.kl.coefficient = load_value(folder, self._trained, self._value_optimizer, device)
+        self.kl.coefficient, self._is_level = load_value(folder, self._trained, self._value_optimizer)
         rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
         there = self._total(torch.tensor(int(rollout.is_file()), device=device))
         if int(there) == self.accelerator.num_processes:  # else all of them write a new one
-            kept = torch.load(rollout, map_location=device, weights_only=True)
-            self._step, self._buffered_inputs = kept["step"], kept["batches"]
+            kept = torch.load(rollout, map_location="cpu", weights_only=True)
+            self._step, self._buffered_inputs = kept["step"], send_to_device(kept["batches"], device)
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
