@@ -466,7 +466,8 @@ def test_a_training_goes_on_with_a_function_that_was_mended_where_that_is_said(t
     file.write_text(FUNCTIONS)
     with pytest.raises(ConfigError, match="another training") as told:
         train("grpo", settings, out, "changed-code")
-    assert "--changed-code" not in str(told.value), "it has ended"
+    assert str(told.value).endswith("; that one has ended, and --changed-code is for one that has not")
+    assert "goes on with it" not in str(told.value)
 
 
 def test_gold_and_the_best_policy_outlast_a_mended_reward(tiny, rows, functions, tmp_path, capsys, monkeypatch):
@@ -586,6 +587,10 @@ def test_the_card_names_what_measures_gold_and_no_server_or_key(tiny, rows, func
     manifest = {"measures": {}, "versions": {"trl": "1"}, "data": [], "training": training, "steps": 9, "too_long": {}}
     manifest |= {"unlabelled": {}, "best": measure, "gold": told}
     card = render_card("grpo", settings, manifest, "name")
+    assert ", weight" not in card
+    [reward] = settings.reward
+    heavy = settings.model_copy(update={"reward": (reward.model_copy(update={"weight": 0.1}),)})
+    assert "- the function `length`, weight 0.1" in render_card("grpo", heavy, manifest, "name")
     said = "Gold is what `big-judge` says under the constitution `concise-and-clear` (`score`), which was not trained on"
     assert said in " ".join(card.split())
     assert "Gold had no number for 2 answers." in card
@@ -612,6 +617,26 @@ def test_with_other_limits_a_stopped_run_goes_on_from_where_it_stopped(tiny, row
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert same(weights(tmp_path / "out" / "best"), weights(tmp_path / "whole" / "best"))
     assert run("out", gold=gold(False))[0] == manifest
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_a_run_that_stopped_inside_a_rollout_goes_on_with_it(stage, tiny, rows, functions, tmp_path):
+    trl = {"num_generations": 2, "num_iterations": 2, "max_steps": 4}
+
+    def run(out: str, steps: int | None) -> Shown:
+        show = Shown()
+        settings = settings_of(stage, tiny, rows, functions, "length", trl=trl, limits={"steps": steps, "collapse": False})
+        train(stage, settings, tmp_path / out, show=show)
+        return show
+
+    run("out", 1)
+    assert "training goes on from checkpoint-1" in run("out", None).notes
+    run("whole", None)
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert [line["step"] for line in written(tmp_path / "out", "rollouts")] == [1, 3]
+    line = "all 4 steps are trained on one rollout, so that reward and KL are those from before; raise trl.max_steps above 4"
+    trl["num_iterations"] = 4
+    assert line in run("short", None).notes
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])

@@ -11,6 +11,7 @@ from cai.errors import ConfigError
 from cai.models import locate
 from cai.training.loading import adapters, find_model, load_policy, reference_arguments
 from cai.training.online.colocated import reload_where_packed
+from cai.training.online.kept import KeepsRollout
 from cai.training.online.order import Order
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
@@ -67,7 +68,7 @@ def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
         from trl import RLOOTrainer as Trainer
     else:
         from trl import GRPOTrainer as Trainer
-    return Trainer(**given)
+    return type(Trainer.__name__, (KeepsRollout, Trainer), {})(**given)
 
 
 def _ppo(settings: PpoSettings, given: dict[str, Any]) -> Any:

@@ -110,6 +110,12 @@ class Safeguards(TrainerCallback):
         elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < golden.FEW:
             few = len(self.held_out.prompts)
             self._note(f"gold: too few held-out prompts ({few}) to stop the training by; give {golden.FEW} or more")
+        steps = getattr(args, "num_iterations", 0) * getattr(args, "steps_per_generation", 0) / args.gradient_accumulation_steps
+        if self._trainer.state.max_steps <= steps:
+            self._note(
+                f"all {self._trainer.state.max_steps} steps are trained on one rollout, so that reward and KL are those from "
+                f"before; raise trl.max_steps above {steps:.0f}"
+            )
         if find_spec("py3langid") is None:
             self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:

@@ -12,6 +12,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from trl import GRPOTrainer
 
+from cai.training.online.kept import KeepsRollout
 from cai.training.online.merging import base_of, is_reference, merged
 from cai.training.ppo.critic import Critic, TrunkHead
 from cai.training.ppo.drawing import Drawn, drawing
@@ -26,7 +27,7 @@ class Passed(NamedTuple):
     values: Tensor
 
 
-class PassingTrainer(GRPOTrainer):
+class PassingTrainer(KeepsRollout, GRPOTrainer):
     """TRL's trainer with a value function, `value`. Of a head, each pass of the policy adds the values to `_watched`."""
 
     value: Critic | TrunkHead

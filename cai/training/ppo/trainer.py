@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from cai.cpu import tune_for_cpu
@@ -40,8 +38,6 @@ from cai.training.ppo.estimation import (
 from cai.training.ppo.passes import PassingTrainer, whole
 from cai.training.ppo.saving import Counters, check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
-
-_ROLLOUT = "rollout-{}.pt"
 
 
 class PPOTrainer(PassingTrainer):
@@ -297,32 +293,18 @@ class PPOTrainer(PassingTrainer):
             if hidden is not None:
                 configs[CRITIC] = hidden
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The value function, its optimizer, the KL coefficient, and the rollout that is being trained on; then TRL's, whose
-        state of the trainer comes last: where that is, all processes have written."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        rollout = {"step": self._step, "batches": self._buffered_inputs}
-        torch.save(rollout, folder / _ROLLOUT.format(self.accelerator.process_index))
+    def _save_beside(self, folder: Path) -> None:
+        """The value function, its optimizer, the KL coefficient, and whether values have their level."""
         if self.args.should_save:
             save_value(folder, self._trained, self._value_optimizer, Counters(self.kl.coefficient, self._is_level))
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """TRL's, then what `_save_checkpoint` added. Raises `EngineError` where that is not there."""
+        """Raises `EngineError` where what `_save_beside` wrote is not there."""
         if checkpoint is not None:
             check_whole(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder, device = Path(checkpoint), self.accelerator.device
-        self.kl.coefficient, self._is_level = load_value(folder, self._trained, self._value_optimizer)
-        rollout = folder / _ROLLOUT.format(self.accelerator.process_index)
-        there = self._total(torch.tensor(int(rollout.is_file()), device=device))
-        if int(there) == self.accelerator.num_processes:  # else all of them write a new one
-            kept = torch.load(rollout, map_location="cpu", weights_only=True)
-            self._step, self._buffered_inputs = kept["step"], send_to_device(kept["batches"], device)
+        if checkpoint is not None:
+            self.kl.coefficient, self._is_level = load_value(Path(checkpoint), self._trained, self._value_optimizer)
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
