@@ -39,13 +39,15 @@ def read_training(out: Path) -> Written:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All whole lines; none where there is no file."""
+    """All whole lines that have a step; none where there is no file."""
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:
-            found.append(json.loads(line))
+            told = json.loads(line)
         except ValueError:
             continue  # the last one, while it is written, or of a process that was killed meanwhile
+        if isinstance(told, dict) and isinstance(told.get("step"), int):
+            found.append(told)
     return found
 
 

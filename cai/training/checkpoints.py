@@ -105,11 +105,11 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _missing_part(names: Sequence[str]) -> str | None:
-    """What of the parts is not there, where others are; with `save_only_model` there are weights alone, on purpose."""
+    """What of the parts is not there."""
     if any(name in OF_PPO for name in names) and (missing := [name for name in OF_PPO if name not in names]):
         return missing[0]
     there = {part for part, begins in _PARTS.items() if any(name.startswith(begins) for name in names)}
-    is_complete = there <= {"weights"} or any(name.startswith(_OF_DEEPSPEED) for name in names)
+    is_complete = any(name.startswith(_OF_DEEPSPEED) for name in names)
     return None if is_complete else next((part for part in _PARTS if part not in there), None)
 
 

@@ -17,7 +17,8 @@ from cai.training.folder import STARTS_OVER, TrainFolder, from_where
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _NO_DISK = re.compile(
-    r"I/O error|No space left|File too large|quota exceeded|PytorchStreamWriter|file write failed", re.IGNORECASE
+    r"I/O error|No space left|File too large|quota exceeded|PytorchStreamWriter|inline_container|file write failed",
+    re.IGNORECASE,
 )
 _TOO_LITTLE_FOR_VLLM = re.compile(r"memory for kv \((-|0\.0+/)|increasing `gpu_memory_utilization`")
 _TOO_MUCH_FOR_VLLM = re.compile(r"less than (requested memory for kv|desired [GC]PU memory utilization)")

@@ -48,17 +48,26 @@ def write_rows(kept: StageData, left_out: LeftOut, place: Path) -> None:
         if rows is not None:
             rows.save_to_disk(str(part / name))
     (part / _TOLD).write_text(json.dumps({**left_out._asdict(), "test": kept.test is not None}))
+    shutil.rmtree(place, ignore_errors=True)
     os.replace(part, place)
 
 
 def are_written(place: Path) -> bool:
-    """Whether rows are in the folder `place`."""
-    return (place / _TOLD).is_file()
+    """Whether rows are in the folder `place`, and can be read."""
+    try:
+        _read(place)
+    except (OSError, ValueError, KeyError):  # where a process was killed while it deleted them
+        return False
+    return True
 
 
 def read_rows(data: StageData, place: Path) -> tuple[StageData, LeftOut]:
     """The data with the rows that are in `place`, and what was left out."""
+    train, test, left_out = _read(place)
+    return replace(data, train=train, test=test), left_out
+
+
+def _read(place: Path) -> tuple[Any, Any, LeftOut]:
     told = json.loads((place / _TOLD).read_text())
     test = load_from_disk(str(place / "test")) if told["test"] else None
-    left_out = LeftOut(told["too_long"], told["unlabelled"])
-    return replace(data, train=load_from_disk(str(place / "train")), test=test), left_out
+    return load_from_disk(str(place / "train")), test, LeftOut(told["too_long"], told["unlabelled"])
