@@ -89,6 +89,11 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[
         _check_range(where(key), key, value)
     for key in _FORMS.intersection(given.get("generation_kwargs") or {}):
         raise ConfigError(f"{where('generation_kwargs')}: {key} changes what the trainer gets back, which it has no use for")
+    if given.get("save_only_model"):
+        raise ConfigError(
+            f"{where('save_only_model')}: from weights alone no training goes on as it was; remove it (save_total_limit: 1 "
+            "keeps one checkpoint)"
+        )
     _check_losses(stage, given.get("loss_type"), where("loss_type"))
 
 
@@ -132,6 +137,10 @@ _LEAST = {
     "weight_decay": 0,
     "beta": 0,
     "gradient_accumulation_steps": 1,
+    "generation_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "missing_eos_penalty": 0,
+    "top_entropy_quantile": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "num_iterations": 1,
@@ -144,8 +153,8 @@ _LEAST = {
     "epsilon": 0,
     "epsilon_high": 0,
 }
-_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0, "num_train_epochs": 0}
-_MOST = {"top_p": 1, "min_p": 1}
+_ABOVE = {"temperature": 0, "repetition_penalty": 0, "top_p": 0, "num_train_epochs": 0, "save_steps": 0, "logging_steps": 0}
+_MOST = {"top_p": 1, "min_p": 1, "top_entropy_quantile": 1}
 _MAY_BE_INFINITE = ("epsilon_high",)
 """Ranges of numbers that TRL looks at only when the data has been read and the model loaded, or learns wrongly with."""
 
@@ -157,8 +166,8 @@ def _check_range(where: str, key: str, value: Any) -> None:
             continue
         if math.isnan(one) or (math.isinf(one) and key in _LEAST | _ABOVE and key not in _MAY_BE_INFINITE):
             raise ConfigError(f"{where}: expected a finite number, found {one!r}")
-        if key == "max_steps" and one == 0:
-            raise ConfigError(f"{where}: expected 1 or more, or -1 for whole epochs, found 0: nothing would be trained")
+        if key == "max_steps" and one < 1 and one != -1:
+            raise ConfigError(f"{where}: expected 1 or more, or -1 for whole epochs, found {one!r}")
         if key in _LEAST and one < _LEAST[key]:
             raise ConfigError(f"{where}: expected a number from {_LEAST[key]} on, found {one!r}")
         if key in _ABOVE and one <= _ABOVE[key]:
@@ -190,6 +199,8 @@ def make_arguments(
     """
     check_arguments(stage, settings.trl)
     _check_reports(settings.trl.get("report_to"))
+    if settings.trl.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise ConfigError("trl.use_liger_kernel: liger_kernel is not installed: pip install liger-kernel")
     if settings.trl.get("use_vllm"):
         _check_vllm(stage, settings.trl.get("vllm_mode", "colocate"))
     config = config_class(stage)

@@ -19,7 +19,8 @@ import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Reward:
         self.__name__, self._score, self._tell = name, score, tell
         self._called = f"{kind} '{name}'"
 
-    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+    def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """A number or None for each completion, of which functions get copies. Raises `EngineError` for any other answer."""
         columns = {"log_metric": _nowhere, "log_extra": _nowhere, **columns}
         rows = [json.loads(one) for one in columns.pop("columns", ())]
@@ -59,6 +60,10 @@ class Reward:
         columns |= {name: [row.get(name) for row in rows] for name in names}
         if "completion_ids" in columns:
             columns["completion_ids"] = deepcopy(columns["completion_ids"])
+        if "trainer_state" in columns:
+            columns["trainer_state"] = copy(columns["trainer_state"])
+        log = columns["log_metric"]
+        columns["log_metric"] = partial(self._note, log)
         try:
             with _as_before():
                 answer = self._score(prompts=deepcopy(prompts), completions=deepcopy(completions), **columns)
@@ -68,19 +73,32 @@ class Reward:
         except (Exception, SystemExit) as exc:  # the boundary of the user's own code
             raise EngineError(f"{self._called} raised {raised(exc)}{_where(exc)}") from exc
         rewards = self._checked(answer, completions)
-        columns["log_metric"](f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
+        log(f"rewards/{self.__name__}/none", rewards.count(None) / max(1, len(rewards)))
         if self._tell:
             self._tell(self.__name__, prompts, [one[-1]["content"] for one in completions], rewards)
         return rewards
+
+    def _note(self, log: Callable[[str, float], object], name: str, value: Any) -> None:
+        """What a function logs."""
+        try:
+            if not isinstance(name, str):
+                raise TypeError("not a name")
+            log(name, float(value))
+        except (TypeError, ValueError) as exc:
+            raise EngineError(
+                f"{self._called}: log_metric takes a name and a number, found {_short(name)}, {_short(value)}"
+            ) from exc
 
     def _checked(self, answer: Any, completions: Sequence[Dialogue]) -> Rewards:
         try:
             if isinstance(answer, str | bytes | Mapping | Set):
                 raise TypeError("not a list, though its items can be numbers")
+            if any(isinstance(one, str | bytes) for one in answer):
+                raise TypeError("texts, though they can be numbers")
             rewards = [None if one is None else float(one) for one in answer]
         except (TypeError, ValueError, OverflowError) as exc:
             raise EngineError(
-                f"{self._called} returned {answer!r:.80}; expected a list with a number for each completion"
+                f"{self._called} returned {_short(answer)}; expected a list with a number for each completion"
             ) from exc
         if len(rewards) != len(completions):
             raise EngineError(f"{self._called} returned {len(rewards)} numbers, and there are {len(completions)} completions")
@@ -91,6 +109,11 @@ class Reward:
                     f"{self._called} is {one} for the completion {text!r:.120}; return None where there is no reward"
                 )
         return rewards
+
+
+def _short(value: Any) -> str:
+    """On one line."""
+    return " ".join(repr(value).split())[:80]
 
 
 def _nowhere(*given: Any, **named: Any) -> None:
@@ -174,7 +197,7 @@ class ModelReward:
     def __init__(self, model: RewardModel) -> None:
         self.model = model
 
-    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+    def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """One reward each, None where a dialogue does not fit into the model's context. Raises as `RewardModel.score` does."""
         dialogues = [[*prompt, *one] for prompt, one in zip(prompts, completions, strict=True)]
         try:
@@ -213,7 +236,7 @@ class JudgeReward:
         self._runner = asyncio.Runner()  # one loop for all calls: an engine's sessions belong to the loop that they began in
         weakref.finalize(self, _close, self._runner)
 
-    def __call__(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+    def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """One reward each."""
         return self._runner.run(self._all(prompts, completions))
 

@@ -97,6 +97,8 @@ def source_of(value: Any) -> Any:
 class GoldSettings(RewardSource):
     """A measure that is not trained on, taken of answers to held-out prompts."""
 
+    weight: Weight = 1.0
+    """1: there is one gold measure."""
     every: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """After so many steps, or below 1 after such a share of all steps, answers are measured."""
     prompts: PositiveInt = 64
@@ -104,6 +106,14 @@ class GoldSettings(RewardSource):
     stop: bool = True
     """Whether training stops where two measures in a row are below the best while the reward has risen, both with
     significance."""
+
+    @model_validator(mode="after")
+    def _has_no_weight(self) -> GoldSettings:
+        if self.weight != 1:
+            raise ValueError(
+                "weight: there is one gold measure, and more is better; of a cost, give a function that negates it"
+            )
+        return self
 
 
 class LimitSettings(Part):
