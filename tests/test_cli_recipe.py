@@ -31,7 +31,14 @@ def test_keys_tells_every_key_with_its_type_default_and_docstring():
 
 
 @pytest.mark.parametrize(
-    ("stage", "line"), [("dpo", "reference: null  (text or null)"), ("pipeline", "rounds: 1  (whole number)")]
+    ("stage", "line"),
+    [
+        ("dpo", "reference: null  (text or null)"),
+        ("pipeline", "rounds: 1  (whole number)"),
+        ("ppo", "  gold.stop: true  (true or false)"),
+        ("ppo", "  trl.num_iterations: 4"),
+        ("ppo", "      Epochs over each rollout."),
+    ],
 )
 def test_keys_of_another_stage(stage: str, line: str):
     done = command("recipe", "keys", stage)

@@ -22,8 +22,8 @@ def test_a_measure_is_gathered_with_its_ends():
 
 
 def test_the_table_of_a_pipeline_shows_the_ends():
-    measures = {"accuracy": 0.81, "accuracy_low": 0.7, "accuracy_high": 0.9, "train_loss": 0.4, "more": 1.0}
-    assert _result({"kind": "reward", "measures": measures}) == "accuracy 0.81 (0.7 to 0.9), train_loss 0.4"
+    measures = {"accuracy": 0.81, "accuracy_low": 0.7, "accuracy_high": 0.9, "loss": 0.4, "more": 1.0}
+    assert _result({"kind": "reward", "measures": measures}) == "accuracy 0.81 (0.7 to 0.9), loss 0.4"
     assert _result({"kind": "dpo", "measures": {"eval_loss": 0.5}}) == "loss 0.5"
 
 

@@ -148,10 +148,13 @@ def test_a_column_that_trl_names_too_does_not_take_its_place(tiny):
         return [0.0]
 
     own = json.dumps({"completions": "mine", "log_metric": "mine", "prompts": "mine", "topic": "mine"})
+    logged = dict[str, float]()
     turns = [[{"role": "assistant", "content": "a"}]]
-    Reward("r", score)([[]], turns, columns=[own], log_metric=print)
+    Reward("r", score)([[]], turns, columns=[own], log_metric=logged.__setitem__)
+    seen.pop("log_metric")("mine", 2)
+    assert logged == {"rewards/r/none": 0.0, "mine": 2.0}
     seen.pop("log_extra")(column="nowhere", values=[1])
-    assert seen == {"prompts": [[]], "completions": turns, "topic": ["mine"], "log_metric": print}
+    assert seen == {"prompts": [[]], "completions": turns, "topic": ["mine"]}
 
 
 def test_online_dpo_logs_how_far_members_of_a_reward_model_disagree(run, tiny, reward_model, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ def numerals(completions, **columns):
     return "1" * len(completions)
 def too_large(completions, **columns):
     return [10**400] * len(completions)
+def texts(completions, **columns):
+    return ["1.5"] * len(completions)
+def matrix(completions, **columns):
+    import numpy
+    return numpy.arange(8.0).reshape(4, 2)
+def loud(completions, log_metric, **columns):
+    log_metric("loss", "high")
 def broken_off(completions, **columns):
     yield 1.0
     raise KeyError("score")
@@ -80,9 +88,12 @@ def functions(tmp_path) -> Path:
         ("words", r"reward 'words' returned \['good', .*; expected a list with a number for each"),
         ("mapping", "reward 'mapping' returned {0: 0.5, 1: 0.5, .*; expected a list with a number for each"),
         ("numerals", "reward 'numerals' returned '1111'; expected a list with a number for each"),
+        ("texts", r"reward 'texts' returned \['1.5', .*; expected a list with a number for each"),
+        ("matrix", r"^reward 'matrix' returned array\(\[\[0., 1.\], .*; expected a list with a number for each"),
+        ("loud", "^reward 'loud': log_metric takes a name and a number, found 'loss', 'high'$"),
         ("too_large", r"reward 'too_large' returned \[10000.*; expected a list with a number for each"),
-        ("mute", r"^reward 'mute' raised Mute: <exception str\(\) failed> \(fun.py:24\)$"),
-        ("broken_off", r"^reward 'broken_off' raised KeyError: 'score' \(fun.py:19\)$"),
+        ("mute", r"^reward 'mute' raised Mute: <exception str\(\) failed> \(fun.py:31\)$"),
+        ("broken_off", r"^reward 'broken_off' raised KeyError: 'score' \(fun.py:26\)$"),
     ],
 )
 def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, message):
@@ -91,10 +102,11 @@ def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, 
 
 
 def test_what_a_function_does_to_its_arguments_and_the_process_stays_with_it(tmp_path):
-    def careless(prompts: Any, completions: Any, log_metric: Any, **columns: Any) -> list[float]:
+    def careless(prompts: Any, completions: Any, log_metric: Any, trainer_state: Any, **columns: Any) -> list[float]:
         os.chdir(tmp_path)
         torch.set_grad_enabled(False)
         log_metric("seen", 1.0)
+        trainer_state.max_steps = 1
         for one in (*prompts, *completions):
             one[-1]["content"] = "hacked"
         prompts.clear()
@@ -106,9 +118,10 @@ def test_what_a_function_does_to_its_arguments_and_the_process_stays_with_it(tmp
     before, told = os.getcwd(), []
     prompts, completions = ([[{"role": role, "content": text}]] for role, text in (("user", "2 + 2?"), ("assistant", "four")))
     rewards = [Reward(one.__name__, one, lambda *given: told.append(given)) for one in (careless, honest)]
-    columns = {"columns": [json.dumps({"log_metric": "of a row"})]}
+    state = SimpleNamespace(max_steps=8)
+    columns = {"columns": [json.dumps({"log_metric": "of a row", "self": "too"})], "trainer_state": state}
     assert [one(prompts, completions, **columns) for one in rewards] == [[0.5], [1.0]]
-    assert (os.getcwd(), torch.is_grad_enabled()) == (before, True)
+    assert (os.getcwd(), torch.is_grad_enabled(), state.max_steps) == (before, True, 8)
     assert [given[1:] for given in told] == [(prompts, ["four"], [0.5]), (prompts, ["four"], [1.0])]
 
 
@@ -212,6 +225,7 @@ def test_a_function_may_import_what_lies_beside_its_file(tmp_path):
             {"reward": {"constitution": "harmless", "judge": {"method": "score", "model": "m", "samples": 3}}},
             "judge.samples: says nothing of one completion",
         ),
+        ({"reward": "a/b", "gold": {"model": "c", "weight": -1}}, "weight: there is one gold measure, and more is better"),
         ({"reward": "a/b", "gold": "a/b"}, "gold: this is trained on as a reward; an honest measure is one that is not"),
     ],
 )
@@ -459,7 +473,7 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ("ppo", {"lam": 2}, "trl: PPOConfig refuses these values: lam: expected a number from 0 to 1, found 2"),
         ("ppo", {"value_learning_rate": -1.0}, "value_learning_rate: expected a number from 0 on, found -1.0"),
         ("ppo", {"temperature": 0.0}, "trl.temperature: expected a number above 0, found 0.0"),
-        ("ppo", {"max_steps": 0}, "trl.max_steps: expected 1 or more, or -1 for whole epochs, found 0: nothing"),
+        ("ppo", {"max_steps": 0}, "trl.max_steps: expected 1 or more, or -1 for whole epochs, found 0"),
         ("ppo", {"num_train_epochs": 0}, "trl.num_train_epochs: expected a number above 0, found 0"),
         ("ppo", {"generation_kwargs": {"num_return_sequences": 2}}, "trl.generation_kwargs: num_return_sequences changes what"),
         (
@@ -467,6 +481,9 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
             {"generation_kwargs": {"return_dict_in_generate": True}},
             "generation_kwargs: return_dict_in_generate changes",
         ),
+        ("ppo", {"generation_batch_size": 0}, "trl.generation_batch_size: expected a number from 1 on, found 0"),
+        ("ppo", {"missing_eos_penalty": float("inf")}, "trl.missing_eos_penalty: expected a finite number, found inf"),
+        ("grpo", {"top_entropy_quantile": 5.0}, "trl.top_entropy_quantile: expected a number up to 1, found 5.0"),
         ("grpo", {"top_p": 2.0}, "trl.top_p: expected a number up to 1, found 2.0"),
         ("online-dpo", {"beta": [0.1, -1]}, "trl.beta: expected a number from 0 on, found -1"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),

@@ -93,7 +93,7 @@ class Planted:
         inputs = [(Path(settings.model) / "config.json").read_text(), manifest(Path(settings.data[0].source))["files"]]
         told_to = settings.model_dump(mode="json", exclude={"data", "model"})
         (out / "config.json").write_text(json.dumps([stage, told_to, str(inputs)]))
-        told = {"status": "done", "measures": {"train_loss": 0.5}}
+        told = {"status": "done", "measures": {"loss": 0.5}}
         (out / "manifest.json").write_text(json.dumps(told))
         return told
 
@@ -136,7 +136,7 @@ def test_all_stages_train_on_what_those_before_made_and_a_second_call_makes_noth
     assert made["stages"][0]["measures"]["preference"] == sum(
         manifest(out / "1-data")["dataset"]["rows"]["preference"].values()
     )
-    assert all(entry["measures"]["train_loss"] > 0 for entry in made["stages"][1:])
+    assert all(entry["measures"]["loss"] > 0 for entry in made["stages"][1:])
     assert manifest(out / "4-dpo")["model"] == str(out / "2-sft")
     assert load_pipeline(out / "recipe.yaml") == given
 
@@ -450,9 +450,9 @@ def test_dpo_is_held_near_the_reference_that_is_named(tmp_path: Path, tiny: Path
     trained = train(
         "dpo", DpoSettings.model_validate(given | {"trl": given["trl"] | {"learning_rate": 0.1}}), tmp_path / "other"
     )
-    assert trained["measures"]["train_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert trained["measures"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     named = DpoSettings.model_validate(given | {"reference": str(tmp_path / "other")})
-    assert abs(train("dpo", named, tmp_path / "named")["measures"]["train_loss"] - math.log(2)) > 1e-3
+    assert abs(train("dpo", named, tmp_path / "named")["measures"]["loss"] - math.log(2)) > 1e-3
 
 
 # --- rewards

@@ -285,7 +285,7 @@ def test_members_differ_in_their_rows_and_go_on_where_they_were_stopped(trained,
         train("reward", whole, tmp_path / "stopped")
     monkeypatch.setattr(Watch, "on_step_end", usual)
     told = train("reward", whole, tmp_path / "stopped")["measures"]
-    assert told["train_loss"] == pytest.approx(np.mean([told[f"train_loss/member-{place}"] for place in range(3)]))
+    assert told["loss"] == pytest.approx(np.mean([told[f"loss/member-{place}"] for place in range(3)]))
     rows_of_each = {count for *_, count in begun}
     assert [entry[:2] for entry in begun] == [
         ("member-0", None),

@@ -52,6 +52,14 @@ def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*"))
 
 
+def make_checkpoint(folder: Path) -> None:
+    """One that is whole, by the names of what is in it."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    for part in ("model", "optimizer", "scheduler", "rng_state"):
+        (folder / part).touch()
+
+
 def at_step(monkeypatch, number, do):
     """Do something before the loss of a step is computed."""
     from trl import SFTTrainer
@@ -71,6 +79,11 @@ def at_step(monkeypatch, number, do):
         ({"learning_rat": 1}, r"trl.learning_rat: SFTConfig has no such key \(did you mean 'learning_rate'\?\)"),
         ({"output_dir": "x"}, r"trl.output_dir: follows from the folder of -o; remove it"),
         ({"seed": 1}, r"trl.seed: follows from seed; remove it"),
+        ({"max_steps": -5}, "trl.max_steps: expected 1 or more, or -1 for whole epochs, found -5"),
+        ({"save_steps": -1}, "trl.save_steps: expected a number above 0, found -1"),
+        ({"dataloader_num_workers": -1}, "trl.dataloader_num_workers: expected a number from 0 on, found -1"),
+        ({"use_liger_kernel": True}, "trl.use_liger_kernel: liger_kernel is not installed: pip install liger-kernel"),
+        ({"save_only_model": True}, "trl.save_only_model: from weights alone no training goes on as it was; remove it"),
         ({"resume_from_checkpoint": True}, r"trl.resume_from_checkpoint: follows from the same command again; remove it"),
         ({"lr_scheduler_type": "x"}, r"trl: SFTConfig refuses these values: .*x"),
         ({"max_length": 1000}, r"trl.max_length: 1000 is more than the 256 tokens of the model's context; lower it"),
@@ -347,7 +360,7 @@ def interrupted(tiny, tmp_path_factory):
         at_step(patch, 4, lambda loss: loss * float("nan"))
         with pytest.raises(EngineError):
             train("sft", settings, folder / "part")
-    return settings, folder / "part", whole["measures"]["train_loss"]
+    return settings, folder / "part", whole["measures"]["loss"]
 
 
 @pytest.mark.parametrize("length", [0, 0.5, None], ids=["empty", "half", "gone"])
@@ -361,7 +374,7 @@ def test_a_checkpoint_that_was_cut_off_is_left_out_and_told(interrupted, tmp_pat
     else:
         os.truncate(file, int(file.stat().st_size * length))
     manifest = train("sft", settings, tmp_path / "out", show=show)
-    assert (manifest["steps"], manifest["measures"]["train_loss"]) == (4, loss)
+    assert (manifest["steps"], manifest["measures"]["loss"]) == (4, loss)
     told = [one for one in show.notes if "checkpoint-3" in one]
     assert len(told) == 1
     assert told[0].startswith("checkpoint-3 was not written whole (")
@@ -394,6 +407,7 @@ def test_names_and_parts_of_checkpoints(tmp_path):
         "checkpoint-3": ["pytorch_model_fsdp_0", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"],
         "checkpoint-4": ["global_step4", "adapter_config.json", "zero_to_fp32.py", "latest", "rng_state_0.pth"],
         "checkpoint-5": ["adapter_config.json", "training_args.bin", "critic_optimizer.pt"],
+        "checkpoint-6": ["model-1.safetensors"],
     }.items():
         (tmp_path / name).mkdir()
         for file in ("trainer_state.json", *files):
@@ -413,10 +427,14 @@ def test_names_and_parts_of_checkpoints(tmp_path):
         "checkpoint-3": None,
         "checkpoint-4": None,
         "checkpoint-5": "critic.safetensors",
+        "checkpoint-6": "optimizer",
     }
     assert find_last(tmp_path) == (
         tmp_path / "checkpoint-4",
-        ["checkpoint-5 was not written whole (critic.safetensors is missing or cut off) and is left out"],
+        [
+            "checkpoint-6 was not written whole (optimizer is missing or cut off) and is left out",
+            "checkpoint-5 was not written whole (critic.safetensors is missing or cut off) and is left out",
+        ],
     )
 
 
@@ -432,6 +450,8 @@ def test_what_is_no_fault_of_the_disk_is_not_told_as_one(tmp_path):
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS):
         with pytest.raises(StoreError, match="cannot be written"):
             failing(OSError(number, "full"))
+    with pytest.raises(StoreError, match="cannot be written"):  # what torch.save says where the disk fills up
+        failing(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 131392 vs 131280"))
     for error in (ReadTimeout("slow"), ConnectTimeout("slow"), ConnectionRefusedError("none")):
         with pytest.raises(EngineError, match="no vLLM server answers at x"):
             failing(error)
@@ -497,6 +517,22 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_training(tiny, rows
     assert train("sft", settings, tmp_path / "out", "changed-code")["status"] == "done"
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "out" / "run" / "changes.json").exists()
+
+
+def test_what_a_kill_leaves_of_a_finished_training_is_deleted_and_holds_nothing_up(tiny, rows, tmp_path, monkeypatch):
+    settings, out = make_settings("sft", tiny, rows), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("cai.training.running._tidy", lambda folder: None)
+        done = train("sft", settings, out)
+    [file] = (out / "run" / "rows" / "train").glob("data-*.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    (out / "manifest.json").rename(tmp_path / "manifest.json")
+    again = train("sft", settings, out)
+    assert again["measures"] == done["measures"]
+    assert not (out / "run" / "rows").exists()
+    (out / "run" / "rows").mkdir()
+    assert train("sft", settings, out) == again
+    assert not (out / "run" / "rows").exists()
 
 
 def test_starting_over_that_is_interrupted_leaves_what_the_rest_is_of(tmp_path, monkeypatch):
@@ -589,13 +625,16 @@ def test_a_second_signal_while_the_card_is_written_says_what_to_do(tiny, rows, t
     [
         ("nothing", "from the start, there being no checkpoint yet"),
         ("members/0/done.json", "with the next reward model"),
-        ("checkpoints/member-1/checkpoint-4/trainer_state.json", "from its last checkpoint"),
+        ("checkpoints/member-1/checkpoint-4", "from its last checkpoint"),
     ],
 )
 def test_ctrl_c_at_any_time_says_where_it_goes_on_from(tmp_path, there, where):
     with TrainFolder(tmp_path, {"stage": "reward"}) as folder:
-        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / there).write_text("{}")
+        if "checkpoint" in there:
+            make_checkpoint(tmp_path / there)
+        else:
+            (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / there).write_text("{}")
         with pytest.raises(Interrupted, match=f"^stopped at once; the same command continues {where}$"), failures(folder, None):
             raise KeyboardInterrupt
 
@@ -603,8 +642,7 @@ def test_ctrl_c_at_any_time_says_where_it_goes_on_from(tmp_path, there, where):
 def test_a_changed_function_is_told_once_though_its_training_was_killed_as_it_began(tmp_path):
     before, now = ({"stage": "grpo", "reward": [{"function": f"f@{n}"}]} for n in (1, 2))
     with TrainFolder(tmp_path, before) as folder:
-        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
-        (folder.checkpoints / "checkpoint-4" / "trainer_state.json").write_text("{}")
+        make_checkpoint(folder.checkpoints / "checkpoint-4")
     for _ in range(2):
         with TrainFolder(tmp_path, now, "changed-code") as folder:
             assert folder.changes == [{"step": 4, "key": "reward[0].function", "before": "f@1", "after": "f@2"}]

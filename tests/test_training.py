@@ -171,7 +171,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tiny, tmp_path):
     manifest = train("dpo", settings, killed, show=show)
     assert "training goes on from checkpoint-2" in show.notes
     assert losses(killed) == pytest.approx(losses(whole), abs=1e-7)
-    assert manifest["measures"]["train_loss"] == pytest.approx(losses(whole)[-1], abs=1e-7)
+    assert manifest["measures"]["loss"] == pytest.approx(losses(whole)[-1], abs=1e-7)
     assert largest_difference(whole, killed) < 1e-7
     assert len(list((whole / "checkpoints").iterdir())) == 2
 

@@ -43,7 +43,7 @@ def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys)
         "data": [source],
         "too_long": {"train": 3},
         "unlabelled": {},
-        "measures": {"train_loss": 0.512345},
+        "measures": {"loss": 0.512345},
     }
     show_summary(manifest, Path("models/[x]"))
     out = capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_the_summary_tells_what_was_left_out_and_shows_names_as_they_are(capsys)
     assert "left out 2 rows that could not be used (models/[x]/run/quarantine.jsonl); the first, a:1: [red]no" in out
     assert "left out 3 of train: longer than trl.max_length" in out
     assert "measures after 1,000 steps, 2 min" in out
-    assert "0.5123  train_loss" in out
+    assert "0.5123  loss" in out
     assert "use it:             cai generate -m models/[x]" in out
 
 
@@ -87,12 +87,12 @@ def test_the_summary_of_an_online_training_tells_what_stopped_it_and_how_gold_we
 
 
 def test_the_summary_says_of_which_rollout_measures_are(capsys, tmp_path):
-    measures = {"reward": 0.25, "kl": 3.0, "train_loss": 0.5}
+    measures = {"reward": 0.25, "kl": 3.0, "loss": 0.5}
     show_summary({**GUARDED, "measures": measures, "rollout": 9}, tmp_path)
     told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "0.25 reward (of the rollout at step 9)" in told
     assert "3 kl, nats a completion (of the rollout at step 9)" in told
-    assert "0.5 train_loss" in told
+    assert "0.5 loss" in told
 
 
 def test_gold_is_named_by_a_flag_and_set_goes_into_it(tmp_path):

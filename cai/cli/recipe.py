@@ -44,6 +44,22 @@ def keys(
     if stage not in known:
         raise ConfigError(f"no stage '{stage}'{nearest(stage, known)}; expected one of {', '.join(known)}")
     print("\n".join(_described(known[stage])))
+    if stage == "ppo":
+        print("\n".join(_of_ppo()))
+
+
+def _of_ppo() -> Iterator[str]:
+    """Keys of PPO's config class that TRL's has not, or with another default."""
+    import dataclasses
+
+    from cai.training.arguments import config_class
+
+    config = config_class("ppo")
+    yield "\ntrl\n  What PPO adds to TRL's GRPOConfig, or begins otherwise:"
+    for one in dataclasses.fields(config):
+        if one.name in config.__annotations__:
+            yield f"  trl.{one.name}: {json.dumps(one.default)}"
+            yield from _wrapped(one.metadata["help"], "      ")
 
 
 def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -61,6 +77,19 @@ def _described(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             line = f"{indent}{prefix}{name}: {value}  ({_type(field.annotation)})"
             yield from [line] if len(line) <= _WIDTH else _wrapped(line.strip(), indent)
             yield from _wrapped(about, f"{indent}    ")
+            inner = next((one for one in _parts(field.annotation) if one is not model), None)
+            if inner is not None and not prefix:
+                yield from _described(inner, f"{name}{'[]' * (typing.get_origin(field.annotation) is tuple)}.")
+
+
+def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a value may be, or be a list of."""
+    from cai.documents import Part
+
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        yield annotation
+    for one in typing.get_args(annotation):
+        yield from _parts(one)
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

@@ -45,7 +45,7 @@ _MEASURES = (
     "objective/scores",
     "kl",
     "eval_loss",
-    "train_loss",
+    "loss",
 )
 """Of a trained model, what says most first."""
 

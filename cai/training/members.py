@@ -86,9 +86,9 @@ def train_members(settings: RewardSettings, data: StageData, folder: TrainFolder
         with watch.on_signals(SAVING):
             spec, measures = finish(RewardModel.open(_spec(members, settings), folder.path), settings, data)
             folder.write(SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
-    losses = {f"train_loss{one.name and '/'}{one.name}": told["loss"] for one, told in zip(members, done, strict=True)}
+    losses = {f"loss{one.name and '/'}{one.name}": told["loss"] for one, told in zip(members, done, strict=True)}
     known = {name: loss for name, loss in losses.items() if loss is not None}
-    known = {"train_loss": fmean(known.values()), **known} if known else {}
+    known = {"loss": fmean(known.values()), **known} if known else {}
     return Outcome(sum(one["steps"] for one in done), known | measures, left_out, effective(arguments))
 
 

@@ -81,6 +81,8 @@ def train(
             watch = Watch(folder.log, show, spare, stop_file, folder.note_seconds)
             finished = folder.finished
             if finished and not _goes_on(settings, finished):
+                if processes.is_main_process:
+                    _tidy(folder)
                 return finished
             if processes.is_main_process:
                 _quarantine(data, folder)
@@ -255,6 +257,11 @@ def _finish(stage: StageName, settings: TrainSettings, folder: TrainFolder, mani
     if (folder.path / "best").is_dir():
         folder.write("best/README.md", render_card(stage, settings, manifest, f"{folder.path.name}, best", is_best=True))
     folder.write("manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    _tidy(folder)
+
+
+def _tidy(folder: TrainFolder) -> None:
+    """Delete what only the training needed."""
     shutil.rmtree(folder.rows, ignore_errors=True)
     shutil.rmtree(folder.path / "run" / "best", ignore_errors=True)
     (folder.checkpoints / "README.md").unlink(missing_ok=True)  # TRL's own
@@ -297,12 +304,13 @@ def fit(trainer: Any, watch: Watch, checkpoints: Path, show: Show) -> None:
 
 
 def measure(trainer: Any, data: StageData) -> dict[str, float]:
-    """TRL's measures on the held-out rows at the end, the last loss, and of an online stage the last reward."""
+    """TRL's measures on the held-out rows at the end; the last loss, or of an online stage, whose loss says nothing, the last
+    reward."""
     history = trainer.state.log_history
     losses = [line["loss"] for line in history if "loss" in line]
-    told = {"train_loss": losses[-1]} if losses else {}
-    for line in history:
-        told |= {name: line[name] for name in _ONLINE if name in line}
+    told = {name: line[name] for line in history for name in _ONLINE if name in line}
+    if losses and not told:
+        told["loss"] = losses[-1]
     if data.test is None or trainer.args.eval_strategy == "no":
         return told
     ended = (line for line in history if line["step"] == trainer.state.global_step and "eval_loss" in line)
