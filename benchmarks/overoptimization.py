@@ -7,12 +7,13 @@ paragraphs with which PPO begins, and wrong from 30 words on. That is a bias whi
 the stop that has to see it.
 
 With each seed one reward model is optimised, and an ensemble of three (mean less variance), each with the safeguards that are
-on by default and the stop when gold falls, as `gold:` of `cai train ppo`. What the stop keeps is put aside, and the same
-training goes on to its last step without any safeguard. Then answers to prompts that neither training nor measuring has seen,
-four to each, are measured: of the model that they begin with, of what each stop keeps, of the last step of the whole
-trainings, and of their best by gold where it comes after the stop; with 95 % intervals over prompts, also of differences by
-prompt; and, since one training says little, the differences of several seeds with intervals over seeds. A picture of gold and
-reward over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is written into the folder.
+on by default and the stop when gold falls, as `gold:` of `cai train ppo`. What the stop keeps of the one reward model's is put
+aside, and the same training goes on to its last step without any safeguard. Then answers to prompts that neither training nor
+measuring has seen, four to each, are measured: of the model that they begin with, of what each stop keeps, of the last step of
+each training, and of its best by gold where that comes after the stop; with 95 % intervals over prompts, also of
+differences by prompt; and, since one training says little, the differences of several seeds with intervals over seeds. A
+picture of gold and reward over steps and over the square root of the KL (Gao et al. 2022, arXiv 2210.10760, figure 1) is
+written into the folder.
 
     python -m benchmarks.overoptimization [SEEDS] [FOLDER]      (default 0,1,2 overoptimization; continues in a kept folder)
 
@@ -53,6 +54,8 @@ REWARDS: dict[str, dict[str, Any]] = {
     "one": {"lora": {"merge": False}},
     "several": {"members": 3, "combine": "mean-variance", "variance_weight": 0.1},  # as Coste et al. 2023 with PPO
 }
+UNGUARDED = "one"
+"""The one of these that is optimised to the last step."""
 Golds = numpy.ndarray[Any, Any]
 """Prompts x 4: of each answer."""
 
@@ -133,8 +136,14 @@ def stopped(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}-{seed}-stopped"
 
 
+def why_stopped(folder: Path, name: str, seed: int) -> dict[str, Any] | None:
+    """What the manifest tells of the stop; None where the training went to its end."""
+    told: dict[str, Any] | None = json.loads((stopped(folder, name, seed) / "manifest.json").read_bytes()).get("stopped")
+    return told
+
+
 def one_seed(folder: Path, seed: int) -> None:
-    """Both trainings, each to where the stop acts, of which a copy is kept, and on to its end."""
+    """Both trainings, each to where the stop acts, of which a copy is kept; one of them on to its end."""
     fitting = {
         "data": {"source": str(write_pairs(folder, seed)), "test_split": None},
         "seed": seed,
@@ -148,7 +157,13 @@ def one_seed(folder: Path, seed: int) -> None:
             training = optimise(folder, seed, name, reward, safe=True)
             shutil.copytree(training, part, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
             part.rename(kept)
-        optimise(folder, seed, name, reward, safe=False)
+        if name == UNGUARDED:
+            optimise(folder, seed, name, reward, safe=False)
+
+
+def longest(folder: Path, name: str, seed: int) -> Path:
+    """The training as far as it went."""
+    return folder / f"{name}-{seed}" if name == UNGUARDED else stopped(folder, name, seed)
 
 
 def points(training: Path) -> Sequence[Line]:
@@ -167,13 +182,13 @@ def show(folder: Path, seed: int) -> dict[str, float]:
     """A line for each model and each difference, measured on fresh prompts; and why trainings stopped. Gives differences."""
     models = {"start": MODEL}
     for name in REWARDS:
-        whole, kept = folder / f"{name}-{seed}", stopped(folder, name, seed)
+        whole, kept = longest(folder, name, seed), stopped(folder, name, seed)
         models |= {f"{name}, kept": str(kept / "best"), f"{name}, last": str(whole)}
         if best(whole)["step"] != best(kept)["step"]:
             models[f"{name}, best"] = str(whole / "best")
-        found = json.loads((kept / "manifest.json").read_bytes()).get("stopped")
+        found = why_stopped(folder, name, seed)
         why = f"stopped at step {found['step']}: {found['why']}" if found else "not stopped"
-        print(f"seed {seed}, {name}: {why}; best of the whole at step {best(whole)['step']}", flush=True)
+        print(f"seed {seed}, {name}: {why}; best at step {best(whole)['step']}", flush=True)
     golds: dict[str, Golds] = {}
     for label, model in models.items():
         given = answers(folder, model, "fresh", seed + 1000, f"fresh-{seed}-{label.replace(', ', '-')}")
@@ -229,14 +244,14 @@ def draw(folder: Path, seeds: list[int], file: Path) -> None:
     for (label, place), panels in zip(rows.items(), grid, strict=True):
         for (name, title), axes in zip(columns.items(), panels, strict=True):
             for seed in seeds:
-                found = points(folder / f"{name}-{seed}")
+                found = points(longest(folder, name, seed))
                 x = [place(one) for one in found]
                 axes.plot(x, [one["gold"] for one in found], color=BLUE, label="gold")
                 axes.plot(x, [one["proxy"] for one in found], color=ORANGE, alpha=0.7, label="reward")
                 seen = points(stopped(folder, name, seed))
                 kept = seen.index(best(stopped(folder, name, seed)))
                 axes.plot(x[kept], seen[kept]["gold"], "o", color=BLUE, label="kept")
-                if len(seen) < len(found):
+                if why_stopped(folder, name, seed):
                     axes.plot(x[len(seen) - 1], seen[-1]["gold"], "x", color=BLUE, label="the stop acts")
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.set(title=title if axes in grid[0] else "", xlabel=label)
