@@ -225,7 +225,7 @@ def test_a_function_may_import_what_lies_beside_its_file(tmp_path):
             {"reward": {"constitution": "harmless", "judge": {"method": "score", "model": "m", "samples": 3}}},
             "judge.samples: says nothing of one completion",
         ),
-        ({"reward": "a/b", "gold": {"model": "c", "weight": -1}}, "weight: there is one gold measure, and more is better"),
+        ({"reward": "a/b", "gold": {"model": "c", "weight": -1}}, "gold.weight\n.*not permitted"),
         ({"reward": "a/b", "gold": "a/b"}, "gold: this is trained on as a reward; an honest measure is one that is not"),
     ],
 )

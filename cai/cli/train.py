@@ -11,7 +11,7 @@ import typer
 from cai.cli.options import FOLDER, INPUTS, MACHINES, MODELS, Set, Yes, option
 from cai.errors import ConfigError, Interrupted
 from cai.training import ONLINE, SETTINGS, STAGES, StageName, TrainSettings, check_installed
-from cai.training.online.settings import GoldSettings, RewardSource, source_of
+from cai.training.online.settings import GoldSettings, Source, source_of
 
 if TYPE_CHECKING:
     from cai.documents import Document
@@ -142,7 +142,7 @@ def _start(
     run(stage, settings, folder, mode, launch, document)
 
 
-_OF_MEASURING = GoldSettings.model_fields.keys() - RewardSource.model_fields.keys()
+_OF_MEASURING = GoldSettings.model_fields.keys() - Source.model_fields.keys()
 _EXAMPLE = "Example:\n\n    cai train {stage} runs/harmless -m Qwen/Qwen3-0.6B --lora -o models/{stage}"
 _ONLINE_EXAMPLE = (
     "Example:\n\n    cai train reward runs/harmless -m smollm2-135m -o models/reward\n\n"

@@ -12,7 +12,7 @@ from cai.intervals import gathered
 from cai.models import ALIASES, public_name
 from cai.report.written import named
 from cai.training.base_settings import TrainSettings
-from cai.training.online.settings import OnlineSettings, RewardSource
+from cai.training.online.settings import OnlineSettings, Source
 from cai.training.settings import RewardSettings, StageName
 
 _WHAT: dict[StageName, str] = {
@@ -89,7 +89,7 @@ def _metadata(stage: StageName, settings: TrainSettings, base: str) -> dict[str,
     }
 
 
-def _rewarded_by(source: RewardSource) -> str:
+def _rewarded_by(source: Source) -> str:
     """What says what a completion is worth, in words."""
     if source.model is not None:
         return f"the reward model `{public_name(source.model)}`"

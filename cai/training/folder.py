@@ -108,10 +108,9 @@ class TrainFolder:
             elif changed and mode == "changed-code":
                 self._tell_changed(changed)
             else:
-                ended = "; that one has ended, and --changed-code is for one that has not" if mode == "changed-code" else ""
-                raise ConfigError(
-                    f"{self.path} holds {describe(before, identity, bool(changed))}{ended if self.finished else ''}"
-                )
+                is_late = mode == "changed-code" and self.finished
+                more = "; that one has ended, and --changed-code is for one that has not" if is_late else ""
+                raise ConfigError(f"{self.path} holds {describe(before, identity, bool(changed))}{more}")
         self.write("run/identity.json", json.dumps(identity, indent=2) + "\n")
         told = (self._read(_SECONDS) or {}).get("seconds")
         self._before = float(told) if isinstance(told, int | float) else 0.0

@@ -32,7 +32,7 @@ from cai.training.failing import failures, refusals, server_of
 from cai.training.folder import QUARANTINE, Mode, TrainFolder
 from cai.training.loading import check_reference, check_rewards_of, context_of, context_with_rewards, find_model, load_tokenizer
 from cai.training.online.held_out import tell_sources
-from cai.training.online.settings import OnlineSettings, PpoSettings, RewardSource
+from cai.training.online.settings import OnlineSettings, PpoSettings, Source
 from cai.training.online.versions import version_of
 from cai.training.preparing import prepare_rows, read_rows
 from cai.training.saving import save_model
@@ -158,7 +158,7 @@ def _rewarded_by(settings: OnlineSettings) -> dict[str, Any]:
     """Rewards, gold measure and critic with the versions of what they are made of."""
     critic = settings.critic if isinstance(settings, PpoSettings) else None
     gold = settings.gold
-    measured = gold and {**version_of(gold), **gold.model_dump(mode="json", exclude={*RewardSource.model_fields, "stop"})}
+    measured = gold and {**version_of(gold), **gold.model_dump(mode="json", exclude={*Source.model_fields, "stop"})}
     return {
         "reward": [{**version_of(one), "weight": one.weight} for one in settings.reward],
         "gold": measured,

@@ -34,7 +34,7 @@ from cai.judging.likelihood import LikelihoodJudge
 from cai.judging.pointwise import PointwiseJudge
 from cai.judging.score import ScoreJudge
 from cai.rewards.model import RewardModel, check_reward_model
-from cai.training.online.settings import OnlineSettings, RewardSource
+from cai.training.online.settings import OnlineSettings, Source
 from cai.training.online.versions import function_file, version_of
 from cai.types import Message, Messages
 
@@ -81,13 +81,14 @@ class Reward:
     def _note(self, log: Callable[[str, float], object], name: str, value: Any) -> None:
         """What a function logs."""
         try:
+            number = float(value)
             if not isinstance(name, str):
                 raise TypeError("not a name")
-            log(name, float(value))
         except (TypeError, ValueError) as exc:
             raise EngineError(
                 f"{self._called}: log_metric takes a name and a number, found {_short(name)}, {_short(value)}"
             ) from exc
+        log(name, number)
 
     def _checked(self, answer: Any, completions: Sequence[Dialogue]) -> Rewards:
         try:
@@ -147,7 +148,7 @@ def _where(exc: BaseException) -> str:
     return f" ({Path(last.filename).name}:{last.lineno})"
 
 
-def build_reward(source: RewardSource, tell: Tell | None = None, kind: str = "reward") -> Reward:
+def build_reward(source: Source, tell: Tell | None = None, kind: str = "reward") -> Reward:
     """The reward of a source, or what else of that kind it is. Raises `ConfigError` for what cannot be had, `EngineError` for
     weights that do not load."""
     if source.model is not None:
@@ -179,7 +180,7 @@ def check_rewards(settings: OnlineSettings, unmade: Collection[str] = ()) -> Non
             raise ConfigError(f"critic: {exc}") from exc
 
 
-def check_source(source: RewardSource, unmade: Collection[str] = ()) -> None:
+def check_source(source: Source, unmade: Collection[str] = ()) -> None:
     """Raises `ConfigError` for what can be seen to be wrong without loading a model."""
     if source.model is not None and source.model not in unmade:
         check_reward_model(source.model)

@@ -32,7 +32,7 @@ from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
 from cai.training.online.rollouts import SHOWN, Logged, Rollouts, sample
-from cai.training.online.settings import OnlineSettings, RewardSource
+from cai.training.online.settings import OnlineSettings, Source
 from cai.training.online.versions import version_of
 from cai.training.stage import Parts
 from cai.training.watching import AllSteps
@@ -100,8 +100,18 @@ class Safeguards(TrainerCallback):
             raise AllSteps
         if state.global_step < (warming := getattr(args, "value_warmup_steps", 0)):
             self._note(f"to step {warming} the value function alone learns (trl.value_warmup_steps)")
+        self._note_one_rollout(args, state.max_steps)
         if self._leads:
             (self._run / _STOPPED).unlink(missing_ok=True)
+
+    def _note_one_rollout(self, args: Any, last: int) -> None:
+        """Where it is all that is trained on."""
+        steps = getattr(args, "num_iterations", 0) * getattr(args, "steps_per_generation", 0) / args.gradient_accumulation_steps
+        if last <= steps:
+            self._note(
+                f"all {last} steps are trained on one rollout, so that reward and KL are those from before; raise "
+                f"trl.max_steps above {steps:.0f}"
+            )
 
     def _note_unseen(self, args: Any) -> None:
         """What nothing watches or stops."""
@@ -110,12 +120,6 @@ class Safeguards(TrainerCallback):
         elif self.settings.gold is not None and self.settings.gold.stop and len(self.held_out.prompts) < golden.FEW:
             few = len(self.held_out.prompts)
             self._note(f"gold: too few held-out prompts ({few}) to stop the training by; give {golden.FEW} or more")
-        steps = getattr(args, "num_iterations", 0) * getattr(args, "steps_per_generation", 0) / args.gradient_accumulation_steps
-        if self._trainer.state.max_steps <= steps:
-            self._note(
-                f"all {self._trainer.state.max_steps} steps are trained on one rollout, so that reward and KL are those from "
-                f"before; raise trl.max_steps above {steps:.0f}"
-            )
         if find_spec("py3langid") is None:
             self._note(_NO_LANGUAGES)
         if self.settings.limits.kl is not None and getattr(args, "beta", None) == 0:
@@ -335,7 +339,7 @@ class Safeguards(TrainerCallback):
             self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
 
 
-def _function(source: RewardSource) -> str | None:
+def _function(source: Source) -> str | None:
     """A function as NAME@VERSION."""
     return version_of(source)["function"] if source.function is not None else None
 

@@ -24,8 +24,8 @@ _OF_JUDGES = {"model", "revision", "server", "vllm", "method", "length", "allow_
 """The keys of a judge that say something of how it judges one completion."""
 
 
-class RewardSource(Part):
-    """What rewards a completion: exactly one of `model`, `constitution` and `function`."""
+class Source(Part):
+    """What says what a completion is worth: exactly one of `model`, `constitution` and `function`."""
 
     model: Text | None = None
     """A reward model: a folder of `cai train reward`, or a sequence classifier with one output (folder or Hub id)."""
@@ -37,11 +37,9 @@ class RewardSource(Part):
     function: Text | None = None
     """A Python function, as FILE.py:NAME or package.module:NAME, called as TRL calls reward functions: with lists `prompts`,
     `completions` and the columns of the rows. It returns a number for each completion, or None where it has none."""
-    weight: Weight = 1.0
-    """Its weight in the sum of all."""
 
     @model_validator(mode="after")
-    def _is_one(self) -> RewardSource:
+    def _is_one(self) -> Source:
         given = [name for name in ("model", "constitution", "function") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"expected exactly one of model, constitution, function, found {' and '.join(given) or 'none'}")
@@ -66,6 +64,13 @@ class RewardSource(Part):
             return self.function.rpartition(":")[2]
         named = self.model or self.constitution or ""
         return named.rstrip("/").rpartition("/")[2].removesuffix(".yaml")
+
+
+class RewardSource(Source):
+    """What rewards a completion."""
+
+    weight: Weight = 1.0
+    """Its weight in the sum of all."""
 
 
 def _judge_problem(judge: JudgeConfig) -> str | None:
@@ -94,11 +99,9 @@ def source_of(value: Any) -> Any:
     return {"constitution" if value in built_in_names() or value.endswith((".yaml", ".yml")) else "model": value}
 
 
-class GoldSettings(RewardSource):
+class GoldSettings(Source):
     """A measure that is not trained on, taken of answers to held-out prompts."""
 
-    weight: Weight = 1.0
-    """1: there is one gold measure."""
     every: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """After so many steps, or below 1 after such a share of all steps, answers are measured."""
     prompts: PositiveInt = 64
@@ -106,14 +109,6 @@ class GoldSettings(RewardSource):
     stop: bool = True
     """Whether training stops where two measures in a row are below the best while the reward has risen, both with
     significance."""
-
-    @model_validator(mode="after")
-    def _has_no_weight(self) -> GoldSettings:
-        if self.weight != 1:
-            raise ValueError(
-                "weight: there is one gold measure, and more is better; of a cost, give a function that negates it"
-            )
-        return self
 
 
 class LimitSettings(Part):

@@ -13,11 +13,11 @@ from cai.config import JudgeConfig
 from cai.constitution import load_constitution
 from cai.errors import ConfigError
 from cai.models import locate
-from cai.training.online.settings import RewardSource
+from cai.training.online.settings import Source
 
 
-def version_of(source: RewardSource) -> dict[str, Any]:
-    """What a source rewards by, each part as NAME@VERSION; its weight is none of it. Raises `ConfigError` for what is not
+def version_of(source: Source) -> dict[str, Any]:
+    """What a source rewards by, each part as NAME@VERSION. Raises `ConfigError` for what is not
     there."""
     if source.model is not None:
         return {"model": _model(source.model, rewards=True)}
