@@ -629,9 +629,9 @@ def test_a_run_that_stopped_inside_a_rollout_goes_on_with_it(stage, tiny, rows, 
         train(stage, settings, tmp_path / out, show=show)
         return show
 
-    run("out", 1)
+    assert "limits.steps ends this after 1 of its 4 steps; set limits.steps: null for all of them" in run("out", 1).notes
     assert "training goes on from checkpoint-1" in run("out", None).notes
-    run("whole", None)
+    assert "each rollout is 8 completions, trained on 2 times in minibatches of 8" in run("whole", None).notes
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert [line["step"] for line in written(tmp_path / "out", "rollouts")] == [1, 3]
     line = "all 4 steps are trained on one rollout, so that reward and KL are those from before; raise trl.max_steps above 4"

@@ -100,18 +100,25 @@ class Safeguards(TrainerCallback):
             raise AllSteps
         if state.global_step < (warming := getattr(args, "value_warmup_steps", 0)):
             self._note(f"to step {warming} the value function alone learns (trl.value_warmup_steps)")
-        self._note_one_rollout(args, state.max_steps)
+        self._note_steps(args, state.max_steps)
         if self._leads:
             (self._run / _STOPPED).unlink(missing_ok=True)
 
-    def _note_one_rollout(self, args: Any, last: int) -> None:
-        """Where it is all that is trained on."""
-        steps = getattr(args, "num_iterations", 0) * getattr(args, "steps_per_generation", 0) / args.gradient_accumulation_steps
-        if last <= steps:
-            self._note(
-                f"all {last} steps are trained on one rollout, so that reward and KL are those from before; raise "
-                f"trl.max_steps above {steps:.0f}"
-            )
+    def _note_steps(self, args: Any, last: int) -> None:
+        """What a rollout is; and where the steps end after the first one, or before the last."""
+        if rollout := getattr(args, "generation_batch_size", None):
+            epochs, minibatches = args.num_iterations, args.steps_per_generation / args.gradient_accumulation_steps
+            steps = epochs * minibatches
+            times = "once" if epochs == 1 else f"{epochs} times"
+            self._note(f"each rollout is {rollout} completions, trained on {times} in minibatches of {rollout / minibatches:g}")
+            if last <= steps:
+                self._note(
+                    f"all {last} steps are trained on one rollout, so that reward and KL are those from before; raise "
+                    f"trl.max_steps above {steps:g}"
+                )
+        limit = self.settings.limits.steps
+        if limit is not None and limit < last:
+            self._note(f"limits.steps ends this after {limit:,} of its {last:,} steps; set limits.steps: null for all of them")
 
     def _note_unseen(self, args: Any) -> None:
         """What nothing watches or stops."""
