@@ -12,13 +12,13 @@ from cai.constitution import load_constitution
 
 
 def test_its_loop_is_closed_with_it_also_while_another_loop_runs(tmp_path):
-    from cai.training.online.rewards import JudgeReward
+    from cai.training.online.rewards import JudgeReward, Reward
 
     file = tmp_path / "c.yaml"
     file.write_text("name: c\ndescription: d\nlicense: MIT\nprinciples:\n  - {id: short, check: {max_words: 3}}\n")
 
     def rewarded() -> Any:
-        reward = JudgeReward(load_constitution(str(file)), JudgeConfig(method="checks"))
+        reward = Reward("short", JudgeReward(load_constitution(str(file)), JudgeConfig(method="checks")))
         assert reward([[{"role": "user", "content": "Hi"}]], [[{"role": "assistant", "content": "Yes."}]]) == [1.0]
         return reward
 

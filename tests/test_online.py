@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import shutil
@@ -161,6 +162,44 @@ def test_online_dpo_logs_how_far_members_of_a_reward_model_disagree(run, tiny, r
     train("online-dpo", settings("online-dpo", tiny, run, reward=str(reward_model)), tmp_path)
     assert logged(tmp_path, "reward_disagreement")[-1] > 0
     assert logged(tmp_path, "rewards/model/none")[-1] == 0
+
+
+def test_a_step_of_online_dpo_takes_the_mean_over_its_batches(run, tiny, tmp_path):
+    def norms(name: str, steps: int, **trl: Any) -> list[float]:
+        still = {"learning_rate": 0.0, "max_steps": steps, "temperature": 3.0, **trl}
+        train("online-dpo", settings("online-dpo", tiny, run, trl=still), tmp_path / name)
+        return logged(tmp_path / name, "grad_norm")
+
+    apart, [together] = norms("apart", 2), norms("together", 1, gradient_accumulation_steps=2)
+    assert 0 < together <= sum(apart) / 2
+
+
+def test_online_dpo_learns_of_a_pair_whose_rewards_differ_after_fines():
+    from cai.training.online.dpo import OnlineDpo
+
+    trainer = OnlineDpo.__new__(OnlineDpo)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
+    trainer.is_deepspeed_enabled, trainer.current_gradient_accumulation_steps = False, 2
+    trainer.state, trainer.reward_weights, trainer._said, trainer._mean = None, None, {}, 0.0
+    told = [[0.5, 0.5, 0.5, None, 1.0, 0.5, 0.5, 0.5]]
+    trainer.reward_funcs = [lambda **given: told[0]]
+    rewards = trainer._calculate_rewards_from_functions([None] * 8, [None] * 8, [[]] * 8)
+    rewards[torch.tensor([1])] -= 1.0  # as TRL does
+    weights = trainer._weighted(torch.ones(8, 2))
+    assert weights[:, 0].tolist() == [0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0]
+
+
+def test_a_function_may_be_async_with_one_loop_for_all_calls():
+    loops = list[Any]()
+
+    async def score(completions: Any, **columns: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(completions)
+
+    turns = [[{"role": "assistant", "content": "a"}]]
+    reward = Reward("r", score)
+    assert [reward([[]], turns), reward([[]], turns)] == [[1.0], [1.0]]
+    assert loops[0] is loops[1]
 
 
 def test_online_dpo_logs_the_means_of_what_came_since_the_last_line(monkeypatch):

@@ -59,6 +59,10 @@ class Mute(Exception):
         raise ValueError("no words")
 def mute(completions, **columns):
     raise Mute
+async def awaited(completions, **columns):
+    import asyncio
+    await asyncio.sleep(0)
+    raise KeyError("score")
 """
 
 
@@ -94,6 +98,7 @@ def functions(tmp_path) -> Path:
         ("too_large", r"reward 'too_large' returned \[10000.*; expected a list with a number for each"),
         ("mute", r"^reward 'mute' raised Mute: <exception str\(\) failed> \(fun.py:31\)$"),
         ("broken_off", r"^reward 'broken_off' raised KeyError: 'score' \(fun.py:26\)$"),
+        ("awaited", r"^reward 'awaited' raised KeyError: 'score' \(fun.py:35\)$"),
     ],
 )
 def test_what_a_function_must_not_answer(tiny, rows, functions, tmp_path, name, message):
@@ -487,6 +492,7 @@ def test_a_completion_that_a_reward_model_cannot_read_has_no_reward_and_is_count
         ("grpo", {"top_p": 2.0}, "trl.top_p: expected a number up to 1, found 2.0"),
         ("online-dpo", {"beta": [0.1, -1]}, "trl.beta: expected a number from 0 on, found -1"),
         ("grpo", {"reward_weights": [1.0]}, "trl.reward_weights: follows from reward: each has its weight; remove it"),
+        ("rloo", {"sync_ref_model": True}, "trl.sync_ref_model: checkpoints do not hold a reference that moves, so that a"),
     ],
 )
 def test_values_that_do_not_go_together(tiny, rows, tmp_path, stage, trl, message):
@@ -609,6 +615,19 @@ def test_out_of_memory_says_what_to_lower(tiny, rows, tmp_path, stage, changes, 
         patch.setattr(rewards.Reward, "__call__", lambda self, prompts, completions, **columns: raising(completions))
         with pytest.raises(EngineError, match=message):
             train(stage, settings(stage, tiny, rows, **changes), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "raised", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_in_a_reward_model_says_what_to_lower_too(tiny, rows, tmp_path, monkeypatch, raised):
+    def rewards(self: Any, batch: Any) -> Any:
+        raise raised
+
+    make_reward_model(tmp_path / "model")
+    monkeypatch.setattr("cai.rewards.model._Member.rewards", rewards)
+    with pytest.raises(EngineError, match=r"^out of memory: lower trl.max_completion_length \(6 here\)"):
+        train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / "model")), tmp_path / "out")
 
 
 def test_a_constitution_with_a_check_needs_no_judge(tiny, rows, tmp_path):

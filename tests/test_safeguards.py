@@ -196,9 +196,9 @@ def test_a_target_of_the_kl_past_its_limit_is_refused(tiny, rows, functions, tmp
         train("ppo", settings, tmp_path / "out", show=Shown())
 
 
-def test_a_pair_without_both_rewards_trains_nothing(tiny, rows, functions, tmp_path):
+def test_a_pair_that_rewards_do_not_order_trains_nothing(tiny, rows, functions, tmp_path):
     begun = weights(tiny)
-    for reward, moves in (("of_one", False), ("length", True)):
+    for reward, moves in (("of_one", False), ("constant", False), ("length", True)):
         settings = settings_of("online-dpo", tiny, rows, functions, reward, trl={"max_steps": 2})
         train("online-dpo", settings, tmp_path / reward, show=Shown())
         found = weights(tmp_path / reward)

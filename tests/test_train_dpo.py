@@ -125,7 +125,6 @@ def test_the_reference_is_computed_before_where_all_weights_are_trained(tiny, ro
     assert make_arguments("dpo", dpo(tiny, data), tmp_path).precompute_ref_log_probs
     assert make_arguments("kto", make_settings("kto", tiny, data), tmp_path).precompute_ref_log_probs
     assert not make_arguments("dpo", dpo(tiny, data, lora={}), tmp_path).precompute_ref_log_probs
-    assert not make_arguments("dpo", dpo(tiny, data, {"sync_ref_model": True}), tmp_path).precompute_ref_log_probs
 
 
 @pytest.mark.parametrize("kind", SOFTENED)

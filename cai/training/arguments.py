@@ -94,6 +94,11 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[
             f"{where('save_only_model')}: from weights alone no training goes on as it was; remove it (save_total_limit: 1 "
             "keeps one checkpoint)"
         )
+    if given.get("sync_ref_model"):
+        raise ConfigError(
+            f"{where('sync_ref_model')}: checkpoints do not hold a reference that moves, so that a training that goes on would "
+            "be another one; remove it (stages of a pipeline with rounds can each begin from the one before)"
+        )
     _check_losses(stage, given.get("loss_type"), where("loss_type"))
 
 
@@ -206,7 +211,7 @@ def make_arguments(
     config = config_class(stage)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     ours = _ours(settings, defaults, evaluates) | _lengths(settings, defaults, context)
-    if "precompute_ref_log_probs" in defaults and settings.lora is None and not settings.trl.get("sync_ref_model"):
+    if "precompute_ref_log_probs" in defaults and settings.lora is None:
         ours["precompute_ref_log_probs"] = True
     given: dict[str, Any] = {"output_dir": str(folder), "seed": settings.seed, "data_seed": settings.seed}
     if stage in _KEEPS_COLUMNS:

@@ -32,20 +32,29 @@ def failures(folder: TrainFolder, arguments: Any, has_adapters: bool = False) ->
     `Interrupted` for a `KeyboardInterrupt`."""
     try:
         yield
-    except CaiError:
+    except CaiError as exc:
+        if _is_of_memory(exc.__cause__):  # of a reward model or a judge
+            raise _memory(arguments, has_adapters) from exc
         raise
     except KeyboardInterrupt:
         raise stopped_at_once(folder.path) from None
-    except (torch.OutOfMemoryError, MemoryError) as exc:
+    except MemoryError as exc:
         raise _memory(arguments, has_adapters) from exc
     except (OSError, SafetensorError, RuntimeError) as exc:
         if _is_of_network(exc) and getattr(arguments, "use_vllm", False):
             raise _no_server(arguments) from exc
         if getattr(exc, "errno", None) in _DISK_ERRORS or _NO_DISK.search(str(exc)):
             raise _disk(folder, exc) from exc
-        if _NO_MEMORY.search(str(exc)):
+        if _is_of_memory(exc):
             raise _memory(arguments, has_adapters) from exc
         raise
+
+
+def _is_of_memory(exc: BaseException | None) -> bool:
+    """Of a GPU, or of the machine; the allocator of a CPU raises a `RuntimeError` as any other."""
+    if isinstance(exc, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(exc, RuntimeError) and bool(_NO_MEMORY.search(str(exc)))
 
 
 def stopped_at_once(folder: Path) -> Interrupted:

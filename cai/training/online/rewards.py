@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib
+import inspect
 import json
 import math
 import os
@@ -48,9 +49,12 @@ class Reward:
     """One reward, checked: what TRL takes for a reward function."""
 
     def __init__(self, name: str, score: Callable[..., Any], tell: Tell | None = None, kind: str = "reward") -> None:
-        """`score` takes `prompts`, `completions` and columns; `tell` is told each answer; `kind` is what errors call it."""
+        """`score` takes `prompts`, `completions` and columns, and may be `async`; `tell` is told each answer; `kind` is what
+        errors call it."""
         self.__name__, self._score, self._tell = name, score, tell
         self._called = f"{kind} '{name}'"
+        self._runner = asyncio.Runner()  # one loop for all calls: a session of HTTP belongs to the loop that it began in
+        weakref.finalize(self, _close, self._runner)
 
     def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """A number or None for each completion, of which functions get copies. Raises `EngineError` for any other answer."""
@@ -67,6 +71,7 @@ class Reward:
         try:
             with _as_before():
                 answer = self._score(prompts=deepcopy(prompts), completions=deepcopy(completions), **columns)
+                answer = self._runner.run(answer) if inspect.iscoroutine(answer) else answer
                 answer = [*answer] if isinstance(answer, Iterator) else answer
         except CaiError:
             raise
@@ -141,7 +146,8 @@ def _as_before() -> Iterator[None]:
 def _where(exc: BaseException) -> str:
     """` (FILE:LINE)` of what raised in a user's function, in the file that the function is in; empty for what is no function of
     Python."""
-    frames = traceback.extract_tb(exc.__traceback__)[1:]  # the first is the call
+    frames = traceback.extract_tb(exc.__traceback__)[1:]  # the first is the call, others what runs a coroutine
+    frames = [one for one in frames if Path(one.filename).parent != Path(asyncio.__file__).parent]
     if not frames or frames[0].filename == __file__:
         return ""
     last = [one for one in frames if one.filename == frames[0].filename][-1]
@@ -234,14 +240,9 @@ class JudgeReward:
         """Raises `ConfigError` where nothing of the constitution can be judged so."""
         self._principles, self._config = _principles(constitution, config), config
         self._judge = _pointwise(config)
-        self._runner = asyncio.Runner()  # one loop for all calls: an engine's sessions belong to the loop that they began in
-        weakref.finalize(self, _close, self._runner)
 
-    def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
+    async def __call__(self, /, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any) -> Rewards:
         """One reward each."""
-        return self._runner.run(self._all(prompts, completions))
-
-    async def _all(self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue]) -> Rewards:
         pairs = zip(prompts, completions, strict=True)
         return list(await asyncio.gather(*(self._one(_messages(prompt), one[-1]["content"]) for prompt, one in pairs)))
 

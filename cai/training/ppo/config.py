@@ -46,7 +46,7 @@ class PPOConfig(GRPOConfig):
 
     num_generations: int | None = _field(1, "Completions of each prompt; 1 is classic PPO.")
     num_iterations: int = _field(4, "Epochs over each rollout.")
-    learning_rate: float = _field(3e-6, "Of the policy.")
+    learning_rate: float = _field(3e-6, "Of the policy; cai train takes ten times this under lora.")
     beta: float = _field(0.05, "Coefficient of the KL in the reward; with target_kl where it begins.")
     scale_rewards: str = _field("none", "Advantages are scaled, by whiten_advantages.")
     disable_dropout: bool = _field(True, "Ratios of probabilities need it off.")

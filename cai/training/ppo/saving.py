@@ -21,8 +21,8 @@ class Counters(NamedTuple):
     """What is neither a weight nor an optimizer's."""
 
     kl_coefficient: float
-    is_level: bool
-    """Whether scores have set the level that values begin at."""
+    is_level: bool = True
+    """Whether scores have set the level that values begin at; a checkpoint that does not say so is of a training past that."""
 
 
 def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, counters: Counters) -> None:
