@@ -630,6 +630,17 @@ def test_out_of_memory_in_a_reward_model_says_what_to_lower_too(tiny, rows, tmp_
         train("ppo", settings("ppo", tiny, rows, reward=str(tmp_path / "model")), tmp_path / "out")
 
 
+def test_out_of_memory_in_a_judge_names_keys_that_are_there(tiny, rows, tmp_path, monkeypatch):
+    def score(self: Any, tails: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("cai.engines.local_model.LocalModel.score", score)
+    make_tiny_model(tmp_path / "judge", context=4096)
+    judged = {"constitution": "concise-and-clear", "judge": {"model": str(tmp_path / "judge"), "method": "score"}}
+    with pytest.raises(EngineError, match=r"^out of memory: lower trl.max_completion_length \(6 here\)"):
+        train("ppo", settings("ppo", tiny, rows, reward=judged), tmp_path / "out")
+
+
 def test_a_constitution_with_a_check_needs_no_judge(tiny, rows, tmp_path):
     (tmp_path / "checked.yaml").write_text(CHECKED)
     given = settings("ppo", tiny, rows, reward=str(tmp_path / "checked.yaml"), trl={"max_steps": 1})

@@ -120,6 +120,10 @@ def test_a_checkpoint_that_lacks_a_part(tiny, tmp_path):
     again = make(tiny, tmp_path, max_steps=2)
     again.train(resume_from_checkpoint=str(folder))
     assert again.state.global_step == 2, "a new rollout is written"
+    for state in ("[]", '{"kl_coefficient": 0.05}'):
+        (folder / "ppo_state.json").write_text(state)
+        with pytest.raises(EngineError, match=r"ppo_state.json is not what this version writes; --fresh starts over$"):
+            make(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
     (folder / "critic_optimizer.pt").unlink()
     with pytest.raises(
         EngineError, match=r"checkpoint-1 was not written whole \(critic_optimizer.pt is not there\): delete it"

@@ -89,19 +89,18 @@ def check_arguments(stage: StageName, given: Mapping[str, Any], where: Callable[
         _check_range(where(key), key, value)
     for key in _FORMS.intersection(given.get("generation_kwargs") or {}):
         raise ConfigError(f"{where('generation_kwargs')}: {key} changes what the trainer gets back, which it has no use for")
-    if given.get("save_only_model"):
-        raise ConfigError(
-            f"{where('save_only_model')}: from weights alone no training goes on as it was; remove it (save_total_limit: 1 "
-            "keeps one checkpoint)"
-        )
-    if given.get("sync_ref_model"):
-        raise ConfigError(
-            f"{where('sync_ref_model')}: checkpoints do not hold a reference that moves, so that a training that goes on would "
-            "be another one; remove it (stages of a pipeline with rounds can each begin from the one before)"
-        )
+    for key, why in _LOST_ON_RESUME.items():
+        if given.get(key):
+            raise ConfigError(f"{where(key)}: {why}")
     _check_losses(stage, given.get("loss_type"), where("loss_type"))
 
 
+_LOST_ON_RESUME = {
+    "save_only_model": "from weights alone no training goes on as it was; remove it (save_total_limit: 1 keeps one checkpoint)",
+    "sync_ref_model": "checkpoints do not hold a reference that moves, so that a training that goes on would be another one; "
+    "remove it (stages of a pipeline with rounds can each begin from the one before)",
+}
+"""Keys under which a checkpoint lacks what a training needs to go on."""
 _FORMS = {"num_return_sequences", "n", "best_of", "return_dict_in_generate", "streamer", "stream"}
 """Keys of generation by transformers or vLLM under which more, or something else, is written than a completion for each prompt;
 `num_generations` says how many there are."""

@@ -33,7 +33,7 @@ def failures(folder: TrainFolder, arguments: Any, has_adapters: bool = False) ->
     try:
         yield
     except CaiError as exc:
-        if _is_of_memory(exc.__cause__):  # of a reward model or a judge
+        if _is_of_memory(exc.__cause__):  # of a reward model, or of a judge, whose engine names keys that are not here
             raise _memory(arguments, has_adapters) from exc
         raise
     except KeyboardInterrupt:

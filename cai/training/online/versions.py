@@ -17,8 +17,7 @@ from cai.training.online.settings import Source
 
 
 def version_of(source: Source) -> dict[str, Any]:
-    """What a source rewards by, each part as NAME@VERSION. Raises `ConfigError` for what is not
-    there."""
+    """What a source rewards by, each part as NAME@VERSION. Raises `ConfigError` for what is not there."""
     if source.model is not None:
         return {"model": _model(source.model, rewards=True)}
     if source.function is not None:

@@ -21,8 +21,8 @@ class Counters(NamedTuple):
     """What is neither a weight nor an optimizer's."""
 
     kl_coefficient: float
-    is_level: bool = True
-    """Whether scores have set the level that values begin at; a checkpoint that does not say so is of a training past that."""
+    is_level: bool
+    """Whether scores have set the level that values begin at."""
 
 
 def save_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, counters: Counters) -> None:
@@ -43,7 +43,7 @@ def check_whole(checkpoint: Path) -> None:
 
 
 def load_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Counters:
-    """Read it into `weights` and `optimizer`, wherever they are. Raises `EngineError` where it has other weights."""
+    """Read it into `weights` and `optimizer`, wherever they are. Raises `EngineError` for other weights or counters."""
     saved = load_file(folder / _WEIGHTS)
     if saved.keys() != weights.keys():
         raise EngineError(f"{folder} is of another value function; --fresh starts over")
@@ -51,4 +51,7 @@ def load_value(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.opt
         for name, one in weights.items():
             one.copy_(saved[name])
     optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
-    return Counters(**json.loads((folder / _STATE).read_bytes()))
+    state = json.loads((folder / _STATE).read_bytes())
+    if not isinstance(state, dict) or state.keys() != set(Counters._fields):
+        raise EngineError(f"{folder / _STATE} is not what this version writes; --fresh starts over")
+    return Counters(**state)
