@@ -143,7 +143,7 @@ def why_stopped(folder: Path, name: str, seed: int) -> dict[str, Any] | None:
 
 
 def one_seed(folder: Path, seed: int) -> None:
-    """Both trainings, each to where the stop acts, of which a copy is kept; one of them on to its end."""
+    """Both trainings, each to where the stop acts, of which a copy is kept; then one of them on to its end."""
     fitting = {
         "data": {"source": str(write_pairs(folder, seed)), "test_split": None},
         "seed": seed,
@@ -157,8 +157,7 @@ def one_seed(folder: Path, seed: int) -> None:
             training = optimise(folder, seed, name, reward, safe=True)
             shutil.copytree(training, part, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
             part.rename(kept)
-        if name == UNGUARDED:
-            optimise(folder, seed, name, reward, safe=False)
+    optimise(folder, seed, UNGUARDED, folder / f"reward-{UNGUARDED}-{seed}", safe=False)
 
 
 def longest(folder: Path, name: str, seed: int) -> Path:

@@ -98,14 +98,14 @@ def make(
         PPOConfig(str(out), **({"value_function": "head" if form == "head" else "critic"} | FAST | arguments)),
         data or prompts(),
         processing_class=AutoTokenizer.from_pretrained(tiny, padding_side="left"),
-        peft_config=_lora() if form == "adapters" else None,
+        peft_config=lora() if form == "adapters" else None,
         **own,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _lora() -> Any:
+def lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

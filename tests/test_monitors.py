@@ -13,14 +13,16 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from cai.errors import ConfigError
+from cai.errors import ConfigError, EngineError
 from cai.report.written import best_of, read_lines, unscored
 from cai.training.data import StageData
 from cai.training.online import gold, lines, monitors
 from cai.training.online.drift import Drift
 from cai.training.online.held_out import Answer, hold_out, tell_sources
 from cai.training.online.limits import collapsed, over_kl
+from cai.training.online.rewards import Rewards
 from cai.training.online.rollouts import Logged, Rollout, Rollouts, weighted
 
 TEXTS = st.lists(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12).map(" ".join), min_size=1, max_size=5)
@@ -65,8 +67,16 @@ def test_language_changes_are_told_where_both_texts_are_long_enough():
     assert monitors.language_changes([english], ["Ja."]) is None
 
 
+def described(
+    texts: list[str], prompts: list[str] | None = None, rewards: list[float | None] | None = None
+) -> dict[str, float]:
+    """Of completions to other prompts, unless told which."""
+    prompts = prompts or [f"prompt {one}" for one in range(len(texts))]
+    return monitors.describe(prompts, texts, rewards or [None] * len(texts), prompts)
+
+
 def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_it():
-    found = monitors.describe(["p", "p", "q", "q"], ["one two", "one two three four", "", "one"], [1.0, 3.0, None, 0.0])
+    found = described(["one two", "one two three four", "", "one"], ["p", "p", "q", "q"], [1.0, 3.0, None, 0.0])
     assert (found["completions"], found["empty"], found["words"]) == (4, 0.25, 1.75)
     assert found["reward"] == pytest.approx(4 / 3)
     assert found["length_correlation_overall"] == pytest.approx(np.corrcoef([1, 3, 0], [2, 4, 1])[0, 1])
@@ -74,9 +84,8 @@ def test_a_rollout_is_described_and_completions_without_a_reward_say_nothing_of_
 
 @pytest.mark.parametrize("text", ["Yes.", "!" * 200, "\N{GRINNING FACE}" * 100, "a" * 400, "\n. " * 60, "no " * 50])
 def test_completions_that_all_say_the_same_are_a_collapse(text):
-    prompts = [f"prompt {one}" for one in range(16)]
     normal = [f"Answer number {one} is about something else, {7 * one}." for one in range(16)]
-    first, last = (monitors.describe(prompts, texts, [None] * 16) for texts in (normal, [text] * 16))
+    first, last = (described(texts) for texts in (normal, [text] * 16))
     assert collapsed([first] * 6) == ""
     assert collapsed([first] * 3 + [last] * 3)
 
@@ -94,13 +103,13 @@ def test_a_word_that_never_ends_is_repetition(unit):
 
 def test_a_text_without_a_word_is_empty():
     texts = ["!!! ?", "\n. ", "", "\N{GRINNING FACE}", "1 + 1"]
-    assert monitors.describe([str(one) for one in range(5)], texts, [None] * 5)["empty"] == 0.8
+    assert described(texts)["empty"] == 0.8
 
 
 def test_rewards_that_differ_by_rounding_go_with_no_length():
     texts = ["a " * (one + 1) for one in range(24)]
     prompts = [f"p{one}" for one in range(6) for _ in range(one + 1)] + ["p6"] * 3
-    found = monitors.describe(prompts, texts, [0.7] * 24)
+    found = described(texts, prompts, [0.7] * 24)
     assert not [name for name in found if name.startswith("length_correlation")]
     json.dumps(found, allow_nan=False)
 
@@ -176,10 +185,10 @@ def test_a_collapse_is_told_in_comparison_with_the_beginning(before, after, says
 
 def test_a_constant_reward_is_told_once_and_not_before_enough_was_seen():
     rollouts = Rollouts(["x", "y"], [1.0, 1.0])
-    told = [rollouts.constant(1, Rollout(["p"] * 16, ["t"] * 16, [[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
+    told = [rollouts.constant(1, worth([[0.5] * 16, [1.0, 2.0] * 8])) for _ in range(4)]
     assert [len(one) for one in told] == [0, 1, 0, 0]
     assert told[1][0].startswith("reward 'x' is the same (0.5) for all 32 completions so far: nothing can be learned from it")
-    nothing = Rollouts(["z"], [1.0]).constant(1, Rollout(["p"] * 32, ["t"] * 32, [[None] * 32]))
+    nothing = Rollouts(["z"], [1.0]).constant(1, worth([[None] * 32]))
     assert nothing == ["reward 'z' has no number for any of 32 completions so far: nothing can be learned from it"]
 
 
@@ -210,9 +219,34 @@ def test_what_moves_far_from_the_beginning_is_told_once(before, after, says):
     assert drift.new([before] * 3 + [after] * 4) == []
 
 
+def worth(rewards: list[Rewards]) -> Rollout:
+    """Completions of one prompt with these rewards."""
+    count = len(rewards[0])
+    return Rollout(["p"] * count, ["t"] * count, rewards, ["d"] * count)
+
+
+def test_what_has_weight_0_is_no_reward():
+    assert weighted([[None, 1.0], [5.0, 5.0]], [1.0, 0.0]) == [None, 1.0]
+    for weights, rewards in (([1.0, 0.0], [[None, None], [5.0, 5.0]]), ([1.0, 1.0], [[None, None], [None, None]])):
+        with pytest.raises(EngineError, match=r"^rewards 'x', 'y': no number for any of 2 completions"):
+            Rollouts(["x", "y"], weights).check(worth(rewards))
+    Rollouts(["x", "y"], [1.0, 1.0]).check(worth([[None, None], [None, 0.0]]))
+
+
+def test_dialogues_that_end_with_the_same_words_are_several():
+    rollouts = Rollouts(["x"], [1.0])
+    asked = [[{"role": "system", "content": str(one % 2)}, {"role": "user", "content": "Go on."}] for one in range(4)]
+    rollouts.add(0, asked, ["yes", "yes", "yes", "no"], [1.0, 2.0, 3.0, 4.0])
+    rollout = rollouts.take()
+    assert rollout is not None
+    assert (rollout.prompts, len(set(rollout.dialogues))) == (["Go on."] * 4, 2)
+    assert rollouts.line(1, rollout, {})["alike"] == 0.5
+    assert len({one["dialogue"] for one in rollouts.samples(1, rollout)}) == 2
+
+
 def test_completions_without_a_reward_are_counted_and_told_from_a_tenth_on():
     rollouts, drift = Rollouts(["x", "y"], [1.0, 1.0]), Drift()
-    line = rollouts.line(1, Rollout(["p"] * 20, ["t"] * 20, [[None] * 3 + [1.0] * 17, [2.0] * 20]), {})
+    line = rollouts.line(1, worth([[None] * 3 + [1.0] * 17, [2.0] * 20]), {})
     assert line["unscored"] == {"x": 3, "y": 0}
     assert drift.new([line]) == [], "of too few"
     assert drift.new([line, line]) == ["reward 'x' had no number for 6 of 40 completions so far"]
@@ -261,7 +295,8 @@ def test_the_reward_has_risen_where_that_of_the_same_prompts_has():
     noise = np.random.default_rng(0).normal(0, 1.0, 32)
     for rise, wanted in ((0.2, False), (1.0, True)):
         assert gold.has_risen({"proxies": easy}, {"proxies": (easy + noise + rise).tolist()}) == wanted
-    assert not gold.has_risen({"proxies": [None, 1.0]}, {"proxies": [5.0, None]})
+    few = [None] * 17 + [1.0] * 15
+    assert not gold.has_risen({"proxies": few}, {"proxies": [one and 2.0 for one in few]}), "of fewer than sixteen"
 
 
 def is_one(draw: np.random.Generator) -> Any:
@@ -297,6 +332,19 @@ def test_the_chance_of_a_fall_is_that_of_permuted_numbers():
     assert gold.fall(before, later, 1e-5)[1] == pytest.approx((2 / 3) ** 12, rel=0.05)
 
 
+def test_smaller_chances_than_permutations_tell_are_those_of_their_variance():
+    draw = np.random.default_rng(0)
+    for size, near in ((0.9, 1e-4), (1.3, 1e-7)):
+        rows = np.column_stack([draw.normal(0, 1, 64), draw.normal(-size, 1, (64, 2))])
+        orders = draw.permuted(np.broadcast_to(rows, (4000, 64, 3)), axis=2)
+        changes = (orders[:, :, 1:].mean(axis=2) - orders[:, :, 0]).mean(axis=1)
+        fallen = rows[:, 1:].mean() - rows[:, 0].mean()
+        change, chance = gold.fall({"golds": rows[:, 0].tolist()}, [{"golds": one.tolist()} for one in rows.T[1:]], 1e-9)
+        assert change == pytest.approx(fallen)
+        assert math.log10(chance) == pytest.approx(math.log10(stats.norm.cdf(fallen / changes.std())), rel=0.1)
+        assert chance < near
+
+
 def test_the_difference_is_that_of_the_same_prompts():
     easy = [0.0] * 16 + [10.0] * 16
     shifted = [one - 0.1 - 0.01 * (n % 3) for n, one in enumerate(easy)]
@@ -325,6 +373,10 @@ def test_where_too_few_prompts_have_numbers_each_time_that_is_said_since_gold_st
     assert gold.gaps([whole, half, other], True)["few"] == (
         "gold had a number for 8 of 24 prompts in its best measure and in both of the last ones, at step 2: too few to stop "
         "the training by"
+    )
+    unrewarded = {**other, "golds": whole["golds"], "proxies": [1.0] * 15 + [None] * 9}
+    assert gold.gaps([whole, unrewarded], True)["proxy"] == (
+        "rewards had a number for 15 of 24 held-out answers at the best gold and at step 2: too few to stop the training by"
     )
     nothing, few, fewest = series((0, [None] * 24), (1, [1.0] * 15 + [None] * 9), (2, [None, *[1.0] * 9]))
     assert gold.gaps([few], True)["few"] == "gold had a number for 15 of 24 answers at step 1: too few to stop the training by"
@@ -436,10 +488,10 @@ def test_lines_of_later_steps_are_dropped_and_a_broken_one(tmp_path):
 def test_a_rollout_whose_completions_are_worth_the_same_is_told_once():
     def told(*totals: list[float | None]) -> list[str]:
         rollouts = Rollouts(["x"], [2.0])
-        return [text for one in totals for text in rollouts.constant(3, Rollout(["p"] * len(one), ["t"] * len(one), [one]))]
+        return [text for one in totals for text in rollouts.constant(3, worth([one]))]
 
     assert told([1.0, 2.0], [1.0], [1.0, None]) == []
     (text,) = told([1.0, 2.0], *[[0.5, 0.5, None]] * 20)
     assert text.startswith("all 2 completions of the rollout at step 3 have the same reward (1): nothing can be learned")
-    opposed = Rollouts(["x", "y"], [1.0, 1.0]).constant(1, Rollout(["p"] * 2, ["t"] * 2, [[1.0, 2.0], [2.0, 1.0]]))
+    opposed = Rollouts(["x", "y"], [1.0, 1.0]).constant(1, worth([[1.0, 2.0], [2.0, 1.0]]))
     assert opposed[0].startswith("all 2 completions of the rollout at step 1 have the same reward (3)")

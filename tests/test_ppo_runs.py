@@ -240,7 +240,15 @@ def test_a_critic_begins_with_a_reward_model(tiny, tmp_path, form, members, outp
     trainer.train()
 
 
-def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_path):
+def test_the_base_of_a_policy_that_is_named_is_known(tiny, tmp_path):
+    folder = make_reward_model(tiny, tmp_path / "reward", members=1)
+    told = {"peft_config": ppo_runs.lora(), "value_model": folder}
+    arguments = ppo_runs.PPOConfig(str(tmp_path / "out"), **ppo_runs.FAST)
+    trainer = ppo_runs.PPOTrainer(str(tiny), low, arguments, ppo_runs.prompts(), **told)
+    assert trainer.critic_note is None
+
+
+def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_path, caplog):
     folder = make_reward_model(tiny, tmp_path / "reward")
     other = AutoTokenizer.from_pretrained(tiny).train_new_from_iterator(["some other words"] * 9, 290)
     other.save_pretrained(folder)
@@ -250,12 +258,14 @@ def test_a_critic_does_not_begin_with_a_reward_model_that_it_cannot(tiny, tmp_pa
     assert (rollout(trainer)["values"] == 0).all()
 
     members = make_reward_model(tiny, tmp_path / "members", members=1)
-    for version in ("another", None):
+    for version, reason in (
+        ("another", "it is not adapters on the weights that the policy's adapters are on; train it on those, with lora: {m"),
+        (None, "base_version, by which adapters on the policy's own weights are known, is not given"),
+    ):
         told_of = {"value_model": members, "base_version": version, "center_values": False}
         trainer = make(tiny, tmp_path, "adapters", rollout_func=Script(), **told_of)
-        reason = "it is not adapters on the weights that the policy's adapters are on; train it on those, with lora: "
-        reason += "{merge: false}"
-        assert trainer.critic_note == told.format(members, reason)
+        assert trainer.critic_note.startswith(told.format(members, reason))
+        assert trainer.critic_note in caplog.text
         assert (rollout(trainer)["values"] == 0).all()
 
     outputs = make_reward_model(tiny, tmp_path / "outputs", 2)

@@ -25,9 +25,10 @@ from cai.training.card import render_card
 from cai.training.data import load_data
 from cai.training.launching import launch
 from cai.training.loading import load_tokenizer
+from cai.training.online import safeguards
 from cai.training.online.best import Best
 from cai.training.online.distance import log_ratios
-from cai.training.online.rollouts import Logged, Rollout, Rollouts
+from cai.training.online.rollouts import Logged
 from cai.training.online.safeguards import Safeguards
 from cai.training.running import train
 from cai.training.stage import Parts, build_trainer
@@ -93,11 +94,12 @@ def rows(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", told)
 
 
-def settings_of(stage: str, tiny: Path, rows: Path, functions: Path, reward: str, gold_by: str | None = None, **keys: Any):
+def settings_of(stage: str, tiny: Path, rows: Path, functions: Path, reward: Any, gold_by: str | None = None, **keys: Any):
     longest = "max_new_tokens" if stage == "online-dpo" else "max_completion_length"
     trl = {"max_steps": 6, "per_device_train_batch_size": 8, longest: 8, "save_strategy": "steps", "save_steps": 1}
     measure = {"gold": {"function": f"{functions}:{gold_by}", "every": 1, "prompts": 16}} if gold_by else {}
-    given = {"reward": {"function": f"{functions}:{reward}"}, "seed": 1, **measure, **keys}
+    rewards = {"function": f"{functions}:{reward}"} if isinstance(reward, str) else reward
+    given = {"reward": rewards, "seed": 1, **measure, **keys}
     more = {"save_total_limit": 10, "learning_rate": 1e-2, **given.pop("trl", {})}
     return make_settings(stage, tiny, rows, trl=trl | more, **given)
 
@@ -619,6 +621,28 @@ def test_with_other_limits_a_stopped_run_goes_on_from_where_it_stopped(tiny, row
     assert run("out", gold=gold(False))[0] == manifest
 
 
+@pytest.mark.parametrize(
+    ("epochs", "minibatches", "told"),
+    [
+        (1, 2.0, "trained on once in minibatches of 4"),
+        (3, 1.0, "trained on 3 times in minibatches of 8"),
+        (1, 0.25, "and a step takes 4 of them"),
+        (2, 0.25, "and a step goes over it 2 times with the same weights, of which once is enough; raise trl.steps_per_gen"),
+    ],
+)
+def test_how_a_rollout_is_used(epochs, minibatches, told):
+    assert safeguards._how_used(epochs, minibatches, 8).startswith(told)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo", "online-dpo"])
+def test_what_is_only_logged_changes_nothing(stage, tiny, rows, functions, tmp_path):
+    half, only_logged = {"function": f"{functions}:half"}, {"function": f"{functions}:length", "weight": 0}
+    for name, rewards in {"one": [half], "two": [half, only_logged]}.items():
+        train(stage, settings_of(stage, tiny, rows, functions, rewards), tmp_path / name)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert {"half", "length"} <= written(tmp_path / "two", "rollouts")[0]["rewards"].keys()
+
+
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
 def test_a_run_that_stopped_inside_a_rollout_goes_on_with_it(stage, tiny, rows, functions, tmp_path):
     trl = {"num_generations": 2, "num_iterations": 2, "max_steps": 4}
@@ -675,10 +699,6 @@ def test_a_reward_without_any_number_ends_the_first_rollout(stage, tiny, rows, f
         train(stage, settings, tmp_path / "out")
     assert [line["step"] for line in written(tmp_path / "out", "log")] in ([], [1])
     assert "All reward functions" not in caplog.text
-    rollouts = Rollouts(["x", "y"], [1.0, 1.0])
-    with pytest.raises(EngineError, match=r"^rewards 'x', 'y': no number for any of 2 completions"):
-        rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2] * 2))
-    rollouts.check(Rollout(["p"] * 2, ["t"] * 2, [[None] * 2, [None, 0.0]]))
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "online-dpo"])

@@ -22,7 +22,7 @@ def gold_line(step: int, value: float, proxy: float, **more: Any) -> dict[str, A
 
 
 def sample(step: int, completion: str, prompt: str = "What is rust?") -> dict[str, Any]:
-    return {"step": step, "prompt": prompt, "completion": completion, "proxy": 1.25, "gold": None}
+    return {"step": step, "prompt": prompt, "dialogue": prompt, "completion": completion, "proxy": 1.25, "gold": None}
 
 
 LOG = [

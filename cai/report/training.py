@@ -137,16 +137,16 @@ def _plots(lines: Sequence[Line], wanted: Mapping[str, Sequence[str]], mark: flo
     return figures.panels(plots, "step", ("best", mark) if mark is not None else None) if plots else None
 
 
-def _shown(samples: Sequence[Line]) -> dict[str, list[Line]]:
-    """Of each prompt its completions at several steps, the first and the last among them."""
+def _shown(samples: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """Prompts, each with its completions at several steps, the first and the last among them."""
     steps = sorted({line["step"] for line in samples})
     count = min(_TIMES, len(steps))
     wanted = {steps[round(place * (len(steps) - 1) / max(1, count - 1))] for place in range(count)}
     found: dict[str, list[Line]] = {}
     for line in samples:
         if line["step"] in wanted:
-            found.setdefault(line["prompt"], []).append(line)
-    return found
+            found.setdefault(line["dialogue"], []).append(line)
+    return [(one[0]["prompt"], one) for one in found.values()]
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ from cai.models import locate
 from cai.training.loading import adapters, find_model, load_policy, reference_arguments
 from cai.training.online.colocated import reload_where_packed
 from cai.training.online.kept import KeepsRollout
+from cai.training.online.left_out import LeavesOut
 from cai.training.online.order import Order
 from cai.training.online.safeguards import Safeguards
 from cai.training.online.settings import OnlineDpoSettings, OnlineSettings, PpoSettings, RlooSettings
@@ -49,14 +50,17 @@ def _is_not_told_otherwise(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """TRL warns, while a trainer is built, that the policy ignores `model_init_kwargs`, which are for the reference."""
-    logger = logging.getLogger("trl.trainer")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """TRL warns, while a trainer is built, that the policy ignores `model_init_kwargs`, which are for the reference; PPO of
+    what is told as a note."""
+    loggers = [logging.getLogger(name) for name in ("trl.trainer", "cai.training.ppo")]
+    before = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
 
 
 def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
@@ -68,7 +72,7 @@ def _of_trl(settings: OnlineSettings, given: dict[str, Any]) -> Any:
         from trl import RLOOTrainer as Trainer
     else:
         from trl import GRPOTrainer as Trainer
-    return type(Trainer.__name__, (KeepsRollout, Trainer), {})(**given)
+    return type(Trainer.__name__, (KeepsRollout, LeavesOut, Trainer), {})(**given)
 
 
 def _ppo(settings: PpoSettings, given: dict[str, Any]) -> Any:

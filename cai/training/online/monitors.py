@@ -58,10 +58,10 @@ def _grams(sequence: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(sequence[place : place + n]) for place in range(len(sequence) - n + 1)]
 
 
-def alike(prompts: Sequence[str], texts: Sequence[str]) -> float | None:
-    """Of all pairs of completions to different prompts the share that are the same text; None where there is one prompt."""
-    pairs = _pairs([len(texts)]) - _pairs(Counter(prompts).values())
-    same = _pairs(Counter(texts).values()) - _pairs(Counter(zip(prompts, texts, strict=True)).values())
+def alike(dialogues: Sequence[str], texts: Sequence[str]) -> float | None:
+    """Of all pairs of completions to different dialogues the share that are the same text; None where there is one of them."""
+    pairs = _pairs([len(texts)]) - _pairs(Counter(dialogues).values())
+    same = _pairs(Counter(texts).values()) - _pairs(Counter(zip(dialogues, texts, strict=True)).values())
     return same / pairs if pairs else None
 
 
@@ -98,31 +98,33 @@ def _classifier() -> Callable[[str], str] | None:
     return lambda text: str(classify(text)[0])
 
 
-def describe(prompts: Sequence[str], texts: Sequence[str], rewards: Sequence[float | None]) -> dict[str, float]:
-    """All of these of one rollout of at least one completion, each with its prompt and its reward; without those that cannot be
-    told. Lengths are in words."""
+def describe(
+    prompts: Sequence[str], texts: Sequence[str], rewards: Sequence[float | None], dialogues: Sequence[str]
+) -> dict[str, float]:
+    """All of these of one rollout of at least one completion, each with the last words of its prompt, its reward and which
+    dialogue it goes on with; without those that cannot be told. Lengths are in words."""
     lengths = [len(words(text)) for text in texts]
     found = {
         "completions": len(texts),
         "words": math.fsum(lengths) / len(texts),
         "empty": lengths.count(0) / len(texts),
-        "alike": alike(prompts, texts),
+        "alike": alike(dialogues, texts),
         "repetition": repetition(texts),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
         "refusals": refusals(texts),
         "language_changes": language_changes(prompts, texts),
-        **_of_rewards(rewards, lengths, prompts),
+        **_of_rewards(rewards, lengths, dialogues),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _of_rewards(rewards: Sequence[float | None], lengths: Sequence[int], prompts: Sequence[str]) -> dict[str, Any]:
+def _of_rewards(rewards: Sequence[float | None], lengths: Sequence[int], dialogues: Sequence[str]) -> dict[str, Any]:
     known = [place for place, one in enumerate(rewards) if one is not None]
     if not known:
         return {}
     values = np.array([rewards[place] for place in known], dtype=float)
-    of = np.unique([prompts[place] for place in known], return_inverse=True)[1]
+    of = np.unique([dialogues[place] for place in known], return_inverse=True)[1]
     found = length_correlation(values, np.array([lengths[place] for place in known], dtype=float), of)
     told = {"reward": float(values.mean()), "reward_spread": float(values.std())}
     return told | {f"length_correlation_{name}": value for name, value in found.items()}

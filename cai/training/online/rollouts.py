@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
@@ -30,11 +31,12 @@ _LOGGED = {
 
 
 class Rollout(NamedTuple):
-    """Completions, the last words of their prompts, and of each reward what each was worth."""
+    """Completions, the last words of their prompts, of each reward what each was worth, and the identities of the prompts."""
 
     prompts: list[str]
     texts: list[str]
     rewards: list[Rewards]
+    dialogues: list[str]
 
 
 class Rollouts:
@@ -50,6 +52,7 @@ class Rollouts:
 
     def _clear(self) -> None:
         self._prompts: list[str] = []
+        self._dialogues: list[str] = []
         self._texts: list[str] = []
         self._rewards: list[Rewards] = [[] for _ in self.names]
 
@@ -57,6 +60,7 @@ class Rollouts:
         """What the reward at `place` says of completions; all rewards are asked about the same ones."""
         if place == 0:
             self._prompts += [one[-1]["content"] for one in prompts]
+            self._dialogues += map(identity, prompts)
             self._texts += texts
         self._rewards[place] += rewards
 
@@ -64,11 +68,12 @@ class Rollouts:
         """What was collected since, in all processes, which call this together; None where that is nothing."""
         if not self._texts:
             return None
-        mine = (self._prompts, self._texts, self._rewards)
+        mine = Rollout(self._prompts, self._texts, self._rewards, self._dialogues)
         self._clear()
-        parts = gather_object([mine])
-        rewards = [[value for part in parts for value in part[2][place]] for place in range(len(self.names))]
-        return Rollout([one for part in parts for one in part[0]], [one for part in parts for one in part[1]], rewards)
+        parts: list[Rollout] = gather_object([mine])
+        rewards = [[value for part in parts for value in part.rewards[place]] for place in range(len(self.names))]
+        prompts, texts, _, dialogues = (list(chain.from_iterable(field)) for field in zip(*parts, strict=True))
+        return Rollout(prompts, texts, rewards, dialogues)
 
     def line(self, step: int, rollout: Rollout, logged: dict[str, float]) -> dict[str, Any]:
         """What is written of a rollout."""
@@ -78,17 +83,18 @@ class Rollouts:
             if (known := [one for one in given if one is not None])
         }
         none = {name: sum(one is None for one in given) for name, given in zip(self.names, rollout.rewards, strict=True)}
-        described = describe(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights))
+        described = describe(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights), rollout.dialogues)
         return {"step": step, **described, "rewards": said, "unscored": none, **logged}
 
     def samples(self, step: int, rollout: Rollout) -> list[dict[str, Any]]:
         """A few of its completions, as they are shown."""
-        shown = zip(rollout.prompts, rollout.texts, weighted(rollout.rewards, self.weights), strict=True)
+        proxies = weighted(rollout.rewards, self.weights)
+        shown = zip(rollout.prompts, rollout.dialogues, rollout.texts, proxies, strict=True)
         return [sample(step, *one) for one in islice(shown, SHOWN)]
 
     def check(self, rollout: Rollout) -> None:
-        """Raises `EngineError` where no completion has a number from any reward."""
-        if all(one is None for given in rollout.rewards for one in given):
+        """Raises `EngineError` where no completion has a number from any reward with a weight."""
+        if all(one is None for one in weighted(rollout.rewards, self.weights)):
             named = f"{'rewards' if self.names[1:] else 'reward'} {', '.join(map(repr, self.names))}"
             raise EngineError(
                 f"{named}: no number for any of {len(rollout.texts)} completions, so nothing can be learned; a completion "
@@ -132,16 +138,22 @@ class Rollouts:
         )
 
 
-def sample(step: int, prompt: str, text: str, proxy: float | None, gold: float | None = None) -> dict[str, Any]:
-    """A line of run/samples.jsonl."""
-    return {"step": step, "prompt": prompt, "completion": text, "proxy": proxy, "gold": gold}
+def identity(dialogue: Dialogue) -> str:
+    """The same for dialogues that are the same, in all processes: many end with the same words."""
+    return hashlib.blake2b(repr(dialogue).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def sample(step: int, prompt: str, dialogue: str, text: str, proxy: float | None, gold: float | None = None) -> dict[str, Any]:
+    """A line of run/samples.jsonl: `prompt` is the last message of the dialogue with this `identity`."""
+    return {"step": step, "prompt": prompt, "dialogue": dialogue, "completion": text, "proxy": proxy, "gold": gold}
 
 
 def weighted(rewards: Sequence[Rewards], weights: Sequence[float]) -> Rewards:
-    """The weighted sum of what several rewards say of each completion, of those that say something."""
+    """The weighted sum of what several rewards say of each completion, of those that say something; what has weight 0 says
+    nothing, and is only logged."""
     sums: Rewards = []
     for said in zip(*rewards, strict=True):
-        known = [weight * one for weight, one in zip(weights, said, strict=True) if one is not None]
+        known = [weight * one for weight, one in zip(weights, said, strict=True) if weight and one is not None]
         sums.append(math.fsum(known) if known else None)
     return sums
 

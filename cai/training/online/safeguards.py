@@ -31,7 +31,7 @@ from cai.training.online.drift import Drift
 from cai.training.online.held_out import HeldOut, answer, check_enough, hold_out
 from cai.training.online.limits import check_kl, collapsed, over_kl
 from cai.training.online.rewards import Dialogue, Rewards, build_reward
-from cai.training.online.rollouts import SHOWN, Logged, Rollouts, sample
+from cai.training.online.rollouts import SHOWN, Logged, Rollouts, identity, sample
 from cai.training.online.settings import OnlineSettings, Source
 from cai.training.online.versions import version_of
 from cai.training.stage import Parts
@@ -109,8 +109,7 @@ class Safeguards(TrainerCallback):
         if rollout := getattr(args, "generation_batch_size", None):
             epochs, minibatches = args.num_iterations, args.steps_per_generation / args.gradient_accumulation_steps
             steps = epochs * minibatches
-            times = "once" if epochs == 1 else f"{epochs} times"
-            self._note(f"each rollout is {rollout} completions, trained on {times} in minibatches of {rollout / minibatches:g}")
+            self._note(f"each rollout is {rollout} completions, {_how_used(epochs, minibatches, rollout)}")
             if last <= steps:
                 self._note(
                     f"all {last} steps are trained on one rollout, so that reward and KL are those from before; raise "
@@ -272,9 +271,9 @@ class Safeguards(TrainerCallback):
 
     def _samples(self, step: int, answers: list[Any]) -> list[dict[str, Any]]:
         shown, rows = answers[:SHOWN], self.held_out.prompts
-        asked = [rows[one.number]["prompt"][-1]["content"] for one in shown]
+        asked = [rows[one.number]["prompt"] for one in shown]
         told = zip(asked, shown, golden.proxies_of(shown, self._rollouts.weights), strict=True)
-        return [sample(step, prompt, one.text, proxy, one.gold) for prompt, one, proxy in told]
+        return [sample(step, prompt[-1]["content"], identity(prompt), one.text, proxy, one.gold) for prompt, one, proxy in told]
 
     def _stop(self, step: int, reason: str, text: str) -> None:
         if reason in ("kl", "collapse"):
@@ -344,6 +343,19 @@ class Safeguards(TrainerCallback):
         except Exception as exc:  # a picture is no reason to end a training
             cause = exc.__cause__ or exc
             self._note(f"training.html could not be drawn: {type(cause).__name__}: {cause}")
+
+
+def _how_used(epochs: int, minibatches: float, rollout: int) -> str:
+    """How a rollout is gone over, which is less than a step's where `minibatches` is below 1."""
+    if minibatches >= 1:
+        return f"trained on {'once' if epochs == 1 else f'{epochs} times'} in minibatches of {rollout / minibatches:g}"
+    held = f"{1 / minibatches:g}"
+    if epochs == 1:
+        return f"and a step takes {held} of them"
+    return (
+        f"and a step goes over it {min(float(held), epochs):g} times with the same weights, of which once is enough; "
+        "raise trl.steps_per_generation to trl.gradient_accumulation_steps, or set trl.num_iterations: 1"
+    )
 
 
 def _function(source: Source) -> str | None:

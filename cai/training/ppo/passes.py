@@ -13,6 +13,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from cai.training.online.kept import KeepsRollout
+from cai.training.online.left_out import LeavesOut
 from cai.training.online.merging import base_of, is_reference, merged
 from cai.training.ppo.critic import Critic, TrunkHead
 from cai.training.ppo.drawing import Drawn, drawing
@@ -27,7 +28,7 @@ class Passed(NamedTuple):
     values: Tensor
 
 
-class PassingTrainer(KeepsRollout, GRPOTrainer):
+class PassingTrainer(KeepsRollout, LeavesOut, GRPOTrainer):
     """TRL's trainer with a value function, `value`. Of a head, each pass of the policy adds the values to `_watched`."""
 
     value: Critic | TrunkHead

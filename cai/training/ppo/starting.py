@@ -104,6 +104,8 @@ def start_from(folder: Path, dtype: torch.dtype, shared: str | None, tokenizer: 
     member = spec.members[0] if spec else MemberSpec(folder=".", mean=(0.0,), deviation=(1.0,))
     weights = [weight * one for one in (spec.objectives.values() if spec else [1.0])]
     source = folder / member.folder
+    if shared == "":
+        raise UnfitError("base_version, by which adapters on the policy's own weights are known, is not given")
     if shared is not None and member.version != shared:
         raise UnfitError(
             "it is not adapters on the weights that the policy's adapters are on; train it on those, with lora: {merge: false}"

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from cai.cpu import tune_for_cpu
 from cai.errors import ConfigError, EngineError
+from cai.models import locate
 from cai.training.adapters import quicken
 from cai.training.ppo.config import PPOConfig
 from cai.training.ppo.critic import CRITIC, AdapterCritic, is_critics
@@ -38,6 +40,8 @@ from cai.training.ppo.estimation import (
 from cai.training.ppo.passes import PassingTrainer, whole
 from cai.training.ppo.saving import Counters, check_whole, load_value, save_value
 from cai.training.ppo.starting import Beginning, build_value
+
+_logger = get_logger(__name__)
 
 
 class PPOTrainer(PassingTrainer):
@@ -59,9 +63,9 @@ class PPOTrainer(PassingTrainer):
     ) -> None:
         """`value_model`: the folder of a reward model with the policy's tokenizer that the critic begins with; None: the
         policy's trunk, and values that are all the same. `base_version`: of the weights under the policy's adapters, by
-        `cai.models.locate`; adapters of a reward model on the same version are what the critic's begin with. `value_weight`:
-        that of `value_model` in the sum of rewards. The trainer's `critic_note` says why a critic does not begin with
-        `value_model`, if so.
+        `cai.models.locate`, which is asked where `model` is a name; adapters of a reward model on the same version are what the
+        critic's begin with. `value_weight`: that of `value_model` in the sum of rewards. The trainer's `critic_note` says why
+        a critic does not begin with `value_model`, if so, and is logged as a warning.
         """
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -75,8 +79,12 @@ class PPOTrainer(PassingTrainer):
             raise ConfigError("PPO: the model is one that sees images, which the value function does not; name a model of text")
         self.kl = KLControl(args.beta, args.target_kl, args.kl_horizon)
         self._check_value_function()
+        if value_model and base_version is None and self._has_adapters and isinstance(model, str):
+            base_version = locate(model).version
         begin = Beginning(Path(value_model), base_version or "", value_weight) if value_model else None
         self.value, self.critic_note = build_value(self._policy, args, self._tokenizer, begin, self.accelerator.device)
+        if self.critic_note:
+            _logger.warning(self.critic_note)
         if self.accelerator.device.type == "cpu":
             tune_for_cpu(self._policy)
             quicken(self._policy)  # with the critic's adapters
