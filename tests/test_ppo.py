@@ -388,7 +388,7 @@ def test_adapters_of_the_embeddings(tiny, tmp_path, monkeypatch, value_function)
     from peft import LoraConfig
 
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
-    monkeypatch.setattr(ppo_runs, "_lora", lambda: config)
+    monkeypatch.setattr(ppo_runs, "lora", lambda: config)
     trainer = make(tiny, tmp_path, "adapters", value_function=value_function, max_steps=2, num_iterations=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -415,7 +415,7 @@ def test_dropout_of_adapters_is_off_in_the_critic_too(tiny, tmp_path, monkeypatc
     from peft import LoraConfig
 
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
-    monkeypatch.setattr(ppo_runs, "_lora", lambda: config)
+    monkeypatch.setattr(ppo_runs, "lora", lambda: config)
     trainer = make(tiny, tmp_path, "adapters", rollout_func=Script())
     disturb(trainer)
     first, second = rollout(trainer), rollout(trainer)
